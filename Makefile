@@ -1,0 +1,28 @@
+# Two commands: `make demo` and `make test`. Each works alone with python3, make and git; a second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+INSTALLED := $(VENV)/.installed
+
+export PIP_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(INSTALLED)
+	$(VENV)/bin/python -m gradlr demo
+
+test: $(INSTALLED)
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet ruff
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) gradlr-demo
+
+$(INSTALLED): setup.cfg setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --use-pep517 --editable '.[demo,test]'
+	touch $@
