@@ -1,0 +1,37 @@
+"""The errors and the warning that gradlr raises; every message says what, where, with which numbers, and what to do."""
+
+
+class GradlrError(Exception):
+    """Root of all errors of gradlr: `except gradlr.GradlrError` catches each of them."""
+
+
+class ArgumentError(GradlrError, ValueError):
+    """An argument is out of range, unknown, or matches nothing. Nothing was changed."""
+
+
+class ShapeError(GradlrError, ValueError):
+    """A tensor has a shape that the operation is not defined for."""
+
+
+class LossError(GradlrError, ValueError):
+    """What was shown to the tracker is not one real number."""
+
+
+class AttachError(GradlrError, RuntimeError):
+    """The model cannot be attached to, or is not the model any more that was attached to."""
+
+
+class BackwardError(GradlrError, RuntimeError):
+    """A backward pass does something that an update inside backward would get wrong."""
+
+
+class NonFiniteError(GradlrError, ArithmeticError):
+    """A gradient holds NaN or infinity."""
+
+
+class CheckpointError(GradlrError, ValueError):
+    """A state_dict does not fit the optimizer or tracker it is loaded into."""
+
+
+class GradlrWarning(UserWarning):
+    """Something is legal and yet probably not what was meant."""

@@ -1,0 +1,17 @@
+"""Pure functions on tensors: bases, polar factors, normalization, rounding. Imports torch only."""
+
+from .bases import orthonormalize, svd_lowrank
+from .normalize import multi_normalize, normalize_columns
+from .polar import leading_directions, newton_schulz, polar_factor
+from .rounding import stochastic_round
+
+__all__ = [
+    "leading_directions",
+    "multi_normalize",
+    "newton_schulz",
+    "normalize_columns",
+    "orthonormalize",
+    "polar_factor",
+    "stochastic_round",
+    "svd_lowrank",
+]

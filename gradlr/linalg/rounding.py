@@ -1,0 +1,45 @@
+"""Unbiased rounding to bfloat16 and float16."""
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+
+# Explicit mantissa bits and the exponent of the smallest normal number (frexp convention, mantissa in [0.5, 1)).
+_FORMATS = {torch.bfloat16: (7, -125), torch.float16: (10, -13)}
+
+
+def stochastic_round(x: Tensor, dtype: torch.dtype, *, generator: torch.Generator | None = None) -> Tensor:
+    """Round each entry to one of its two neighbours in `dtype`, so that the expected value is the entry itself.
+
+    Args:
+        x: Any shape, float32 or float64; not modified.
+        dtype: torch.bfloat16 or torch.float16.
+        generator: Source of the random numbers, on the device of `x`.
+
+    Returns:
+        Same shape, `dtype`. Representable entries, NaN and infinities come back unchanged; finite entries beyond the
+        largest number of `dtype` become that number.
+
+    Raises:
+        ArgumentError: `dtype` is neither of the two.
+
+    Source: algorithms for low-precision weights, e.g. Gupta et al. 2015, arXiv 1502.02551.
+    """
+    if dtype not in _FORMATS:
+        raise ArgumentError(f"stochastic_round: {dtype} is not supported; use torch.bfloat16 or torch.float16")
+    bits, lowest = _FORMATS[dtype]
+    _, exponent = torch.frexp(x)
+    ulp_exponent = exponent.clamp(min=lowest) - (bits + 1)
+    steps = _ldexp(x, -ulp_exponent)
+    below = steps.floor()
+    draw = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)
+    rounded = _ldexp(below + (draw < steps - below), ulp_exponent)
+    largest = torch.finfo(dtype).max
+    return torch.where(x.isfinite(), rounded.clamp(-largest, largest), x).to(dtype)
+
+
+def _ldexp(x: Tensor, exponent: Tensor) -> Tensor:
+    # In two halves: 2^133, the reciprocal of bfloat16's smallest step, is no float32.
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(x, half), exponent - half)

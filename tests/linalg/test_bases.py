@@ -1,0 +1,291 @@
+"""Bases: orthonormal, containing the range, whichever implementation; the randomized decomposition is torch's."""
+
+import numpy as np
+import pytest
+import torch
+from shapes import MATRICES, matrix
+
+from gradlr.errors import ArgumentError, ShapeError
+from gradlr.linalg import orthonormalize, svd_lowrank
+
+METHODS = ("qr", "cholesky")
+DTYPES = (torch.float32, torch.float64)
+# 1.2e-7 (2e-16 in float64) times the root of some hundred terms, with room. The last Cholesky shift, 1e-6 (1e-13) of a unit
+# diagonal, shortens a column by half of it and leaves overlaps of that size, more where the spectrum falls by 1e-6.
+TOLERANCE = {
+    ("qr", torch.float32): 5e-6,
+    ("cholesky", torch.float32): 5e-6,
+    ("qr", torch.float64): 5e-14,
+    ("cholesky", torch.float64): 1e-11,
+}
+# "Zero": a dependent column of the shifted factorization may keep the root of the last shift (1e-6, 1e-13) of its length.
+ZERO_LENGTH = {torch.float32: 2e-3, torch.float64: 1e-6}
+FULL_RANK = ("tall", "wide", "square", "one_row", "one_column", "batched")
+
+
+def tall(name, dtype=torch.float64):
+    x = matrix(name, dtype)
+    return x if x.shape[-2] >= x.shape[-1] else x.mT.contiguous()
+
+
+def decaying(shape, smallest, dtype):
+    """A matrix whose singular values fall geometrically from 1 to `smallest`, in a random rotation, like a real gradient's."""
+    *batch, m, r = shape
+    left = torch.linalg.qr(torch.randn(*batch, m, r, dtype=torch.float64)).Q
+    right = torch.linalg.qr(torch.randn(*batch, r, r, dtype=torch.float64)).Q
+    values = torch.logspace(0, float(np.log10(smallest)), r, dtype=torch.float64)
+    return (left * values @ right.mT).to(dtype)
+
+
+def gram_error(basis):
+    basis = basis.double()
+    return (basis.mT @ basis - torch.eye(basis.shape[-1], dtype=torch.float64)).abs().max().item()
+
+
+def is_zero_or_unit(basis, tolerance):
+    lengths = basis.double().norm(dim=-2)
+    return bool(((lengths < ZERO_LENGTH[basis.dtype]) | ((lengths - 1).abs() < tolerance)).all())
+
+
+def range_error(x, basis):
+    """Largest part of a column of x outside the span of the basis, relative to the column."""
+    x, basis = x.double(), basis.double()
+    lengths = x.norm(dim=-2)
+    outside = (x - basis @ (basis.mT @ x)).norm(dim=-2)
+    return torch.where(lengths > 0, outside / lengths, outside).max().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FULL_RANK)
+def test_columns_are_orthonormal_and_contain_the_range(name, method, dtype):
+    x = tall(name, dtype)
+    basis = orthonormalize(x, method=method)
+    assert basis.shape == x.shape and basis.dtype == dtype
+    assert gram_error(basis) < TOLERANCE[method, dtype]
+    assert range_error(x, basis) < TOLERANCE[method, dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("smallest", [1e-2, 1e-6])
+@pytest.mark.parametrize("shape", [(1024, 64), (512, 256), (256, 256), (3, 128, 32)], ids=str)
+def test_decaying_spectra_like_those_of_gradients_keep_orthonormality(shape, smallest, method, dtype):
+    x = decaying(shape, smallest, dtype)
+    basis = orthonormalize(x, method=method)
+    assert gram_error(basis) < TOLERANCE[method, dtype]
+    assert range_error(x, basis) < TOLERANCE[method, dtype]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_spectra_beyond_the_precision_of_float32_keep_orthonormality_roughly(method):
+    # 1e-9 is below the rounding of float32, so the last directions are noise; 1e-2 is far from 1 but tells a breakdown.
+    x = decaying((512, 64), 1e-9, torch.float32)
+    basis = orthonormalize(x, method=method)
+    assert gram_error(basis) < 1e-2
+    assert range_error(x, basis) < TOLERANCE[method, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["deficient", "zero"])
+def test_a_dependent_column_becomes_a_completion_or_zero(name, method, dtype):
+    x = tall(name, dtype)
+    basis = orthonormalize(x, method=method)
+    # Rounding noise becomes a direction like any other: within some 1e-5 in three passes of float32.
+    assert is_zero_or_unit(basis, 1e-4 if dtype == torch.float32 else 1e-10)
+    gram = basis.mT @ basis
+    overlaps = gram - torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1))
+    assert overlaps.abs().max() < ZERO_LENGTH[dtype]
+    assert range_error(x, basis) < TOLERANCE[method, dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_equal_columns_give_one_direction_and_completions_or_zeros(method, dtype):
+    x = torch.ones(12, 3, dtype=dtype)
+    basis = orthonormalize(x, method=method)
+    assert is_zero_or_unit(basis, TOLERANCE[method, dtype])
+    assert abs(basis[:, 0].norm().item() - 1) < TOLERANCE[method, dtype]
+    assert range_error(x, basis) < TOLERANCE[method, dtype]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_zero_column_does_not_disturb_the_others(method):
+    x = tall("tall")
+    x[:, 3] = 0
+    basis = orthonormalize(x, method=method)
+    assert is_zero_or_unit(basis, TOLERANCE[method, torch.float64])
+    assert range_error(x, basis) < TOLERANCE[method, torch.float64]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FULL_RANK)
+def test_the_span_is_that_of_the_left_singular_vectors(name, method):
+    x = tall(name)
+    left, _, _ = np.linalg.svd(x.numpy(), full_matrices=False)
+    basis = orthonormalize(x, method=method).numpy()
+    projector, expected = (b @ b.swapaxes(-1, -2) for b in (basis, left))
+    # A projector's error is twice that of its basis.
+    np.testing.assert_allclose(projector, expected, atol=2 * TOLERANCE[method, torch.float64])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_each_matrix_of_a_batch_is_treated_alone(method):
+    x = torch.stack([tall("batched")[0], 1e6 * tall("batched")[1], torch.zeros(12, 9, dtype=torch.float64)])
+    batched = orthonormalize(x, method=method)
+    for one, expected in zip(batched, x, strict=True):
+        # Batched kernels may sum in another order: some ulps.
+        torch.testing.assert_close(one, orthonormalize(expected, method=method), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_huge_and_tiny_entries_are_harmless(name, scale, method):
+    x = tall(name, torch.float32) * scale
+    basis = orthonormalize(x, method=method)
+    assert basis.isfinite().all() and is_zero_or_unit(basis, 1e-4)
+    assert range_error(x, basis) < TOLERANCE[method, torch.float32]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_column_of_subnormal_numbers_is_harmless(method):
+    # What an underflowing gradient leaves: the reciprocal of 1e-42 is no float32.
+    x = tall("tall", torch.float32)
+    x[:, 3] *= 1e-42
+    basis = orthonormalize(x, method=method)
+    assert basis.isfinite().all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_columns_of_very_different_length_count_alike(method):
+    x = tall("tall", torch.float32) * torch.logspace(-30, 30, 10)
+    basis = orthonormalize(x, method=method)
+    assert gram_error(basis) < TOLERANCE[method, torch.float32]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_half_precision_is_widened(method):
+    x = tall("tall", torch.bfloat16)
+    basis = orthonormalize(x, method=method)
+    assert basis.dtype == torch.float32
+    torch.testing.assert_close(basis, orthonormalize(x.float(), method=method), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_orthonormalize_leaves_its_input_alone(name, method):
+    x = tall(name)
+    before = x.clone()
+    orthonormalize(x, method=method)
+    assert torch.equal(x, before)
+
+
+def test_auto_is_qr_on_the_cpu():
+    x = tall("tall")
+    assert torch.equal(orthonormalize(x), orthonormalize(x, method="qr"))
+    assert not torch.equal(orthonormalize(x), orthonormalize(x, method="cholesky"))
+
+
+def test_a_wide_matrix_is_refused_with_its_shape():
+    with pytest.raises(ShapeError, match=r"\(3, 4, 7\)"):
+        orthonormalize(torch.zeros(3, 4, 7))
+
+
+def test_a_vector_is_refused_with_its_shape():
+    with pytest.raises(ShapeError, match=r"\(5,\)"):
+        orthonormalize(torch.zeros(5))
+
+
+def test_an_unknown_method_is_refused_by_name():
+    with pytest.raises(ArgumentError, match="'lu'"):
+        orthonormalize(torch.zeros(5, 2), method="lu")
+
+
+class Products:
+    """An operator that can only multiply."""
+
+    def __init__(self, a):
+        self._a, self.shape, self.dtype, self.device = a, a.shape, a.dtype, a.device
+
+    def __matmul__(self, x):
+        return self._a @ x
+
+    @property
+    def mT(self):  # noqa: N802 (torch's name)
+        return Products(self._a.mT)
+
+
+def torchs_and_ours(x, rank, power_steps=2, seed=7):
+    torch.manual_seed(seed)
+    theirs = torch.svd_lowrank(x, q=rank, niter=power_steps)
+    ours = svd_lowrank(x, rank, power_steps=power_steps, generator=torch.Generator().manual_seed(seed))
+    return theirs, ours
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("power_steps", [0, 2])
+@pytest.mark.parametrize("shape", [(24, 10), (10, 24), (16, 16), (3, 12, 9), (3, 9, 12), (2, 2, 7, 5)], ids=str)
+def test_svd_lowrank_gives_torchs_numbers_for_the_same_random_numbers(shape, power_steps, dtype, tolerance):
+    x = torch.randn(shape, dtype=dtype)
+    theirs, ours = torchs_and_ours(x, 4, power_steps)
+    for expected, found in zip(theirs, ours, strict=True):
+        # The same operations on the same numbers; only a product is written transposed: rounding over the spectral gaps.
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_svd_lowrank_at_rank_one_gives_torchs_rank_one_matrix(name):
+    theirs, ours = torchs_and_ours(matrix(name), 1)
+    expected, found = (u * s.unsqueeze(-2) @ v.mT for u, s, v in (theirs, ours))
+    # float64 rounding; the product hides the signs and a zero matrix' arbitrary vectors.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def test_svd_lowrank_without_a_generator_draws_from_torchs():
+    x = matrix("tall")
+    torch.manual_seed(3)
+    implicit = svd_lowrank(x, 3)
+    explicit = svd_lowrank(x, 3, generator=torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(implicit, explicit, strict=True))
+
+
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_svd_lowrank_at_full_rank_is_the_decomposition(name):
+    x = matrix(name)
+    u, s, v = svd_lowrank(x, min(x.shape[-2:]))
+    # Backward stable: 1e-15 times the norm (about 10) and some tens of terms.
+    torch.testing.assert_close(u * s.unsqueeze(-2) @ v.mT, x, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(s.numpy(), np.linalg.svd(x.numpy(), compute_uv=False), atol=1e-12)
+    assert gram_error(u) < 1e-12 and gram_error(v) < 1e-12
+    assert (s.diff(dim=-1) <= 0).all()
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "batched"])
+def test_svd_lowrank_needs_products_only(name):
+    x = matrix(name)
+    dense = svd_lowrank(x, 3, generator=torch.Generator().manual_seed(1))
+    operator = svd_lowrank(Products(x), 3, generator=torch.Generator().manual_seed(1))
+    assert all(torch.equal(a, b) for a, b in zip(dense, operator, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e-30])
+@pytest.mark.parametrize("name", list(MATRICES))
+def test_svd_lowrank_is_finite_for_huge_and_tiny_entries(name, scale):
+    assert all(part.isfinite().all() for part in svd_lowrank(matrix(name, torch.float32) * scale, 1))
+
+
+@pytest.mark.parametrize("rank", [0, -2, 11])
+@pytest.mark.parametrize("name", ["tall", "wide"])
+def test_svd_lowrank_refuses_an_impossible_rank_with_the_numbers(name, rank):
+    x = matrix(name)
+    with pytest.raises(ArgumentError, match=rf"rank {rank} .*{x.shape[0]} x {x.shape[1]}.* 10"):
+        svd_lowrank(x, rank)
+
+
+def test_svd_lowrank_leaves_its_input_alone():
+    x = matrix("tall")
+    before = x.clone()
+    svd_lowrank(x, 3)
+    assert torch.equal(x, before)
