@@ -1,0 +1,168 @@
+"""To a rule, a gradient is a linear operator: `G @ X` and `G.mT @ Y`. Dense and sketched gradients, one interface."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..linalg.normalize import widen
+
+
+class GradientOperator:
+    """A gradient G of shape (..., m, n), known through its products.
+
+    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `times`, `transposed_times` and
+    `is_finite`. `operator @ X` and `operator.mT @ Y` read as they do for tensors.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def times(self, x: Tensor) -> Tensor:
+        """`G x`: (..., n, r) → (..., m, r)."""
+        raise NotImplementedError
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        """`Gᵀ y`: (..., m, r) → (..., n, r)."""
+        raise NotImplementedError
+
+    def is_finite(self) -> Tensor:
+        """0-dim boolean on the operator's device: whether nothing known of G is NaN or infinite. No synchronization."""
+        raise NotImplementedError
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        return self.times(x)
+
+    @property
+    def mT(self) -> GradientOperator:  # noqa: N802 (torch's name)
+        """The transposed operator; shares everything with this one."""
+        return _Transposed(self)
+
+
+class _Transposed(GradientOperator):
+    def __init__(self, original: GradientOperator) -> None:
+        *batch, m, n = original.shape
+        self.shape, self.dtype, self.device = torch.Size((*batch, n, m)), original.dtype, original.device
+        self._original = original
+
+    def times(self, x: Tensor) -> Tensor:
+        return self._original.transposed_times(x)
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        return self._original.times(y)
+
+    def is_finite(self) -> Tensor:
+        return self._original.is_finite()
+
+    @property
+    def mT(self) -> GradientOperator:  # noqa: N802
+        return self._original
+
+
+class Dense(GradientOperator):
+    """A gradient that is in memory.
+
+    Args:
+        matrix: G, shape (..., m, n), floating; half precision is widened to float32 here, once.
+        is_owned: Whether nobody else needs the buffer, so that a rule may overwrite it (`consume`).
+    """
+
+    def __init__(self, matrix: Tensor, *, is_owned: bool = False) -> None:
+        self.matrix = widen(matrix)
+        self._is_owned = is_owned or self.matrix is not matrix
+        self.shape, self.dtype, self.device = matrix.shape, self.matrix.dtype, matrix.device
+
+    def times(self, x: Tensor) -> Tensor:
+        return self.matrix @ x
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        return self.matrix.mT @ y
+
+    def is_finite(self) -> Tensor:
+        # One pass without a temporary. A sum can overflow where the entries do not; then look at each of them.
+        finite = self.matrix.sum().isfinite()
+        if self.matrix.device.type == "cpu" and not finite:
+            return self.matrix.isfinite().all()
+        return finite
+
+    def consume(self) -> Tensor:
+        """G in a buffer that the caller may overwrite; the operator is spent afterwards."""
+        return self.matrix if self._is_owned else self.matrix.clone()
+
+    def __add__(self, other: Dense) -> Dense:
+        return Dense(self.matrix + other.matrix, is_owned=True)
+
+
+class Sketched(GradientOperator):
+    """A gradient of which only `A₁ = G X`, or also `A₂ = Gᵀ L`, is known, for orthonormal X and L.
+
+    One-sided, the operator is the projection `A₁ Xᵀ = G X Xᵀ`. Two-sided, it is the projection onto the tangent space of the
+    low-rank matrices at (L, X): `A₁ Xᵀ + L A₂ᵀ − L H Xᵀ` with `H = Lᵀ A₁`. Both are linear in G: sketches of several
+    gradients in the same bases add.
+
+    Args:
+        right: X, shape (..., n, r), orthonormal (or zero) columns.
+        right_sketch: A₁ = G X, shape (..., m, r).
+        left: L, shape (..., m, l), orthonormal (or zero) columns; None for a one-sided sketch.
+        left_sketch: A₂ = Gᵀ L, shape (..., n, l); with `left`.
+
+    Raises:
+        ShapeError: the four shapes do not belong together.
+
+    Source: the tangent-space projection of Koch and Lubich 2007; sketches in data-parallel training, PowerSGD, arXiv 1905.13727.
+    """
+
+    def __init__(self, right: Tensor, right_sketch: Tensor, left: Tensor | None = None, left_sketch: Tensor | None = None):
+        self.right, self.right_sketch, self.left, self.left_sketch = right, right_sketch, left, left_sketch
+        self._check()
+        self.shape = torch.Size((*right.shape[:-2], right_sketch.shape[-2], right.shape[-2]))
+        self.dtype, self.device = right_sketch.dtype, right_sketch.device
+
+    @classmethod
+    def of(cls, gradient: GradientOperator, right: Tensor, left: Tensor | None = None) -> Sketched:
+        """Sketch a gradient in the given bases: two products, r(m + n) numbers."""
+        left_sketch = None if left is None else gradient.transposed_times(left)
+        return cls(right, gradient.times(right), left, left_sketch)
+
+    def _check(self) -> None:
+        *batch, n, r = self.right.shape
+        m = self.right_sketch.shape[-2]
+        expected = [(*batch, n, r), (*batch, m, r), None, None]
+        if self.left is not None:
+            expected[2:] = [(*batch, m, self.left.shape[-1]), (*batch, n, self.left.shape[-1])]
+        parts = (self.right, self.right_sketch, self.left, self.left_sketch)
+        if expected != [None if part is None else tuple(part.shape) for part in parts]:
+            shapes = ", ".join("None" if part is None else str(tuple(part.shape)) for part in parts)
+            raise ShapeError(f"Sketched: X, A1, L, A2 have shapes {shapes}; needed are (n, r), (m, r), (m, l), (n, l)")
+
+    def times(self, x: Tensor) -> Tensor:
+        inner = self.right.mT @ x
+        product = self.right_sketch @ inner
+        if self.left is None:
+            return product
+        return product + self.left @ (self.left_sketch.mT @ x - self.left.mT @ product)
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        if self.left is None:
+            return self.right @ (self.right_sketch.mT @ y)
+        inner = self.left.mT @ y
+        return self.right @ (self.right_sketch.mT @ (y - self.left @ inner)) + self.left_sketch @ inner
+
+    def is_finite(self) -> Tensor:
+        finite = self.right_sketch.isfinite().all()
+        return finite if self.left is None else finite & self.left_sketch.isfinite().all()
+
+    def add_(self, gradient: GradientOperator) -> Sketched:
+        """Add another gradient's sketch in these bases, in place."""
+        self.right_sketch += gradient.times(self.right)
+        if self.left is not None:
+            self.left_sketch += gradient.transposed_times(self.left)
+        return self
+
+    def __add__(self, other: Sketched) -> Sketched:
+        if other.right is not self.right or other.left is not self.left:
+            raise ShapeError("Sketched: only sketches in the very same bases add; sketch both gradients with the same tensors")
+        left_sketch = None if self.left is None else self.left_sketch + other.left_sketch
+        return Sketched(self.right, self.right_sketch + other.right_sketch, self.left, left_sketch)
