@@ -1,0 +1,39 @@
+"""Adam, for vectors: biases, norms, scalars."""
+
+from __future__ import annotations
+
+import torch
+
+from ..gradient import Dense
+from .base import Rule, Settings, State, Update, require_fraction, require_number
+
+
+class Adam(Rule):
+    """Adam with bias correction; `beta` is its first decay, weight decay is decoupled (AdamW). State: 2 numbers per weight.
+
+    Args:
+        beta2: Decay of the second moment.
+        eps: Added to its root.
+
+    Raises:
+        ArgumentError: an option is out of range.
+
+    Source: Kingma and Ba 2015, arXiv 1412.6980; Loshchilov and Hutter 2019, arXiv 1711.05101.
+    """
+
+    name = "adam"
+    is_elementwise = True
+
+    def __init__(self, *, beta2: float = 0.999, eps: float = 1e-8) -> None:
+        self.beta2 = require_fraction("beta2", beta2)
+        self.eps = require_number("eps", eps)
+
+    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+        return {key: torch.zeros(shape, dtype=dtype, device=device) for key in ("mean", "square")}
+
+    def update(self, gradient: Dense, state: State, settings: Settings) -> tuple[Update, State]:
+        g, beta, step = gradient.matrix, settings.beta, settings.step
+        mean = torch.lerp(g, state["mean"], beta)
+        square = torch.lerp(g**2, state["square"], self.beta2)
+        root = (square / (1 - self.beta2**step)).sqrt_().add_(self.eps)
+        return Update(dense=mean / root.mul_(1 - beta**step)), {"mean": mean, "square": square}

@@ -1,0 +1,154 @@
+"""What a rule is: a pure pair `init`, `update` between a gradient operator and an Update. Writing your own takes thirty lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..gradient import GradientOperator, Sketched
+from ..linalg import orthonormalize
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the optimizer tells a rule about one update of one parameter.
+
+    Attributes:
+        rank: r, the rank of the compressed gradient and of the update, 1 ≤ r ≤ min(m, n).
+        momentum_rank: k, the rank of the momentum that is kept, 1 ≤ k ≤ min(m, n).
+        beta: Momentum β in [0, 1).
+        step: Number of this update of this parameter, counted from 1.
+        needs_spectrum: Whether the rank schedule reads `Update.spectrum`.
+        generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
+            the same seed is taken again.
+    """
+
+    rank: int
+    momentum_rank: int
+    beta: float
+    step: int
+    generator: torch.Generator
+    needs_spectrum: bool = False
+
+
+@dataclass
+class Update:
+    """A direction `left rightᵀ + dense`; the optimizer writes `W ← (1 − ηλ) W − η (left rightᵀ + dense)`.
+
+    Attributes:
+        left: (..., m, r), or None where there is no low-rank part.
+        right: (..., n, r), with `left`.
+        dense: The parameter's view (..., m, n), or None.
+        spectrum: Squared singular values of the momentum, (..., r) descending, or None: what `ByEnergy` decides on.
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+    dense: Tensor | None = None
+    spectrum: Tensor | None = field(default=None, repr=False)
+
+
+class Rule:
+    """Base of all rules. A rule holds options only; everything that changes is in the state, a dict of plain tensors.
+
+    Class attributes:
+        name: What `rule="..."` and `repr(opt)` call it.
+        is_elementwise: True for rules that need the whole gradient entry by entry (`gradient.matrix`) and suit any shape;
+            False for matrix rules, which use `gradient @ X` and `gradient.mT @ Y` only.
+        is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
+    """
+
+    name = "rule"
+    is_elementwise = False
+    is_scale_invariant = True
+
+    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+        """The state before the first update.
+
+        Args:
+            shape: Shape of the parameter's view, (..., m, n), or any shape for elementwise rules.
+            settings: `rank` and `momentum_rank` are the largest there will be.
+            dtype: float32, or float64 for float64 parameters.
+            device: The parameter's device.
+        """
+        raise NotImplementedError
+
+    def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
+        """One update.
+
+        Args:
+            gradient: The gradient as an operator; finite. Elementwise rules get a `Dense`.
+            state: What `init` or the last `update` returned; not modified.
+            settings: Rank, momentum, step and random numbers of this update.
+
+        Returns:
+            The update, in the state's dtype, and the new state with the same keys.
+        """
+        raise NotImplementedError
+
+    def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
+        """r(m + n) numbers that stand for the gradient until `opt.step()`; further gradients are added with `add_`.
+
+        Here the range of the gradient under a Gaussian test matrix: a randomized range finder on both sides. A rule with
+        momentum does better by starting from what it follows.
+
+        Args:
+            gradient: The first gradient of the step, finite.
+            state: The rule's state; not modified.
+            settings: Those that `update` will get: the same random numbers.
+        """
+        shape = (*gradient.shape[:-2], gradient.shape[-1], settings.rank)
+        right = orthonormalize(gaussian(shape, gradient, settings.generator))
+        image = gradient @ right
+        left = orthonormalize(image)
+        return Sketched(right, image, left, gradient.mT @ left)
+
+    def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
+        """The state for another rank or momentum rank; itself where its shapes depend on neither."""
+        return state
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({options})"
+
+
+def gaussian(shape: tuple[int, ...], like: Tensor | GradientOperator, generator: torch.Generator) -> Tensor:
+    """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns)."""
+    draw = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    return draw.mul_(shape[-2] ** -0.5)
+
+
+def fit_columns(x: Tensor, columns: int) -> Tensor:
+    """Keep the leading columns of (..., c), or pad with zeros up to `columns`."""
+    if x.shape[-1] >= columns:
+        return x[..., :columns]
+    return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))
+
+
+def update_scale(shape: torch.Size) -> float:
+    """0.2 √max(m, n): gives an orthogonal update the root mean square of AdamW's, so that learning rates compare.
+
+    Source: Moonlight, arXiv 2502.16982, section 2.2.
+    """
+    return 0.2 * max(shape[-2:]) ** 0.5
+
+
+def require_fraction(name: str, value: float, *, is_one_allowed: bool = False) -> float:
+    """`value` as a float, where it lies in [0, 1), or [0, 1]; an ArgumentError otherwise."""
+    value = require_number(name, value)
+    if not (0 <= value < 1 or (is_one_allowed and value == 1)):
+        raise ArgumentError(f"{name}={value}: it must lie in [0, 1{']' if is_one_allowed else ')'}")
+    return value
+
+
+def require_number(name: str, value: float, *, minimum: float = 0.0) -> float:
+    """`value` as a float, where it is a finite number not below `minimum`; an ArgumentError otherwise."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not minimum <= value < float("inf"):
+        raise ArgumentError(f"{name}={value!r}: it must be a finite number, at least {minimum:g}")
+    return float(value)

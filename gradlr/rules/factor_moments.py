@@ -1,0 +1,95 @@
+"""FactorMoments: the source notebook's rule, to the letter: Adam on singular values, orthogonalized means of singular vectors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..gradient import GradientOperator
+from ..linalg import newton_schulz, svd_lowrank
+from .base import Rule, Settings, State, Update, fit_columns, require_fraction, require_number, update_scale
+
+
+class FactorMoments(Rule):
+    """Moments of the three factors of a randomized SVD of the gradient (the notebook's ARG: adaptive-rank gradient).
+
+    `U, S, V = svd_lowrank(G, r)`; Adam's moments of S, running means of U and V, five Newton–Schulz steps on each mean;
+    `W ← W − η · scale · O(m_U) diag(ŝ) O(m_V)ᵀ`. State: r(m + n) + 2r numbers.
+
+    Singular vectors come with arbitrary signs and, where singular values are close, arbitrary rotations, so that their running
+    means cancel: measured, this rule is behind `TrackedMomentum`. `is_adjusted` is the correction that the notebook sets aside.
+
+    Args:
+        beta2: Decay of the second moment of S.
+        eps: Added to its root.
+        scale: Factor on the update; None for 0.2 √max(m, n), which makes learning rates comparable with AdamW's; 1.0 is the
+            notebook's.
+        is_adjusted: Whether moments are carried into the new singular basis before they are averaged: for the change of
+            direction by the one rotation Q = polar(m_Uᵀ U + m_Vᵀ V), m_U ← m_U Q, m_V ← m_V Q; for the change of
+            magnitude by m_S ← (Q∘Q)ᵀ m_S, v_S ← (Q∘Q)ᵀ v_S.
+        newton_schulz_dtype: Arithmetic of the Newton–Schulz steps; bfloat16 is the notebook's.
+
+    Raises:
+        ArgumentError: an option is out of range.
+    """
+
+    name = "factor_moments"
+
+    def __init__(
+        self,
+        *,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        scale: float | None = None,
+        is_adjusted: bool = False,
+        newton_schulz_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.beta2 = require_fraction("beta2", beta2)
+        self.eps = require_number("eps", eps)
+        self.scale = None if scale is None else require_number("scale", scale)
+        self.is_adjusted = bool(is_adjusted)
+        self.newton_schulz_dtype = newton_schulz_dtype
+
+    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+        *batch, m, n = shape
+        sizes = {"U": (m, settings.rank), "V": (n, settings.rank), "S": (settings.rank,), "S2": (settings.rank,)}
+        return {key: torch.zeros((*batch, *size), dtype=dtype, device=device) for key, size in sizes.items()}
+
+    def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
+        return {key: fit_columns(value, settings.rank).clone() for key, value in state.items()}
+
+    def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
+        beta, step = settings.beta, settings.step
+        u, s, v = svd_lowrank(gradient, settings.rank, generator=settings.generator)
+        if state["S"].shape[-1] != settings.rank:
+            state = self.resize(state, gradient.shape, settings)
+        if self.is_adjusted and step > 1:
+            state = _carry_over(state, u, v)
+        new_state = {
+            "U": torch.lerp(u, state["U"], beta),
+            "V": torch.lerp(v, state["V"], beta),
+            "S": torch.lerp(s, state["S"], beta),
+            "S2": torch.lerp(s**2, state["S2"], self.beta2),
+        }
+        mean = new_state["S"] / (1 - beta**step)
+        root_mean_square = (new_state["S2"] / (1 - self.beta2**step)).sqrt()
+        weights = mean / (root_mean_square + self.eps)
+        left = self._orthogonalize(new_state["U"]) * weights.unsqueeze(-2)
+        scale = update_scale(gradient.shape) if self.scale is None else self.scale
+        return Update(left=left * scale, right=self._orthogonalize(new_state["V"]), spectrum=s**2), new_state
+
+    def _orthogonalize(self, x: Tensor) -> Tensor:
+        return newton_schulz(x, dtype=self.newton_schulz_dtype).to(x.dtype)
+
+
+def _carry_over(state: State, u: Tensor, v: Tensor) -> State:
+    # The nearest orthogonal matrix, by a full SVD of r × r numbers: directions without momentum are rotated somehow, not lost.
+    left, _, right = torch.linalg.svd(state["U"].mT @ u + state["V"].mT @ v)
+    rotation = left @ right
+    shares = (rotation**2).mT
+    return {
+        "U": state["U"] @ rotation,
+        "V": state["V"] @ rotation,
+        "S": (shares @ state["S"].unsqueeze(-1)).squeeze(-1),
+        "S2": (shares @ state["S2"].unsqueeze(-1)).squeeze(-1),
+    }

@@ -1,0 +1,45 @@
+"""RowwiseRMSprop, for tables: embeddings and output heads, one row per token."""
+
+from __future__ import annotations
+
+import torch
+
+from ..errors import ShapeError
+from ..gradient import Dense
+from .base import Rule, Settings, State, Update, require_fraction, require_number
+
+
+class RowwiseRMSprop(Rule):
+    """One second moment per row, no momentum. State: m numbers instead of Adam's 2mn.
+
+    `v_i ← β₂ v_i + (1 − β₂) mean_j G_ij²`, bias-corrected; update `G_ij / (√v_i + ε)`.
+
+    Args:
+        beta2: Decay of the second moment.
+        eps: Added to its root.
+
+    Raises:
+        ArgumentError: an option is out of range.
+        ShapeError: (in `init`) the parameter is no matrix.
+
+    Source: RMSprop with the row-wise second moment of row-wise AdaGrad, arXiv 1906.00091, section 3.2.
+    """
+
+    name = "rowwise_rmsprop"
+    is_elementwise = True
+
+    def __init__(self, *, beta2: float = 0.99, eps: float = 1e-8) -> None:
+        self.beta2 = require_fraction("beta2", beta2)
+        self.eps = require_number("eps", eps)
+
+    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+        if len(shape) < 2:
+            raise ShapeError(f"rowwise_rmsprop needs a table (rows, columns); the parameter has shape {tuple(shape)}")
+        return {"square": torch.zeros((*shape[:-1], 1), dtype=dtype, device=device)}
+
+    def update(self, gradient: Dense, state: State, settings: Settings) -> tuple[Update, State]:
+        g = gradient.matrix
+        norms = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
+        square = torch.lerp(norms**2 / g.shape[-1], state["square"], self.beta2)
+        root = (square / (1 - self.beta2**settings.step)).sqrt_().add_(self.eps)
+        return Update(dense=g / root), {"square": square}

@@ -1,0 +1,181 @@
+"""TrackedMomentum: a low-rank momentum whose basis is followed from step to step, under an update of larger rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..gradient import Dense, GradientOperator, Sketched
+from ..linalg import leading_directions, multi_normalize, newton_schulz, normalize_columns, orthonormalize, polar_factor
+from ..linalg.normalize import largest_entry
+from .base import Rule, Settings, State, Update, fit_columns, gaussian, require_fraction, require_number, update_scale
+
+# Entries of the residual below this share of the gradient's largest are rounding errors, not a direction (float32: a few ulp).
+_RESIDUAL_RTOL = 1e-6
+
+
+class TrackedMomentum(Rule):
+    """The default: a warm-started power step on momentum plus gradient, an orthogonalized update of rank r, momentum of rank k.
+
+    State: P (..., m, k) with orthonormal or zero columns, and R (..., n, k), with momentum M ≈ P Rᵀ: k(m + n) numbers.
+
+    Args:
+        residual: Weight α of the part of the gradient outside the update's basis, spread over all directions by normalizing
+            rows and columns; used only where the gradient itself is in memory. 0 turns it off.
+        is_weighed: Whether singular directions get Adam-like weights (mean over root mean square of the singular values)
+            instead of ones; adds a state of one number per rank.
+        beta2: Decay of the second moment of the singular values, with `is_weighed`.
+        eps: Added to its root, with `is_weighed`.
+        arithmetic: "decompose" (QR and eigenvectors: exact), "products" (matrix products, Cholesky and triangular solves
+            only: fast on CUDA, never synchronizes), or "auto": products on CUDA, decompose elsewhere.
+
+    Raises:
+        ArgumentError: an option is out of range, or `is_weighed` with `arithmetic="products"`.
+
+    Source: power iteration with warm start as in PowerSGD (arXiv 1905.13727) and Dion (2504.05295); orthogonalized momentum as
+    in Muon; residual by gradient multi-normalization (2502.06742).
+    """
+
+    name = "tracked_momentum"
+
+    def __init__(
+        self,
+        *,
+        residual: float = 0.5,
+        is_weighed: bool = False,
+        beta2: float = 0.999,
+        eps: float = 1e-8,
+        arithmetic: str = "auto",
+    ) -> None:
+        if arithmetic not in ("auto", "decompose", "products"):
+            raise ArgumentError(f"arithmetic={arithmetic!r}: use 'auto', 'decompose' or 'products'")
+        if is_weighed and arithmetic == "products":
+            raise ArgumentError("is_weighed=True needs singular values: use arithmetic='decompose'")
+        self.residual = require_number("residual", residual)
+        self.is_weighed = bool(is_weighed)
+        self.beta2 = require_fraction("beta2", beta2)
+        self.eps = require_number("eps", eps)
+        self.arithmetic = arithmetic
+
+    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+        *batch, m, n = shape
+        k = settings.momentum_rank
+        state = {
+            "P": torch.zeros((*batch, m, k), dtype=dtype, device=device),
+            "R": torch.zeros((*batch, n, k), dtype=dtype, device=device),
+        }
+        if self.is_weighed:
+            state["second_moment"] = torch.zeros((*batch, settings.rank), dtype=torch.float64, device=device)
+        return state
+
+    def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
+        # The state's shape follows k alone; r, which follows the loss, moves nothing.
+        resized = {key: fit_columns(state[key], settings.momentum_rank).contiguous() for key in ("P", "R")}
+        return {**state, **resized}
+
+    def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
+        """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own."""
+        method = self._method(state["R"])
+        right = orthonormalize(self._test_matrix(state, settings), method=method)
+        image = gradient @ right
+        moved = image + settings.beta * (state["P"] @ (state["R"].mT @ right))
+        left = orthonormalize(torch.cat([moved, state["P"]], dim=-1)[..., : gradient.shape[-2]], method=method)
+        return Sketched(right, image, left, gradient.mT @ left)
+
+    def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
+        beta, method = settings.beta, self._method(state["R"])
+        momentum_left, momentum_right = state["P"], state["R"]
+        test = self._test_matrix(state, settings)
+        y = gradient @ test + beta * (momentum_left @ (momentum_right.mT @ test))
+        basis = orthonormalize(y, method=method)
+        z = gradient.mT @ basis
+        averaged = z + beta * (momentum_right @ (momentum_left.mT @ basis))
+        direction, second_moment = self._direction(z + beta * averaged, state, settings)
+        is_moving = largest_entry(z) > 0
+        rotation, spectrum = self._leading(averaged, basis, state, settings)
+        k = momentum_left.shape[-1]
+        new_state = {
+            "P": fit_columns(basis @ rotation[..., :k], k).contiguous(),
+            "R": fit_columns(averaged @ rotation[..., :k], k).contiguous(),
+            **second_moment,
+        }
+        scale = update_scale(gradient.shape)
+        update = Update(left=basis * scale, right=direction * is_moving, spectrum=spectrum)
+        if self.residual and isinstance(gradient, Dense):
+            update.dense = self._residual(gradient, basis, z, scale)
+        return update, new_state
+
+    def _method(self, like: Tensor) -> str:
+        uses_products = self.arithmetic == "products" or (self.arithmetic == "auto" and like.is_cuda and not self.is_weighed)
+        return "cholesky" if uses_products else "qr"
+
+    def _test_matrix(self, state: State, settings: Settings) -> Tensor:
+        # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
+        momentum_right, rank = state["R"], settings.rank
+        fresh = gaussian((*momentum_right.shape[:-1], rank), momentum_right, settings.generator)
+        return _fill(normalize_columns(momentum_right[..., :rank]), fresh)
+
+    def _direction(self, nesterov: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+        if self._method(nesterov) == "cholesky":
+            return newton_schulz(_unit_peak(nesterov), dtype=nesterov.dtype), {}
+        if not self.is_weighed:
+            return polar_factor(nesterov), {}
+        known, rank = state["second_moment"], nesterov.shape[-1]
+        known = fit_columns(known, max(rank, known.shape[-1]))
+        moments = known.clone()
+
+        def weigh(values: Tensor) -> Tensor:
+            # Adam's bias-corrected mean, kept as such: a direction that is new starts at its own square, so at weight 1.
+            share = (1 - self.beta2) / (1 - self.beta2**settings.step)
+            old = known[..., :rank]
+            moments[..., :rank] = torch.where(old > 0, torch.lerp(old, values**2, share), values**2)
+            return values / (moments[..., :rank].sqrt() + self.eps)
+
+        direction = polar_factor(nesterov, weights=weigh)
+        return direction, {"second_moment": moments}
+
+    def _leading(self, averaged: Tensor, basis: Tensor, state: State, settings: Settings) -> tuple[Tensor, Tensor | None]:
+        if self._method(averaged) == "qr":
+            return leading_directions(averaged)
+        # Two power steps from where the last basis points; columns that had no momentum yet start at unit vectors.
+        k = min(state["P"].shape[-1], basis.shape[-1])
+        unit = torch.eye(basis.shape[-1], k, dtype=basis.dtype, device=basis.device).expand(*basis.shape[:-2], -1, -1)
+        start = _fill(normalize_columns(basis.mT @ state["P"][..., :k]), unit)
+        scaled = _unit_peak(averaged)
+        for _ in range(2):
+            start = orthonormalize(scaled.mT @ (scaled @ start), method="cholesky")
+        return start, leading_directions(averaged)[1] if settings.needs_spectrum else None
+
+    def _residual(self, gradient: Dense, basis: Tensor, z: Tensor, scale: float) -> Tensor | None:
+        open_directions = min(gradient.shape[-2:]) - basis.shape[-1]
+        if open_directions <= 0:
+            return None
+        threshold = _RESIDUAL_RTOL * largest_entry(gradient.matrix)
+        rest = gradient.consume()
+        if rest.ndim == 2:
+            rest.addmm_(basis, z.mT, alpha=-1)
+        else:
+            rest -= basis @ z.mT
+        is_direction = largest_entry(rest) > threshold
+        spread = multi_normalize(rest, inplace=True)
+        length = self.residual * scale * _unit_columns_scale(spread, open_directions)
+        return spread.mul_(torch.where(is_direction, length, 0.0))
+
+
+def _unit_columns_scale(spread: Tensor, open_directions: int) -> Tensor:
+    # Every nonzero column has unit length, so the squared Frobenius norm is their number.
+    length = torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True)
+    return torch.where(length > 0, open_directions**0.5 / length, 0.0)
+
+
+def _unit_peak(x: Tensor) -> Tensor:
+    # The constants of Newton–Schulz and of the shifts suppose entries of ordinary size.
+    return x / largest_entry(x).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def _fill(columns: Tensor, fresh: Tensor) -> Tensor:
+    # Fresh columns behind the given ones, and in place of those that are zero: momentum that does not exist yet.
+    k = columns.shape[-1]
+    is_known = (columns != 0).any(dim=-2, keepdim=True)
+    return torch.cat([torch.where(is_known, columns, fresh[..., :k]), fresh[..., k:]], dim=-1)

@@ -1,0 +1,329 @@
+"""TrackedMomentum against its float64 reference, and what it promises by itself."""
+
+import pytest
+import torch
+from reference.tracked_momentum import TrackedMomentumReference
+from rules.driving import descend, first_state, random_gradients, settings, standard_normals
+from torch import nn
+
+import gradlr
+from gradlr import ArgumentError
+from gradlr.gradient import Dense, Sketched
+from gradlr.rules import TrackedMomentum
+from gradlr.rules.base import update_scale
+from gradlr.slots import mixed_seed
+
+SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
+OPTIONS = {
+    "plain": ({}, {}),
+    "no_residual": ({"residual": 0.0}, {}),
+    "whole_residual": ({"residual": 1.0}, {}),
+    "decay": ({}, {"weight_decay": 0.1}),
+    "weighed": ({"is_weighed": True}, {}),
+    "weighed_no_residual": ({"is_weighed": True, "residual": 0.0, "beta2": 0.9}, {"weight_decay": 0.1}),
+}
+COUNT = 20
+# float64, 20 steps: 1e-16 of rounding, times the condition of Gram matrix, basis and small residuals, some 1e5 in all.
+TIGHT = {"rtol": 0.0, "atol": 1e-10}
+
+
+def reference_for(weight, rule, *, rank, momentum_rank, lr, beta, weight_decay=0.0):
+    return TrackedMomentumReference(
+        weight.numpy(), rank=rank, momentum_rank=momentum_rank, lr=lr, beta=beta, weight_decay=weight_decay,
+        residual=rule.residual, weigh=rule.is_weighed, beta2=rule.beta2, eps=rule.eps,
+    )  # fmt: skip
+
+
+def one_update(rule, gradient, *, rank, momentum_rank=2, **options):
+    state = first_state(rule, gradient.shape, gradient.dtype, rank=rank, momentum_rank=momentum_rank)
+    return rule.update(Dense(gradient), state, settings(rank, momentum_rank, **options))
+
+
+def same_space(one, other):
+    """Cosines of the principal angles between two column spaces of equal dimension."""
+    return torch.linalg.svdvals(torch.linalg.qr(one).Q.mT @ torch.linalg.qr(other).Q)
+
+
+# -- the reference -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("decay", [1.0, 0.6])
+@pytest.mark.parametrize(("options", "writing"), OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(("rank", "momentum_rank"), [(4, 2), (4, 4), (10, 3)])
+def test_twenty_steps_are_the_references(shape, decay, options, writing, rank, momentum_rank):
+    rule, common = TrackedMomentum(**options), {"rank": rank, "momentum_rank": momentum_rank, "lr": 0.05, "beta": 0.9}
+    weight, gradients = torch.randn(shape, dtype=torch.float64), random_gradients(shape, COUNT, decay=decay)
+    state = first_state(rule, shape, rank=rank, momentum_rank=momentum_rank)
+    weights, _ = descend(rule, state, gradients, weight=weight, **common, **writing)
+    reference = reference_for(weight, rule, **common, **writing)
+    for step, (gradient, found) in enumerate(zip(gradients, weights, strict=True), start=1):
+        reference.step(gradient.numpy(), standard_normals((shape[1], rank), step=step).numpy())
+        torch.testing.assert_close(found, torch.from_numpy(reference.weight), **TIGHT)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_twenty_steps_of_the_optimizer_are_the_references(shape):
+    model = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
+    tracker = gradlr.LossTracker()
+    options = {"rank": 5, "momentum_rank": 2, "lr": 0.05, "beta": 0.8, "weight_decay": 0.1}
+    opt = gradlr.attach(model, tracker, seed=7, **options)
+    reference = reference_for(model.weight.detach(), TrackedMomentum(), **options)
+    for step, gradient in enumerate(random_gradients(shape, COUNT), start=1):
+        tracker(1.0)
+        opt.receive(model.weight, Dense(gradient))
+        generator = torch.Generator().manual_seed(mixed_seed(7, 0, step))
+        reference.step(gradient.numpy(), torch.randn(shape[1], 5, dtype=torch.float64, generator=generator).numpy())
+        torch.testing.assert_close(model.weight.detach(), torch.from_numpy(reference.weight), **TIGHT)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_gradients_of_rank_two_and_zero_ones_between_are_the_references(shape):
+    rule, common = TrackedMomentum(), {"rank": 6, "momentum_rank": 4, "lr": 0.05, "beta": 0.9}
+    left = torch.randn(shape[0], 2, dtype=torch.float64)
+    gradients = [left @ torch.randn(2, shape[1], dtype=torch.float64) for _ in range(6)]
+    gradients[3] = torch.zeros(shape, dtype=torch.float64)
+    weight = torch.randn(shape, dtype=torch.float64)
+    weights, _ = descend(rule, first_state(rule, shape, rank=6, momentum_rank=4), gradients, weight=weight, **common)
+    reference = reference_for(weight, rule, **common)
+    for step, (gradient, found) in enumerate(zip(gradients, weights, strict=True), start=1):
+        reference.step(gradient.numpy(), standard_normals((shape[1], 6), step=step).numpy())
+        torch.testing.assert_close(found, torch.from_numpy(reference.weight), **TIGHT)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_float32_stays_near_the_float64_reference(shape):
+    rule, common = TrackedMomentum(), {"rank": 4, "momentum_rank": 2, "lr": 0.05, "beta": 0.9}
+    weight, gradients = torch.randn(shape), [gradient.float() for gradient in random_gradients(shape, 1)]
+    weights, _ = descend(rule, first_state(rule, shape, torch.float32), gradients, weight=weight, **common)
+    reference = reference_for(weight, rule, **common)
+    drawn = standard_normals((shape[1], 4), step=1, dtype=torch.float32)
+    reference.step(gradients[0].double().numpy(), drawn.double().numpy())
+    # 6e-8 of rounding, times the condition of basis and residual, below 1e2.
+    torch.testing.assert_close(weights[0].double(), torch.from_numpy(reference.weight), rtol=0, atol=1e-5)
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 9), (2, 2, 7, 11)])
+@pytest.mark.parametrize("is_weighed", [False, True])
+def test_a_batch_is_a_loop_where_the_rank_is_full(shape, is_weighed):
+    # Full rank: the basis spans everything, so that the random numbers, which differ, do not matter.
+    full, rule = min(shape[-2:]), TrackedMomentum(is_weighed=is_weighed)
+    options = {"rank": full, "momentum_rank": 3, "lr": 0.1}
+    gradients, weight = random_gradients(shape, 5), torch.zeros(shape, dtype=torch.float64)
+    state = first_state(rule, shape, rank=full, momentum_rank=3)
+    found = descend(rule, state, gradients, weight=weight, **options)[0][-1].reshape(-1, *shape[-2:])
+    for index, one in enumerate(found):
+        single = [gradient.reshape(-1, *shape[-2:])[index] for gradient in gradients]
+        state = first_state(rule, shape[-2:], rank=full, momentum_rank=3)
+        alone = descend(rule, state, single, weight=torch.zeros(shape[-2:], dtype=torch.float64), **options)[0][-1]
+        torch.testing.assert_close(one, alone, **TIGHT)
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.5])
+def test_a_batch_is_a_loop_where_the_same_random_numbers_are_fed(residual):
+    shape, rule, common = (3, 12, 9), TrackedMomentum(residual=residual), {"rank": 4, "momentum_rank": 2, "lr": 0.1, "beta": 0.9}
+    gradients, weight = random_gradients(shape, 5), torch.randn(shape, dtype=torch.float64)
+    weights, _ = descend(rule, first_state(rule, shape), gradients, weight=weight, **common)
+    references = [reference_for(one, rule, **common) for one in weight]
+    for step, (gradient, found) in enumerate(zip(gradients, weights, strict=True), start=1):
+        drawn = standard_normals((3, 9, 4), step=step)
+        for index, reference in enumerate(references):
+            reference.step(gradient[index].numpy(), drawn[index].numpy())
+            torch.testing.assert_close(found[index], torch.from_numpy(reference.weight), **TIGHT)
+
+
+# -- what it promises by itself ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("arithmetic", ["decompose", "products"])
+def test_the_momentum_has_an_orthonormal_left_factor(shape, arithmetic):
+    rule = TrackedMomentum(arithmetic=arithmetic)
+    _, state = descend(
+        rule, first_state(rule, shape, momentum_rank=3), random_gradients(shape, 6, decay=0.7), rank=5, momentum_rank=3,
+        lr=0.1, weight=torch.zeros(shape, dtype=torch.float64),
+    )  # fmt: skip
+    # Householder to rounding; the last Cholesky pass leaves its shift, 1e-6, once per factor of P.
+    tolerance = 1e-12 if arithmetic == "decompose" else 1e-5
+    torch.testing.assert_close(state["P"].mT @ state["P"], torch.eye(3, dtype=torch.float64), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rank", [1, 4, 10])
+def test_all_singular_values_of_the_update_are_equal_without_residual(shape, rank):
+    rule = TrackedMomentum(residual=0)
+    state = first_state(rule, shape)
+    for step, gradient in enumerate(random_gradients(shape, 4), start=1):
+        update, state = rule.update(Dense(gradient), state, settings(rank, 2, step=step))
+        values = torch.linalg.svdvals(update.left @ update.right.mT)[:rank]
+        expected = torch.full_like(values, 0.2 * max(shape) ** 0.5)
+        # Polar factor through a float64 Gram matrix: rounding times the squared condition, 1e3, of a few columns.
+        torch.testing.assert_close(values, expected, rtol=1e-9, atol=0)
+
+
+def test_at_full_rank_with_full_momentum_it_is_muon_with_nesterov_momentum():
+    rule, n, beta, lr = TrackedMomentum(), 12, 0.9, 0.1
+    gradients, weight = random_gradients((n, n), COUNT), torch.randn(n, n, dtype=torch.float64)
+    state = first_state(rule, (n, n), rank=n, momentum_rank=n)
+    weights, state = descend(rule, state, gradients, weight=weight, rank=n, momentum_rank=n, lr=lr, beta=beta)
+    momentum = torch.zeros_like(weight)
+    for gradient, found in zip(gradients, weights, strict=True):
+        momentum = beta * momentum + gradient
+        u, _, vh = torch.linalg.svd(gradient + beta * momentum)
+        weight = weight - lr * 0.2 * n**0.5 * (u @ vh)
+        torch.testing.assert_close(found, weight, **TIGHT)
+    torch.testing.assert_close(state["P"] @ state["R"].mT, momentum, **TIGHT)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(("rank", "momentum_rank"), [(4, 1), (6, 3), (10, 4)])
+def test_the_momentum_that_is_kept_is_the_best_one_of_its_rank(shape, rank, momentum_rank):
+    (gradient,) = random_gradients(shape, 1)
+    update, state = one_update(TrackedMomentum(), gradient, rank=rank, momentum_rank=momentum_rank)
+    basis = update.left / update_scale(shape)
+    u, s, vh = torch.linalg.svd(basis @ (basis.mT @ gradient), full_matrices=False)
+    best = (u[:, :momentum_rank] * s[:momentum_rank]) @ vh[:momentum_rank]
+    torch.testing.assert_close(state["P"] @ state["R"].mT, best, **TIGHT)
+    # Squared singular values: twice the relative rounding.
+    torch.testing.assert_close(update.spectrum, s[:rank] ** 2, rtol=1e-10, atol=1e-10)
+
+
+def test_following_a_fixed_gradient_finds_its_leading_directions():
+    shape, k = (24, 16), 3
+    (gradient,) = random_gradients(shape, 1, decay=0.7)
+    leading = torch.linalg.svd(gradient, full_matrices=False).U[:, :k]
+    rule, weight, cosines = TrackedMomentum(), torch.zeros(shape, dtype=torch.float64), {}
+    for count in (1, 40):
+        state = first_state(rule, shape, momentum_rank=k)
+        _, state = descend(rule, state, [gradient] * count, weight=weight, lr=0.1, rank=6, momentum_rank=k)
+        cosines[count] = same_space(state["P"], leading).min()
+    # One step leaves the third direction at 0.91; what was kept helps each later one, slowly at a decay of 0.7.
+    assert cosines[1] < 0.95 and cosines[40] > 0.999
+
+
+@pytest.mark.parametrize("arithmetic", ["decompose", "products"])
+def test_a_schedule_by_energy_follows_the_momentums_spectrum(arithmetic):
+    model, tracker = nn.Linear(16, 16, bias=False), gradlr.LossTracker()
+    opt = gradlr.attach(model, tracker, rule=TrackedMomentum(arithmetic=arithmetic), rank=gradlr.ByEnergy(0.95))
+    left, right = torch.randn(16, 2), torch.randn(2, 16)
+    for _ in range(6):
+        tracker(1.0)
+        opt.receive(model.weight, Dense(left @ right))
+    # Two directions hold all of the energy; ranks above 8 come in steps of 8.
+    assert opt.slots[0].rank <= 8
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_follow_the_same_space_as_decompose_on_low_rank_gradients(shape, dtype):
+    k = 3
+    left, right = torch.randn(shape[0], k, dtype=dtype), torch.randn(shape[1], k, dtype=dtype)
+    gradients = [(left * torch.tensor([4.0, 2.0, 1.0], dtype=dtype)) @ right.mT * (1 + 0.1 * step) for step in range(4)]
+    states = []
+    for arithmetic in ("decompose", "products"):
+        rule = TrackedMomentum(arithmetic=arithmetic)
+        state = first_state(rule, shape, dtype, momentum_rank=k)
+        states.append(
+            descend(rule, state, gradients, weight=torch.zeros(shape, dtype=dtype), lr=0.1, rank=6, momentum_rank=k)[1]
+        )
+    one, other = states
+    # Shifts of 1e-6 in the Cholesky passes, rounding of 1e-7 in float32.
+    assert same_space(one["P"], other["P"]).min() > 1 - 1e-4
+    assert same_space(one["R"], other["R"]).min() > 1 - 1e-4
+    momentum, expected = (state["P"] @ state["R"].mT for state in (other, one))
+    assert torch.linalg.norm(momentum - expected) < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_singular_values_of_a_products_update_are_newton_schulz_ones(shape):
+    rule = TrackedMomentum(arithmetic="products", residual=0)
+    (gradient,) = random_gradients(shape, 1)
+    update, _ = one_update(rule, gradient, rank=4)
+    values = torch.linalg.svdvals(update.left @ update.right.mT)[:4] / update_scale(shape)
+    # Five of Muon's steps bring values of a well conditioned matrix to 0.7 up to 1.2.
+    assert values.min() > 0.6 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("residual", [0.25, 1.0])
+def test_the_residual_lies_outside_the_basis_with_its_frobenius_norm(shape, residual):
+    (gradient,) = random_gradients(shape, 1)
+    update, _ = one_update(TrackedMomentum(residual=residual), gradient, rank=4)
+    expected = residual * 0.2 * max(shape) ** 0.5 * (min(shape) - 4) ** 0.5
+    # The length is set in the last multiplication: a few roundings.
+    torch.testing.assert_close(float(update.dense.norm()), expected, rtol=1e-12, atol=0)
+    # Scaling rows turns columns a little into the basis: mostly outside is what is meant by spread.
+    basis = update.left / update_scale(shape)
+    assert (basis.mT @ update.dense).norm() < 0.5 * update.dense.norm()
+
+
+def test_there_is_no_residual_at_full_rank_without_weight_or_for_a_sketch():
+    (gradient,) = random_gradients((12, 8), 1)
+    assert one_update(TrackedMomentum(), gradient, rank=8)[0].dense is None
+    assert one_update(TrackedMomentum(residual=0), gradient, rank=4)[0].dense is None
+    rule = TrackedMomentum()
+    state, q = first_state(rule, (12, 8)), torch.linalg.qr(gradient).Q
+    sketches = (Sketched.of(Dense(gradient), q[:8, :4]), rule.sketch(Dense(gradient), state, settings()))
+    assert all(rule.update(sketch, state, settings())[0].dense is None for sketch in sketches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rounding_errors_are_no_residual(dtype):
+    gradient = torch.randn(20, 3, dtype=dtype) @ torch.randn(3, 16, dtype=dtype)
+    update, _ = one_update(TrackedMomentum(), gradient, rank=5)
+    assert torch.count_nonzero(update.dense) == 0
+
+
+def test_a_zero_gradient_gives_a_zero_update_while_momentum_is_kept():
+    rule, shape = TrackedMomentum(), (12, 8)
+    (gradient,) = random_gradients(shape, 1)
+    _, state = one_update(rule, gradient, rank=4)
+    update, after = rule.update(Dense(torch.zeros_like(gradient)), state, settings(step=2, beta=0.5))
+    assert torch.count_nonzero(update.left @ update.right.mT) == torch.count_nonzero(update.dense) == 0
+    torch.testing.assert_close(after["P"] @ after["R"].mT, 0.5 * state["P"] @ state["R"].mT, **TIGHT)
+
+
+def test_without_momentum_the_state_is_the_gradients_best_approximation():
+    rule, shape = TrackedMomentum(), (12, 8)
+    first, second = random_gradients(shape, 2)
+    weight = torch.zeros(shape, dtype=torch.float64)
+    state = first_state(rule, shape, rank=8)
+    _, state = descend(rule, state, [first, second], weight=weight, lr=0.1, rank=8, momentum_rank=2, beta=0.0)
+    u, s, vh = torch.linalg.svd(second, full_matrices=False)
+    torch.testing.assert_close(state["P"] @ state["R"].mT, (u[:, :2] * s[:2]) @ vh[:2], **TIGHT)
+
+
+@pytest.mark.parametrize(("rank", "momentum_rank"), [(2, 4), (1, 3)])
+def test_weights_stay_about_one_where_more_momentum_is_kept_than_the_rank(rank, momentum_rank):
+    rule, shape = TrackedMomentum(is_weighed=True, residual=0), (16, 12)
+    (gradient,) = random_gradients(shape, 1)
+    update, _ = one_update(rule, gradient, rank=rank, momentum_rank=momentum_rank)
+    values = torch.linalg.svdvals(update.left @ update.right.mT) / update_scale(shape)
+    # Mean over root mean square of one number each: one, up to eps.
+    assert values.max() < 1.01
+
+
+def test_weights_stay_about_one_through_attach_where_the_rank_is_below_the_momentums():
+    model, tracker = nn.Linear(12, 16, bias=False), gradlr.LossTracker()
+    opt = gradlr.attach(model, tracker, rule=TrackedMomentum(is_weighed=True, residual=0), rank=2, momentum_rank=4, lr=1e-2)
+    before = model.weight.detach().clone()
+    tracker(model(torch.randn(8, 12)).square().mean()).backward()
+    opt.step()
+    # lr * 0.2 sqrt(16) times the root of at most four singular values of one.
+    assert (model.weight.detach() - before).norm() < 1e-2 * 0.2 * 4 * 2.01
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"residual": -0.1}, {"residual": float("nan")}, {"residual": True}, {"beta2": 1.0}, {"beta2": -0.1}, {"eps": -1e-8},
+        {"eps": float("inf")}, {"arithmetic": "fast"}, {"is_weighed": True, "arithmetic": "products"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_options_out_of_range_are_errors(options):
+    with pytest.raises(ArgumentError):
+        TrackedMomentum(**options)
