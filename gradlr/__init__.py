@@ -1,0 +1,43 @@
+"""gradlr: every weight is updated inside backward, from a gradient compressed to rank r; no gradient is left over."""
+
+from . import linalg, rules
+from .attach import attach
+from .errors import (
+    ArgumentError,
+    AttachError,
+    BackwardError,
+    CheckpointError,
+    GradlrError,
+    GradlrWarning,
+    LossError,
+    NonFiniteError,
+    ShapeError,
+)
+from .optimizer import GradLR
+from .ranks import ByEnergy, ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
+from .tracker import LossTracker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "AttachError",
+    "BackwardError",
+    "ByEnergy",
+    "ByLoss",
+    "CheckpointError",
+    "Fixed",
+    "GradLR",
+    "GradlrError",
+    "GradlrWarning",
+    "LossError",
+    "LossTracker",
+    "NonFiniteError",
+    "RankInputs",
+    "RankSchedule",
+    "ShapeError",
+    "attach",
+    "decide_rank",
+    "linalg",
+    "rules",
+]

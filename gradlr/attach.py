@@ -1,0 +1,181 @@
+"""attach(): one line between a model and its training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .errors import ArgumentError, AttachError
+from .optimizer import GradLR
+from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, with_kind
+from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
+from .rules import Rule, resolve
+from .rules.base import require_fraction, require_number
+from .slots import ParameterGroup
+from .tracker import LossTracker
+
+# Measured by `python -m gradlr bench quality` (gradlr/bench/results/quality.json). r is what quality needs: halving 64 costs
+# 0.03 nats, doubling it gains 0.01 and doubles the arithmetic. k hardly matters at 1,024 tokens a step, and 4 keeps the state of
+# matrices below 0.05 numbers per weight at width 128 and above. One learning rate is tuned; the other two follow it: tables
+# lose 0.1 nats at the matrices' rate, vectors do not mind a factor of four either way.
+DEFAULT_LR = 1e-2
+DEFAULT_RANK = ByLoss(max_rank=64)
+DEFAULT_MOMENTUM_RANK = 4
+VECTOR_LR_SHARE = 1 / 10
+TABLE_LR_SHARE = 1 / 50
+
+_OPTIONS = (
+    "lr", "vector_lr", "table_lr", "rank", "momentum_rank", "beta", "weight_decay", "rule", "vector_rule", "table_rule", "kind",
+)  # fmt: skip
+
+
+def attach(
+    model: nn.Module,
+    loss_tracker: LossTracker,
+    *,
+    lr: float = DEFAULT_LR,
+    vector_lr: float | None = None,
+    table_lr: float | None = None,
+    rank: int | float | RankSchedule = DEFAULT_RANK,
+    momentum_rank: int | float = DEFAULT_MOMENTUM_RANK,
+    beta: float = 0.9,
+    weight_decay: float = 0.0,
+    rule: str | Rule = "tracked_momentum",
+    vector_rule: str | Rule = "adam",
+    table_rule: str | Rule = "rowwise_rmsprop",
+    groups: Sequence[dict[str, Any]] = (),
+    apply: str = "backward",
+    seed: int = 0,
+) -> GradLR:
+    """Update every trainable weight of `model` inside backward; no gradient is left over.
+
+    Args:
+        model: Any module; move, wrap, freeze and load it before attaching. Each trainable parameter becomes a matrix, a table
+            (embedding or head) or a vector (bias, norm); `print(opt)` shows which.
+        loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
+        lr: Learning rate η of the matrices. Scaled so that an update of full rank has the size of AdamW's at the same rate; with
+            little momentum the best rate is some five times AdamW's.
+        vector_lr: Learning rate of the vectors; `lr / 10` where None.
+        table_lr: Learning rate of the tables; `lr / 50` where None.
+        rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
+        momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state.
+        beta: Momentum β in [0, 1), for every kind.
+        weight_decay: Decoupled weight decay λ of matrices and tables; vectors have none.
+        rule: For matrices: a name or an object of `gradlr.rules`.
+        vector_rule: For vectors, elementwise.
+        table_rule: For tables.
+        groups: Dicts of "match" (a glob on parameter names, or a list of them) and any of the options above that should differ
+            there, or "kind" ("matrix", "table", "vector") to overrule what was found. The first match wins.
+        apply: "backward" updates inside backward. "step" keeps sketches of r(m + n) numbers until `opt.step()`, which makes
+            accumulation, several backwards and scaled losses right.
+        seed: Seeds all random numbers; with the step count it is part of the checkpoint.
+
+    Returns:
+        The optimizer, a `torch.optim.Optimizer`. Keep it in a variable: hooks hold it weakly.
+
+    Raises:
+        ArgumentError: an argument is out of range, unknown, or matches no parameter. Nothing was changed.
+        AttachError: the model is wrapped for data parallel, has no trainable parameter, or is attached already.
+    """
+    _require_plain_model(model)
+    if not isinstance(loss_tracker, LossTracker):
+        raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
+    defaults = {
+        "lr": lr, "vector_lr": vector_lr, "table_lr": table_lr, "rank": rank, "momentum_rank": momentum_rank, "beta": beta,
+        "weight_decay": weight_decay, "rule": rule, "vector_rule": vector_rule, "table_rule": table_rule,
+    }  # fmt: skip
+    plans = plan_parameters(model)
+    _require_trainable(model, plans)
+    matched = _match(plans, groups)
+    parameter_groups = [
+        group
+        for (label, options), members in matched
+        for group in _by_kind(label, {**defaults, **options}, members)
+    ]  # fmt: skip
+    return GradLR(model, parameter_groups, loss_tracker, apply=apply, seed=seed)
+
+
+def _require_plain_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            raise AttachError(
+                f"{name or 'the model'} is wrapped in {type(module).__name__}: hooks would see each replica's own gradient, and "
+                "the replicas would drift apart. Attach to the plain module instead of wrapping it, and train it on one device"
+            )
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise AttachError(f"embedding {name!r} makes sparse gradients; build it with sparse=False")
+
+
+def _require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
+    if not plans:
+        count = sum(1 for _ in model.parameters())
+        raise AttachError(f"none of the model's {count} parameters requires a gradient: call requires_grad_(True) first")
+    for plan in plans:
+        if plan.parameter.is_complex():
+            raise AttachError(f"parameter {plan.name!r} is complex ({plan.parameter.dtype}); gradlr trains real parameters")
+
+
+def _match(plans: list[ParameterPlan], groups: Sequence[dict[str, Any]]):
+    """Pairs of (label, options) and the plans they apply to; what no group matched comes last."""
+    rest, matched = list(plans), []
+    for index, group in enumerate(groups):
+        patterns = _patterns(index, group)
+        members = [plan for plan in rest if any(fnmatchcase(plan.name, pattern) for pattern in patterns)]
+        if not members:
+            raise ArgumentError(
+                f"groups[{index}]: {' or '.join(map(repr, patterns))} matches no trainable parameter that an earlier group left; "
+                f"names look like {plans[0].name!r}"
+            )
+        rest = [plan for plan in rest if plan not in members]
+        matched.append(((patterns[0], {key: value for key, value in group.items() if key != "match"}), members))
+    return [*matched, (("", {}), rest)]
+
+
+def _patterns(index: int, group: dict[str, Any]) -> list[str]:
+    unknown = sorted(set(group) - {"match", *_OPTIONS})
+    if unknown or "match" not in group:
+        what = f"unknown option {unknown[0]!r}" if unknown else 'no "match"'
+        raise ArgumentError(f'groups[{index}] has {what}; give "match" and any of {", ".join(_OPTIONS)}')
+    patterns = [group["match"]] if isinstance(group["match"], str) else list(group["match"])
+    if not patterns:
+        raise ArgumentError(f'groups[{index}]: "match" is empty; give a glob such as "encoder.*"')
+    return patterns
+
+
+def _by_kind(label: str, options: dict[str, Any], plans: list[ParameterPlan]) -> list[ParameterGroup]:
+    if "kind" in options:
+        plans = [with_kind(plan, options["kind"]) for plan in plans]
+    groups = []
+    for kind in KINDS:
+        members = [plan for plan in plans if plan.kind == kind]
+        group = _group(f"{label} {kind}".strip(), kind, options, members)
+        if members:
+            groups.append(group)
+    return groups
+
+
+def _group(label: str, kind: str, options: dict[str, Any], members: list[ParameterPlan]) -> ParameterGroup:
+    rule_option = {MATRIX: "rule", TABLE: "table_rule", VECTOR: "vector_rule"}[kind]
+    rate_option = {MATRIX: "lr", TABLE: "table_lr", VECTOR: "vector_lr"}[kind]
+    rule = resolve(options[rule_option])
+    if kind == VECTOR and not rule.is_elementwise:
+        raise ArgumentError(f"vector_rule={rule.name!r} works on matrices; vectors need an elementwise rule such as 'adam'")
+    rate = options[rate_option]
+    if rate is None:
+        share = {VECTOR: VECTOR_LR_SHARE, TABLE: TABLE_LR_SHARE}[kind]
+        rate = share * require_number("lr", options["lr"])
+    require_rank("momentum_rank", options["momentum_rank"])
+    decay = require_number("weight_decay", options["weight_decay"])
+    return ParameterGroup(
+        label, kind, members, rule, as_schedule(options["rank"]), options["momentum_rank"],
+        lr=require_number(rate_option, rate), beta=require_fraction("beta", options["beta"]),
+        weight_decay=0.0 if kind == VECTOR else decay,
+    )  # fmt: skip

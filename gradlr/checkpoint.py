@@ -1,0 +1,53 @@
+"""Whether a state_dict fits an optimizer, and its tensors brought into the optimizer's shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .errors import CheckpointError
+from .parameters import ParameterPlan
+from .rules import Rule, Settings
+
+
+def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Raise a CheckpointError unless the saved groups hold the same parameters, kinds and rules as `groups`."""
+    if not {"state", "param_groups", "gradlr"} <= state_dict.keys():
+        raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        counts = f"{len(saved_groups)} groups, this optimizer {len(groups)}"
+        raise CheckpointError(f"the checkpoint has {counts}: attach with the same groups=")
+    for saved, group in zip(saved_groups, groups, strict=True):
+        differing = set(saved["param_names"]) ^ set(group["param_names"])
+        if differing or saved["param_names"] != group["param_names"]:
+            example = sorted(differing)[0] if differing else saved["param_names"][0]
+            tale = f"the checkpoint has other parameters or another order, {example!r} for one"
+            raise CheckpointError(f"group {group['label']!r}: {tale}")
+        if saved["rule"] != group["rule"]:
+            raise CheckpointError(f"group {group['label']!r}: saved with rule {saved['rule']!r}, attached with {group['rule']!r}")
+
+
+def fitted_state(
+    plan: ParameterPlan, saved: dict[str, Tensor] | None, current: dict[str, Tensor], rule: Rule, settings: Settings
+) -> dict[str, Tensor]:
+    """Saved state on the parameter's device, in its saved dtype, resized to the settings' ranks.
+
+    Raises:
+        CheckpointError: an entry is missing or belongs to another shape.
+    """
+    wanted = current.keys() - {"spectrum"}
+    if saved is None or not wanted <= saved.keys():
+        missing = sorted(wanted - (saved or {}).keys())
+        raise CheckpointError(f"parameter {plan.name!r}: the checkpoint lacks its state ({', '.join(missing)})")
+    device = plan.parameter.device
+    state = {key: saved[key].detach().clone().to(device) for key in wanted - {"step"}}
+    state = rule.resize(state, plan.shape, settings)
+    for key, value in state.items():
+        # Ranks lie in the last axis, and may differ until the next update; everything before it may not.
+        if value.ndim != current[key].ndim or value.shape[:-1] != current[key].shape[:-1]:
+            shapes = f"{tuple(value.shape)}, needed is {tuple(current[key].shape)}"
+            raise CheckpointError(f"parameter {plan.name!r} {tuple(plan.parameter.shape)}: its saved {key!r} has shape {shapes}")
+    spectrum = {"spectrum": saved["spectrum"].clone().to(device)} if "spectrum" in saved else {}
+    return {"step": saved["step"].detach().clone().cpu(), **state, **spectrum}

@@ -1,0 +1,280 @@
+"""GradLR: the optimizer behind `attach`. Gradients arrive as operators, wait as `pending`, and are written by `commit`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import guards
+from .checkpoint import check_groups, fitted_state
+from .describe import describe
+from .errors import ArgumentError, CheckpointError, NonFiniteError
+from .gradient import Dense, GradientOperator, HookCapture
+from .ranks import RankInputs
+from .rules import Settings
+from .slots import ParameterGroup, Slot, make_slots, mixed_seed, torch_group
+from .tracker import LossTracker
+from .watch import BackwardWatch
+from .write import all_finite, keep_where, write
+
+APPLY_MODES = ("backward", "step")
+
+
+class GradLR(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` whose parameters are updated by hooks in backward, or by `step()` from sketches.
+
+    Made by `gradlr.attach`, which documents the arguments. `param_groups` hold lr, beta and weight_decay, which any scheduler
+    may change; everything else is fixed. Held weakly by its hooks: keep it in a variable as long as you train.
+    """
+
+    def __init__(self, model: nn.Module, groups: list[ParameterGroup], tracker: LossTracker, *, apply: str, seed: int) -> None:
+        if apply not in APPLY_MODES:
+            raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
+        self.tracker, self.apply, self.seed = tracker, apply, seed
+        self._model = weakref.ref(model)
+        self._is_built = False
+        super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
+        self._is_built = True
+        self._slots = {id(slot.plan.parameter): slot for slot in make_slots(groups)}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=apply == "backward")
+        for slot in self._slots.values():
+            self._init_state(slot)
+        self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self._slots.values()], self._take)
+        tracker.subscribe(self)
+
+    # -- before and during backward ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_backward(self, tracker: LossTracker) -> None:
+        """Called by the tracker at each loss: look for what went wrong since the last one, then fix the ranks."""
+        self._watch.loss_shown()
+        self._check_model()
+        for slot in self._slots.values():
+            spectrum = self.state[slot.plan.parameter].get("spectrum")
+            slot.rank = slot.schedule(RankInputs(tracker.ratio, slot.rank, slot.largest_rank, spectrum)) if _has_rank(slot) else 0
+
+    def begin_backward(self, scale: Tensor) -> None:
+        """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
+        self._watch.backward_begins(scale)
+
+    def _take(self, parameter: Tensor, gradient: Tensor) -> None:
+        slot = self._slots[id(parameter)]
+        if gradient.layout != torch.strided or gradient.is_complex():
+            raise guards.unsupported_gradient(slot.plan.name, gradient.layout, gradient.dtype)
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            matrix = slot.plan.view.of(gradient.detach())
+            is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
+            # Under create_graph the buffer belongs to the graph as well.
+            self.receive(parameter, Dense(matrix, is_owned=is_copy or not gradient.requires_grad))
+
+    @torch.no_grad()
+    def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
+        """Take the gradient of one parameter: update at once (`apply="backward"`) or keep its sketch (`apply="step"`).
+
+        Args:
+            parameter: One of the attached parameters.
+            gradient: An operator of the shape of the parameter's view; it may be consumed.
+
+        Raises:
+            LossError: the tracker was never shown a loss.
+            BackwardError: a second gradient for one loss, with `apply="backward"`.
+            NonFiniteError: the gradient holds NaN or infinity. On CUDA this is told at the next loss, and the parameter keeps
+                its value and state until then.
+        """
+        slot = self._slots[id(parameter)]
+        self._watch.gradient_arrives()
+        self._check_order(slot)
+        self._require_finite(slot, gradient.is_finite())
+        if self.apply == "backward":
+            slot.pending = gradient
+            self.commit(parameter)
+        elif slot.rule.is_elementwise:
+            slot.pending = gradient if slot.pending is None else slot.pending + gradient
+        elif slot.pending is None:
+            slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
+        else:
+            slot.pending.add_(gradient)
+        slot.last_loss = self.tracker.count
+
+    @torch.no_grad()
+    def commit(self, parameter: Tensor) -> None:
+        """Turn the pending gradient of one parameter into an update and write it. The only place where a weight changes."""
+        slot = self._slots[id(parameter)]
+        gradient, slot.pending = slot.pending, None
+        group, settings, old_state = self.param_groups[slot.group_index], self._settings(slot), self._rule_state(slot)
+        update, new_state = slot.rule.update(gradient, old_state, settings)
+        is_finite = all_finite(new_state.values())
+        self._require_finite(slot, is_finite)
+        if is_finite.is_cuda:
+            update, new_state = keep_where(is_finite, update, new_state, old_state)
+        write(
+            parameter, slot.plan.view, update,
+            lr=float(group["lr"]), weight_decay=group["weight_decay"], generator=settings.generator,
+        )  # fmt: skip
+        state = self.state[parameter]
+        state.update(new_state, step=state["step"] + 1)
+        self._watch.changed.append(slot.plan.name)
+        self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
+        if slot.schedule.needs_spectrum and update.spectrum is not None:
+            state["spectrum"] = update.spectrum
+
+    # -- the optimizer's own calls ---------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
+
+        Args:
+            closure: Re-evaluates the model, calls backward and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            AttachError: a loss was shown and backward ran, but no parameter's hook fired.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        self._watch.step_begins()
+        for slot in self._slots.values():
+            if slot.pending is not None:
+                self.commit(slot.plan.parameter)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already."""
+        for slot in self._slots.values():
+            slot.pending, slot.plan.parameter.grad = None, None
+
+    def detach(self) -> None:
+        """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing."""
+        self._capture.remove()
+        self.tracker.unsubscribe(self)
+
+    def __enter__(self) -> GradLR:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are fixed once attached.
+
+        Raises:
+            ArgumentError: always, after construction.
+        """
+        if self._is_built:
+            raise ArgumentError("groups are fixed once attached: call opt.detach() and attach again with groups=[...]")
+        super().add_param_group(param_group)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """One entry per attached parameter, in the order of `param_groups`."""
+        return list(self._slots.values())
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors, step counters left out."""
+        return sum(_tensor_bytes(self._rule_state(slot)) for slot in self._slots.values())
+
+    def __repr__(self) -> str:
+        return describe(self) if self._is_built else object.__repr__(self)
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Torch's layout plus "gradlr": ranks, seed and the tracker. Plain tensors and numbers: loads with `weights_only=True`.
+
+        Raises:
+            CheckpointError: sketches are pending; call `step()` or `zero_grad()` first.
+        """
+        waiting = [slot.plan.name for slot in self._slots.values() if slot.pending is not None]
+        if waiting:
+            tale = f"{len(waiting)} gradients wait for step() ({waiting[0]!r} first)"
+            raise CheckpointError(f"{tale}: save after opt.step() or opt.zero_grad()")
+        self._watch.raise_unread()
+        state = super().state_dict()
+        ranks = [slot.rank for slot in self._slots.values()]
+        return {**state, "gradlr": {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict()}}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a `state_dict`; momentum rank and rank may differ from the saved ones. State keeps its own dtype.
+
+        Raises:
+            CheckpointError: parameters, kinds or shapes differ; nothing was changed.
+        """
+        check_groups(state_dict, self.param_groups)
+        extra = state_dict["gradlr"]
+        ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], self._slots.values(), strict=True)]
+        states = [
+            fitted_state(
+                slot.plan, state_dict["state"].get(index), self.state[slot.plan.parameter], slot.rule, self._settings(slot, rank)
+            )
+            for index, (slot, rank) in enumerate(zip(self._slots.values(), ranks, strict=True))
+        ]
+        self.tracker.load_state_dict(extra["tracker"])
+        # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
+        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
+        self.seed = extra["seed"]
+        self._watch.forget()
+        for slot, rank, state in zip(self._slots.values(), ranks, states, strict=True):
+            slot.rank, slot.last_loss, slot.pending = rank, None, None
+            self.state[slot.plan.parameter] = state
+
+    # -- private ---------------------------------------------------------------------------------------------------------
+
+    def _init_state(self, slot: Slot) -> None:
+        parameter = slot.plan.parameter
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        state = slot.rule.init(slot.plan.shape, self._settings(slot, slot.largest_rank), dtype=dtype, device=parameter.device)
+        self.state[parameter] = {"step": torch.zeros((), dtype=torch.int64), **state}
+
+    def _rule_state(self, slot: Slot) -> dict[str, Tensor]:
+        return {key: value for key, value in self.state[slot.plan.parameter].items() if key not in ("step", "spectrum")}
+
+    def _settings(self, slot: Slot, rank: int | None = None) -> Settings:
+        parameter = slot.plan.parameter
+        step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
+        generator = self._generators.get(parameter.device)
+        if generator is None:
+            generator = self._generators[parameter.device] = torch.Generator(parameter.device)
+        generator.manual_seed(mixed_seed(self.seed, slot.index, step))
+        beta = self.param_groups[slot.group_index]["beta"]
+        rank = slot.rank if rank is None else rank
+        return Settings(rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
+
+    def _check_order(self, slot: Slot) -> None:
+        if self.tracker.count == 0:
+            raise guards.unshown_loss(slot.plan.name)
+        if self.apply == "backward" and slot.last_loss == self.tracker.count:
+            raise guards.second_gradient(slot.plan.name, self.tracker.count)
+
+    def _require_finite(self, slot: Slot, is_finite: Tensor) -> None:
+        try:
+            self._watch.require_finite(slot.plan.name, is_finite)
+        except NonFiniteError:
+            self.zero_grad()
+            raise
+
+    def _check_model(self) -> None:
+        model = self._model()
+        if model is None:
+            return
+        present = {id(parameter) for parameter in model.parameters()}
+        lost = [slot.plan.name for slot in self._slots.values() if id(slot.plan.parameter) not in present]
+        if lost:
+            raise guards.lost_parameters(lost, len(self._slots))
+
+
+def _has_rank(slot: Slot) -> bool:
+    return not slot.rule.is_elementwise
+
+
+def _tensor_bytes(state: dict[str, Tensor]) -> int:
+    return sum(value.numel() * value.element_size() for value in state.values())

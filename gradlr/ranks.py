@@ -1,0 +1,186 @@
+"""How large the rank is: the notebook's `decide_rank`, and the schedules that call it before each backward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from .errors import ArgumentError, LossError
+
+_STEP = 8
+
+
+def decide_rank(loss: float, max_loss: float | None = None, max_rank: int = 8, min_rank: int = 1) -> int:
+    """The rank for a loss: `int(loss / max_loss · max_rank)`, clamped to [min_rank, max_rank].
+
+    Args:
+        loss: The current loss, finite, in any unit.
+        max_loss: The loss that stands for `max_rank`, same unit; the current loss where None.
+        max_rank: Largest rank.
+        min_rank: Smallest rank.
+
+    Returns:
+        The rank. `max_rank` where `max_loss` is not positive, since the ratio says nothing then.
+
+    Raises:
+        LossError: `loss` or `max_loss` is NaN or infinite.
+        ArgumentError: not 1 ≤ min_rank ≤ max_rank.
+
+    Source: the notebook's rule; the notebook lets the rank pass `max_rank` when the loss passes `max_loss`, this does not.
+    """
+    loss = float(loss)
+    max_loss = loss if max_loss is None else float(max_loss)
+    if not (math.isfinite(loss) and math.isfinite(max_loss)):
+        raise LossError(f"decide_rank: loss={loss}, max_loss={max_loss}; both must be finite")
+    if not 1 <= min_rank <= max_rank:
+        raise ArgumentError(f"decide_rank: min_rank={min_rank}, max_rank={max_rank}; needed is 1 <= min_rank <= max_rank")
+    if max_loss <= 0:
+        return max_rank
+    return max(min_rank, int(min(loss / max_loss, 1.0) * max_rank))
+
+
+def round_rank(rank: int, limit: int) -> int:
+    """The next multiple of 8 above 8, never above `limit`.
+
+    Ranks move in these steps so that state whose size follows the rank is not reallocated at each step, and so that the
+    products stay aligned to the hardware's tiles. Upwards, so that the ceiling is reached and no more than asked for is cut.
+    """
+    return min(rank if rank <= _STEP else -(-rank // _STEP) * _STEP, limit)
+
+
+@dataclass(frozen=True)
+class RankInputs:
+    """What a schedule may look at.
+
+    Attributes:
+        ratio: Loss over maximal loss, in [0, 1].
+        current: The parameter's rank so far.
+        limit: min(m, n) of the parameter's view.
+        spectrum: Squared singular values of the parameter's momentum, (r,) descending; None where unknown or not asked for.
+    """
+
+    ratio: float
+    current: int
+    limit: int
+    spectrum: Tensor | None = None
+
+
+class RankSchedule:
+    """A rank schedule: `schedule(inputs)` gives a rank in [1, limit], `schedule.ceiling(limit)` the largest it will ever give.
+
+    Set `needs_spectrum` where `RankInputs.spectrum` is read. On CUDA that costs one synchronization per parameter and step.
+    """
+
+    needs_spectrum = False
+
+    def __call__(self, inputs: RankInputs) -> int:
+        raise NotImplementedError
+
+    def ceiling(self, limit: int) -> int:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Fixed(RankSchedule):
+    """Always the same rank.
+
+    Args:
+        rank: A number of directions (int), or a fraction of min(m, n) (float in (0, 1]).
+    """
+
+    rank: int | float
+
+    def __post_init__(self) -> None:
+        require_rank("rank", self.rank)
+
+    def __call__(self, inputs: RankInputs) -> int:
+        return self.ceiling(inputs.limit)
+
+    def ceiling(self, limit: int) -> int:
+        return resolve_rank(self.rank, limit)
+
+
+@dataclass(frozen=True)
+class ByLoss(RankSchedule):
+    """The notebook's schedule: the rank is `max_rank` times loss over maximal loss, in steps of 8 above 8.
+
+    Args:
+        max_rank: Largest rank, int or fraction of min(m, n).
+        min_rank: Smallest rank, likewise.
+    """
+
+    max_rank: int | float
+    min_rank: int | float = 1
+
+    def __post_init__(self) -> None:
+        require_rank("max_rank", self.max_rank)
+        require_rank("min_rank", self.min_rank)
+
+    def __call__(self, inputs: RankInputs) -> int:
+        highest = self.ceiling(inputs.limit)
+        lowest = min(resolve_rank(self.min_rank, inputs.limit), highest)
+        return round_rank(decide_rank(inputs.ratio, 1.0, highest, lowest), highest)
+
+    def ceiling(self, limit: int) -> int:
+        return resolve_rank(self.max_rank, limit)
+
+
+@dataclass(frozen=True)
+class ByEnergy(RankSchedule):
+    """Per parameter: the smallest rank that holds `share` of the momentum's energy; one step more where all of it is needed.
+
+    Args:
+        share: Share of the squared singular values, in (0, 1).
+        max_rank: Largest rank, int or fraction of min(m, n).
+        min_rank: Smallest rank, likewise.
+    """
+
+    share: float = 0.95
+    max_rank: int | float = 1.0
+    min_rank: int | float = 1
+    needs_spectrum: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise ArgumentError(f"share={self.share!r}: it must lie strictly between 0 and 1")
+        require_rank("max_rank", self.max_rank)
+        require_rank("min_rank", self.min_rank)
+
+    def __call__(self, inputs: RankInputs) -> int:
+        highest = self.ceiling(inputs.limit)
+        lowest = min(resolve_rank(self.min_rank, inputs.limit), highest)
+        if inputs.spectrum is None:
+            return min(max(inputs.current, lowest), highest)
+        return min(max(self._needed(inputs.spectrum), lowest), highest)
+
+    def ceiling(self, limit: int) -> int:
+        return resolve_rank(self.max_rank, limit)
+
+    def _needed(self, spectrum: Tensor) -> int:
+        held = spectrum.double().cumsum(-1)
+        # A batch of matrices shares one rank: that of the neediest.
+        short = (held < self.share * held[..., -1:]).sum(dim=-1).amax()
+        needed, rank = int(short) + 1, spectrum.shape[-1]
+        is_growing = needed > rank - (1 if rank <= _STEP else _STEP)
+        return rank + (1 if rank < _STEP else _STEP) if is_growing else round_rank(needed, rank)
+
+
+def resolve_rank(rank: int | float, limit: int) -> int:
+    """An int, or a float as a fraction of `limit`, as a rank in [1, limit]."""
+    wanted = rank if isinstance(rank, int) else round(rank * limit)
+    return min(max(wanted, 1), limit)
+
+
+def require_rank(name: str, rank: int | float) -> None:
+    """Raise an ArgumentError unless `rank` is an int ≥ 1 or a float in (0, 1]."""
+    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
+    is_fraction = isinstance(rank, float) and 0 < rank <= 1
+    if not (is_count or is_fraction):
+        raise ArgumentError(f"{name}={rank!r}: give an int of at least 1, or a float in (0, 1], a fraction of min(m, n)")
+
+
+def as_schedule(rank: int | float | RankSchedule) -> RankSchedule:
+    """A schedule as it is; a number as `Fixed(number)`."""
+    return rank if isinstance(rank, RankSchedule) else Fixed(rank)

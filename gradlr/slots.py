@@ -1,0 +1,79 @@
+"""What the optimizer keeps about each parameter besides its state: plan, rule, ranks, and the gradient that waits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .gradient import GradientOperator
+from .parameters import ParameterPlan
+from .ranks import RankSchedule, resolve_rank
+from .rules import Rule
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share a kind and all options; becomes one entry of `opt.param_groups`."""
+
+    label: str
+    kind: str
+    plans: list[ParameterPlan]
+    rule: Rule
+    schedule: RankSchedule
+    momentum_rank: int | float
+    lr: float
+    beta: float
+    weight_decay: float
+
+
+@dataclass
+class Slot:
+    """What the optimizer keeps about one parameter besides its state.
+
+    Attributes:
+        rank: r of the next update.
+        largest_rank: The largest r its schedule will give.
+        momentum_rank: k.
+        last_loss: Count of the loss whose backward last brought a gradient; None before the first.
+        pending: The gradient that waits for `commit`.
+    """
+
+    index: int
+    plan: ParameterPlan
+    group_index: int
+    rule: Rule
+    schedule: RankSchedule
+    rank: int
+    largest_rank: int
+    momentum_rank: int
+    last_loss: int | None = None
+    pending: GradientOperator | None = None
+
+
+def torch_group(group: ParameterGroup) -> dict[str, Any]:
+    """One entry of `param_groups`: plain values only, so that a state_dict loads with `weights_only=True`."""
+    named = [(plan.name, plan.parameter) for plan in group.plans]
+    options = {"lr": group.lr, "beta": group.beta, "weight_decay": group.weight_decay}
+    return {"params": named, "label": group.label, "kind": group.kind, "rule": group.rule.name, **options}
+
+
+def make_slots(groups: list[ParameterGroup]) -> list[Slot]:
+    """One slot per parameter, in the order of the groups."""
+    slots = []
+    for group_index, group in enumerate(groups):
+        for plan in group.plans:
+            shape = plan.shape
+            limit = min(shape[-2:]) if len(shape) >= 2 else 1
+            largest = group.schedule.ceiling(limit)
+            k = resolve_rank(group.momentum_rank, limit)
+            slots.append(Slot(len(slots), plan, group_index, group.rule, group.schedule, largest, largest, k))
+    return slots
+
+
+def mixed_seed(seed: int, index: int, step: int) -> int:
+    """One 63-bit seed from three numbers (splitmix64), so that neighbouring steps and parameters draw unrelated numbers."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1

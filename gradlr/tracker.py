@@ -1,0 +1,192 @@
+"""The loss is shown to the tracker before backward; the tracker remembers it and tells whoever listens."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError, CheckpointError, LossError
+
+_HISTORY_LENGTH = 65_536
+
+
+class LossListener(Protocol):
+    """What an optimizer implements to be told of every loss before its backward pass, and of the scale as it begins."""
+
+    def before_backward(self, tracker: LossTracker) -> None: ...
+
+    def begin_backward(self, scale: Tensor) -> None: ...
+
+
+class LossTracker:
+    """Records each loss before backward; `tracker(loss)` returns the very same object.
+
+    On the CPU the ratio holds the loss just shown. On CUDA reading it would make the host wait for the device, so the ratio
+    there lags exactly one call: the loss is copied to pinned memory in the background and read at the next call.
+
+    Args:
+        max_loss: The loss that stands for the full rank, in the loss' own unit; None for the running maximum.
+
+    Raises:
+        ArgumentError: `max_loss` is not a positive finite number.
+
+    Example:
+        >>> tracker = LossTracker()
+        >>> tracker(2.0), tracker(1.0), tracker.ratio
+        (2.0, 1.0, 0.5)
+    """
+
+    def __init__(self, max_loss: float | None = None) -> None:
+        if max_loss is not None and not 0 < max_loss < math.inf:
+            raise ArgumentError(f"max_loss={max_loss!r}: it must be a positive finite number, or None for the running maximum")
+        self._fixed_max = None if max_loss is None else float(max_loss)
+        self._running_max: float | None = None
+        self._latest: float | None = None
+        self._history: deque[float] = deque(maxlen=_HISTORY_LENGTH)
+        self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._scale: Tensor | None = None
+        self.count = 0
+        self.backward_count = 0
+        self.has_graph = False
+
+    def __call__(self, loss: float | Tensor) -> float | Tensor:
+        """Record a loss and return it.
+
+        Args:
+            loss: A number, or a tensor with one element, with or without a graph.
+
+        Raises:
+            LossError: `loss` has more than one element, is complex, or is no number at all.
+        """
+        value = _as_scalar(loss)
+        self._collect()
+        self._launch(value)
+        self.count += 1
+        self._scale = None
+        self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
+        for listener in list(self._listeners):
+            listener.before_backward(self)
+        if self.has_graph:
+            loss.register_hook(_make_loss_hook(weakref.ref(self)))
+        return loss
+
+    @property
+    def value(self) -> float | None:
+        """The latest loss that was read, NaN and infinity included; None before the first. On CUDA one call late."""
+        return self._history[-1] if self._history else None
+
+    @property
+    def max_loss(self) -> float | None:
+        """The given maximum, or the largest finite loss so far; None before the first."""
+        return self._running_max if self._fixed_max is None else self._fixed_max
+
+    @property
+    def ratio(self) -> float:
+        """Latest finite loss over `max_loss`, clamped to [0, 1]; 1 before the first, and where the maximum is not positive."""
+        if self._latest is None or self.max_loss is None or self.max_loss <= 0:
+            return 1.0
+        return min(max(self._latest / self.max_loss, 0.0), 1.0)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """d(total)/d(loss) of the backward pass under way: GradScaler's scale, or 1 / accumulation steps. None before it."""
+        return self._scale
+
+    @property
+    def history(self) -> list[float]:
+        """The losses read so far, oldest first, the last 65,536 of them."""
+        return list(self._history)
+
+    def subscribe(self, listener: LossListener) -> None:
+        """Call `listener.before_backward(self)` at every loss, as long as the listener lives (held weakly)."""
+        self._listeners.add(listener)
+
+    def unsubscribe(self, listener: LossListener) -> None:
+        """Stop calling the listener."""
+        self._listeners.discard(listener)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and one float64 tensor; a loss still on its way from the device is waited for."""
+        self._collect()
+        return {
+            "max_loss": self._fixed_max,
+            "running_max": self._running_max,
+            "latest": self._latest,
+            "count": self.count,
+            "history": torch.tensor(list(self._history), dtype=torch.float64),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over another tracker's record.
+
+        Raises:
+            CheckpointError: an entry is missing; nothing was changed.
+        """
+        missing = {"max_loss", "running_max", "latest", "count", "history"} - state.keys()
+        if missing:
+            names = ", ".join(sorted(missing))
+            raise CheckpointError(f"tracker state lacks {names}: was it written by LossTracker.state_dict()?")
+        self._in_flight = None
+        self._fixed_max, self._running_max, self._latest = state["max_loss"], state["running_max"], state["latest"]
+        self.count = int(state["count"])
+        self._history = deque(state["history"].tolist(), maxlen=_HISTORY_LENGTH)
+
+    def _launch(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and value.is_cuda:
+            buffer = torch.empty((), dtype=value.dtype, pin_memory=True)
+            buffer.copy_(value, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._in_flight = buffer, event
+        else:
+            self._record(float(value))
+
+    def _collect(self) -> None:
+        # Waits for the previous loss only: deterministic, and the device is past it by the time the next one is shown.
+        if self._in_flight is not None:
+            buffer, event = self._in_flight
+            event.synchronize()
+            self._in_flight = None
+            self._record(float(buffer))
+
+    def _record(self, value: float) -> None:
+        self._history.append(value)
+        if math.isfinite(value):
+            self._latest = value
+            self._running_max = value if self._running_max is None else max(self._running_max, value)
+
+    def _begin_backward(self, scale: Tensor) -> None:
+        self.backward_count += 1
+        self._scale = scale.detach()
+        for listener in list(self._listeners):
+            listener.begin_backward(self._scale)
+
+
+def _as_scalar(loss: float | Tensor) -> float | Tensor:
+    if isinstance(loss, Tensor):
+        if loss.numel() != 1:
+            shape = tuple(loss.shape)
+            raise LossError(f"tracker(loss): the loss has shape {shape}; reduce it to one number first, e.g. loss.mean()")
+        if loss.is_complex():
+            raise LossError(f"tracker(loss): the loss is complex ({loss.dtype}); show a real number, e.g. loss.abs()")
+        return loss.detach().reshape(())
+    try:
+        return float(loss)
+    except (TypeError, ValueError):
+        raise LossError(f"tracker(loss): {type(loss).__name__} is no number; show the scalar you call .backward() on") from None
+
+
+def _make_loss_hook(reference: weakref.ref[LossTracker]) -> Callable[[Tensor], None]:
+    def learn_scale(gradient: Tensor) -> None:
+        tracker = reference()
+        if tracker is not None:
+            tracker._begin_backward(gradient)
+
+    return learn_scale

@@ -1,0 +1,91 @@
+"""Watches one optimizer between a loss, its backward and its step, and raises where they do not belong together."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from . import guards
+from .errors import GradlrWarning
+from .tracker import LossTracker
+
+
+class BackwardWatch:
+    """What has happened since the last loss and the last step.
+
+    Args:
+        tracker: The optimizer's tracker.
+        count: Number of attached parameters, for messages.
+        is_immediate: Whether weights change inside backward, so that a scaled loss is wrong.
+
+    Attributes:
+        changed: Names of the parameters updated since the last loss, or in the step under way.
+    """
+
+    def __init__(self, tracker: LossTracker, count: int, *, is_immediate: bool) -> None:
+        self._tracker, self._count, self._is_immediate = tracker, count, is_immediate
+        self._unread: list[tuple[str, Tensor]] = []
+        self.changed: list[str] = []
+        self.forget()
+
+    def forget(self) -> None:
+        """After a checkpoint was loaded: nothing has happened yet."""
+        self._has_arrivals = self._is_awaiting = False
+        self._stepped_count = self._tracker.count
+
+    def loss_shown(self) -> None:
+        """A new loss: tell what the last backward left unsaid."""
+        self.raise_unread()
+        self.changed = []
+        if self._is_awaiting:
+            # No error: the last backward may have ended in an exception that the user has handled.
+            self._is_awaiting = False
+            warnings.warn(str(guards.no_gradient(self._tracker.count, self._count)), GradlrWarning, stacklevel=5)
+
+    def backward_begins(self, scale: Tensor) -> None:
+        """Backward has reached the loss; on CUDA the scale is looked at when the next loss is shown."""
+        self._is_awaiting = True
+        if self._is_immediate and scale.is_cuda:
+            self._unread.append(("", scale != 1))
+        elif self._is_immediate and scale != 1:
+            self._is_awaiting = False
+            raise guards.scaled_loss(float(scale), is_changed=False)
+
+    def gradient_arrives(self) -> None:
+        """A hook has fired."""
+        self._is_awaiting, self._has_arrivals = False, True
+
+    def step_begins(self) -> None:
+        """`step()` is called: a gradient must have arrived if a backward ran.
+
+        Raises:
+            AttachError: a loss was shown and backward ran, as far as can be known, and no hook fired.
+        """
+        is_blind = self._tracker.count != self._stepped_count and not self._tracker.has_graph
+        is_missing = not self._has_arrivals and (self._is_awaiting or is_blind)
+        self.forget()
+        self.changed = []
+        if is_missing:
+            raise guards.no_gradient(self._tracker.count, self._count)
+
+    def require_finite(self, name: str, is_finite: Tensor) -> None:
+        """Raise now where the flag can be read without waiting, at the next loss where it lies on a CUDA device.
+
+        Raises:
+            NonFiniteError: the flag is False.
+        """
+        if is_finite.is_cuda:
+            self._unread.append((name, ~is_finite))
+        elif not is_finite:
+            raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
+
+    def raise_unread(self) -> None:
+        """Read the flags that were left on the device; by now the device has passed them."""
+        unread, self._unread = self._unread, []
+        for name, is_wrong in unread:
+            if not is_wrong:
+                continue
+            if name:
+                raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
+            raise guards.scaled_loss(float(self._tracker.scale), is_changed=True)

@@ -1,0 +1,81 @@
+"""Writing an update into a weight: in place, in float32 or wider, rounded stochastically where the weight is narrower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .linalg import stochastic_round
+from .parameters import View
+from .rules import State, Update
+
+
+def write(parameter: Tensor, view: View, update: Update, *, lr: float, weight_decay: float, generator: torch.Generator) -> None:
+    """`W ← (1 − ηλ) W − η (left rightᵀ + dense)`, in place.
+
+    Args:
+        parameter: W, any floating dtype; bfloat16 and float16 are updated in float32 and rounded stochastically, since updates
+            far below half a unit in the last place vanish under rounding to nearest.
+        view: How W becomes the update's (..., m, n).
+        update: The direction; its `dense` part is overwritten.
+        lr: η.
+        weight_decay: λ, decoupled.
+        generator: Random numbers for the rounding, on W's device.
+    """
+    decay = 1 - lr * weight_decay
+    if parameter.dtype in (torch.bfloat16, torch.float16):
+        wide = parameter.float()
+        weight = view.of(wide)
+        _subtract(weight, update, lr, decay)
+        parameter.copy_(stochastic_round(view.back(weight, parameter.shape), parameter.dtype, generator=generator))
+        return
+    weight = view.of(parameter)
+    _subtract(weight, update, lr, decay)
+    if weight.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+        parameter.copy_(view.back(weight, parameter.shape))
+
+
+def all_finite(tensors: Iterable[Tensor]) -> Tensor:
+    """0-dim boolean: whether the sums of all tensors are finite, and with them every entry. No synchronization on CUDA."""
+    finite = [tensor.sum().isfinite() for tensor in tensors]
+    return torch.stack(finite).all() if finite else torch.tensor(True)
+
+
+def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: State) -> tuple[Update, State]:
+    """The update and the new state, or zeros and the old state, without asking the host which.
+
+    Args:
+        is_finite: 0-dim boolean on the device: whether the gradient was finite.
+        update: What the rule made of it.
+        new_state: The rule's new state.
+        old_state: The state before; an entry that has changed its shape stays the new one.
+    """
+    parts = {key: getattr(update, key) for key in ("left", "right", "dense")}
+    kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
+    state = {
+        key: torch.where(is_finite, value, old_state[key]) if value.shape == old_state[key].shape else value
+        for key, value in new_state.items()
+    }
+    return Update(spectrum=update.spectrum, **kept), state
+
+
+def _subtract(weight: Tensor, update: Update, lr: float, decay: float) -> None:
+    if update.dense is None:
+        _add_product(weight, update.left, update.right, decay, -lr)
+        return
+    if update.left is not None:
+        _add_product(update.dense, update.left, update.right, 1.0, 1.0)
+    if decay != 1:
+        weight.mul_(decay)
+    weight.add_(update.dense, alpha=-lr)
+
+
+def _add_product(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:
+    # target ← beta · target + alpha · left rightᵀ, without a temporary of the target's size.
+    if target.ndim == 2:
+        target.addmm_(left, right.mT, beta=beta, alpha=alpha)
+    else:
+        flat = target.reshape(-1, *target.shape[-2:])
+        flat.baddbmm_(left.reshape(-1, *left.shape[-2:]), right.mT.reshape(-1, *right.mT.shape[-2:]), beta=beta, alpha=alpha)

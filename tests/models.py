@@ -1,0 +1,59 @@
+"""Small models and data that many tests share."""
+
+import torch
+from torch import nn
+
+import gradlr
+
+
+class Mixed(nn.Module):
+    """One parameter of every kind: embedding, norm, linears with bias, convolution, head of the embedding's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.norm = nn.LayerNorm(8)
+        self.conv = nn.Conv1d(8, 12, kernel_size=3, padding=1)
+        self.mix = nn.Linear(12, 8)
+        self.head = nn.Linear(8, 11, bias=False)
+
+    def forward(self, tokens):
+        x = self.norm(self.embedding(tokens)).mT
+        return self.head(torch.tanh(self.mix(self.conv(x).mT)))
+
+
+def mlp(width: int = 16, depth: int = 3, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    """`depth` Linears with tanh between, seeded."""
+    torch.manual_seed(seed)
+    layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())][:-1]
+    return nn.Sequential(*layers).to(dtype)
+
+
+def regression(width: int = 16, *, count: int = 64, dtype: torch.dtype = torch.float32):
+    """Inputs and targets of a fixed random teacher."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(count, width, generator=generator, dtype=dtype)
+    teacher = torch.randn(width, width, generator=generator, dtype=dtype) / width**0.5
+    return x, torch.tanh(x @ teacher)
+
+
+def train(model, opt, tracker, steps, *, x=None, y=None, start=0):
+    """Train on rotating batches of the regression; returns the losses."""
+    if x is None:
+        x, y = regression(model[0].in_features, dtype=model[0].weight.dtype)
+    losses = []
+    for step in range(start, start + steps):
+        rows = slice(16 * (step % 4), 16 * (step % 4) + 16)
+        loss = torch.nn.functional.mse_loss(model(x[rows]), y[rows])
+        tracker(loss).backward()
+        opt.step()
+        losses.append(loss.item())
+    return losses
+
+
+def attached(model=None, **options):
+    """(model, tracker, optimizer) with a small rank."""
+    model = mlp() if model is None else model
+    tracker = gradlr.LossTracker()
+    options = {"lr": 1e-2, "rank": 4, "momentum_rank": 2} | options
+    return model, tracker, gradlr.attach(model, tracker, **options)

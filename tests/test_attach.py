@@ -1,0 +1,217 @@
+"""attach(): what each parameter becomes, groups, and every argument that is out of range."""
+
+import math
+
+import pytest
+import torch
+from models import Mixed, attached, mlp
+from torch import nn
+
+import gradlr
+from gradlr import ArgumentError, AttachError, Fixed, LossTracker
+from gradlr.rules import Adam, TrackedMomentum
+
+
+def kinds(opt):
+    return {slot.plan.name: slot.plan.kind for slot in opt.slots}
+
+
+def test_every_parameter_becomes_what_its_module_says():
+    _, _, opt = attached(Mixed())
+    assert kinds(opt) == {
+        "embedding.weight": "table",
+        "norm.weight": "vector",
+        "norm.bias": "vector",
+        "conv.weight": "matrix",
+        "conv.bias": "vector",
+        "mix.weight": "matrix",
+        "mix.bias": "vector",
+        "head.weight": "table",
+    }
+
+
+def test_a_convolution_is_folded_and_attention_is_three_matrices():
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 5), "attention": nn.MultiheadAttention(16, 2)})
+    _, _, opt = attached(model)
+    shapes = {slot.plan.name: tuple(slot.plan.shape) for slot in opt.slots}
+    assert shapes["conv.weight"] == (8, 75)
+    assert shapes["attention.in_proj_weight"] == (3, 16, 16)
+    assert shapes["attention.out_proj.weight"] == (16, 16)
+
+
+def test_a_square_layer_is_no_table_only_because_an_embedding_is_as_large():
+    model = nn.Sequential(nn.Embedding(8, 8), nn.Linear(8, 8), nn.Linear(8, 4))
+    assert kinds(attached(model)[2])["1.weight"] == "matrix"
+
+
+def test_one_row_is_a_vector_and_plain_parameters_are_matrices():
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.randn(1, 8)), nn.Parameter(torch.randn(4, 8))
+    model.experts = nn.Parameter(torch.randn(3, 4, 8))
+    assert kinds(attached(model)[2]) == {"a": "vector", "b": "matrix", "experts": "matrix"}
+
+
+def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_out():
+    model = Mixed()
+    model.head.weight = model.embedding.weight
+    model.mix.weight.requires_grad_(False)
+    names = kinds(attached(model)[2])
+    assert names["embedding.weight"] == "table"
+    assert not {"head.weight", "mix.weight"} & names.keys()
+
+
+def test_it_is_a_torch_optimizer_over_the_real_parameters():
+    model, _, opt = attached(Mixed())
+    assert isinstance(opt, torch.optim.Optimizer)
+    held = {id(parameter) for group in opt.param_groups for parameter in group["params"]}
+    assert held == {id(parameter) for parameter in model.parameters()}
+    assert all(opt.state[parameter] for parameter in model.parameters())  # state exists from construction
+
+
+def test_rates_follow_lr_unless_given():
+    rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2)[2].param_groups}
+    assert rates == pytest.approx({"matrix": 1e-2, "table": 2e-4, "vector": 1e-3})
+    rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2, vector_lr=0.5, table_lr=0.25)[2].param_groups}
+    assert rates == {"matrix": 1e-2, "table": 0.25, "vector": 0.5}
+
+
+def test_the_first_matching_group_wins_and_takes_every_option():
+    groups = [
+        {"match": ["mix.weight"], "lr": 0.5, "rank": 2, "momentum_rank": 1, "beta": 0.5, "weight_decay": 0.1},
+        {"match": "*.weight", "lr": 0.25},
+    ]
+    groups[0]["rule"] = "factor_moments"
+    _, _, opt = attached(Mixed(), groups=groups)
+    slots = {slot.plan.name: slot for slot in opt.slots}
+    mix, conv = slots["mix.weight"], slots["conv.weight"]
+    group = opt.param_groups[mix.group_index]
+    assert (group["lr"], group["beta"], group["weight_decay"], group["rule"]) == (0.5, 0.5, 0.1, "factor_moments")
+    assert (mix.largest_rank, mix.momentum_rank) == (2, 1)
+    assert opt.param_groups[conv.group_index]["lr"] == 0.25
+    assert opt.param_groups[slots["mix.bias"].group_index]["lr"] == pytest.approx(1e-3)
+
+
+def test_a_group_may_overrule_the_kind():
+    _, _, opt = attached(Mixed(), groups=[{"match": "head.*", "kind": "matrix"}])
+    assert kinds(opt)["head.weight"] == "matrix"
+
+
+def test_rank_takes_an_int_a_fraction_and_a_schedule():
+    def largest(rank):
+        return attached(mlp(16, 1), rank=rank)[2].slots[0].largest_rank
+
+    assert [largest(rank) for rank in (5, 0.5, Fixed(3), gradlr.ByLoss(0.25), gradlr.ByEnergy(0.9))] == [5, 8, 3, 4, 16]
+    assert attached(mlp(16, 1), momentum_rank=0.25)[2].slots[0].momentum_rank == 4
+
+
+def test_rules_are_names_or_objects():
+    rule = TrackedMomentum(residual=0)
+    _, _, opt = attached(Mixed(), rule=rule, vector_rule=Adam(beta2=0.9), table_rule="adam")
+    by_kind = {slot.plan.kind: slot.rule for slot in opt.slots}
+    assert by_kind["matrix"] is rule
+    assert by_kind["vector"].beta2 == 0.9
+    assert by_kind["table"].name == "adam"
+
+
+def test_repr_shows_what_each_parameter_became():
+    _, _, opt = attached(Mixed(), groups=[{"match": "mix.weight", "rank": 2}])
+    lines = {line.split()[0]: line for line in repr(opt).splitlines() if line.startswith("  ")}
+    assert all(word in lines["embedding.weight"] for word in ("table", "rowwise_rmsprop", "44 B"))
+    assert all(word in lines["conv.weight"] for word in ("12 x 24", "4/4", "288 B"))  # 2(12 + 24) floats
+    assert "2/2" in lines["mix.weight"]
+    assert "adam" in lines["norm.bias"]
+    assert "of AdamW's" in repr(opt)
+
+
+BAD_ARGUMENTS = [
+    ({"lr": -1e-3}, "lr"),
+    ({"lr": math.nan}, "lr"),
+    ({"lr": math.inf}, "lr"),
+    ({"lr": "fast"}, "lr"),
+    ({"vector_lr": -1.0}, "vector_lr"),
+    ({"table_lr": -1.0}, "table_lr"),
+    ({"beta": 1.0}, "beta"),
+    ({"beta": -0.1}, "beta"),
+    ({"weight_decay": -0.1}, "weight_decay"),
+    ({"weight_decay": math.nan}, "weight_decay"),
+    ({"rank": 0}, "rank"),
+    ({"rank": 1.5}, "rank"),
+    ({"rank": "all"}, "rank"),
+    ({"momentum_rank": 0}, "momentum_rank"),
+    ({"momentum_rank": gradlr.ByLoss(8)}, "momentum_rank"),
+    ({"rule": "sgd"}, "tracked_momentum"),
+    ({"rule": TrackedMomentum}, "object"),
+    ({"vector_rule": "tracked_momentum"}, "elementwise"),
+    ({"apply": "later"}, "backward"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 0.5}, "seed"),
+    ({"groups": [{"match": "encoder.*", "lr": 1.0}]}, r"encoder.*matches no trainable parameter"),
+    ({"groups": [{"match": "*"}, {"match": "0.*"}]}, "earlier group"),
+    ({"groups": [{"lr": 1.0}]}, "match"),
+    ({"groups": [{"match": []}]}, "empty"),
+    ({"groups": [{"match": "*", "learning_rate": 1.0}]}, "learning_rate"),
+    ({"groups": [{"match": "*", "lr": -1.0}]}, "lr"),
+    ({"groups": [{"match": "*.weight", "kind": "tensor"}]}, "kind"),
+    ({"groups": [{"match": "*.bias", "kind": "matrix"}]}, "cannot be a matrix"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=[str(options)[:60] for options, _ in BAD_ARGUMENTS])
+def test_arguments_out_of_range_leave_the_model_unattached(options, message):
+    model = mlp()
+    with pytest.raises(ArgumentError, match=message):
+        gradlr.attach(model, LossTracker(), **options)
+    gradlr.attach(model, LossTracker()).detach()  # a left-over hook would make this fail
+
+
+def test_options_of_rules_are_checked():
+    for make in (
+        lambda: TrackedMomentum(residual=-1),
+        lambda: TrackedMomentum(arithmetic="fast"),
+        lambda: TrackedMomentum(is_weighed=True, arithmetic="products"),
+        lambda: TrackedMomentum(beta2=1.0),
+        lambda: gradlr.rules.FactorMoments(scale=-1.0),
+        lambda: Adam(eps=-1e-8),
+        lambda: gradlr.rules.RowwiseRMSprop(beta2=2),
+    ):
+        with pytest.raises(ArgumentError):
+            make()
+
+
+def test_no_module_no_tracker():
+    with pytest.raises(ArgumentError, match="Module"):
+        gradlr.attach(list(mlp().parameters()), LossTracker())
+    with pytest.raises(ArgumentError, match="LossTracker"):
+        gradlr.attach(mlp(), 1e-3)
+
+
+@pytest.mark.parametrize("model", [nn.ReLU(), mlp().requires_grad_(False)])
+def test_a_model_without_trainable_parameters(model):
+    with pytest.raises(AttachError, match="requires a gradient"):
+        gradlr.attach(model, LossTracker())
+
+
+def test_complex_parameters_and_sparse_embeddings_are_refused():
+    with pytest.raises(AttachError, match="complex"):
+        gradlr.attach(nn.Linear(4, 4, dtype=torch.complex64), LossTracker())
+    with pytest.raises(AttachError, match="sparse=False"):
+        gradlr.attach(nn.Embedding(8, 4, sparse=True), LossTracker())
+
+
+def test_attaching_twice_names_the_way_out():
+    model, _, opt = attached()
+    with pytest.raises(AttachError, match=r"'0.weight' is attached already.*detach"):
+        gradlr.attach(model, LossTracker())
+    opt.detach()
+    gradlr.attach(model, LossTracker()).detach()
+
+
+def test_data_parallel_wrappers_are_refused(tmp_path):
+    with pytest.raises(AttachError, match="DataParallel"):
+        gradlr.attach(nn.DataParallel(mlp()), LossTracker())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        with pytest.raises(AttachError, match="DistributedDataParallel.*drift apart"):
+            gradlr.attach(nn.parallel.DistributedDataParallel(mlp()), LossTracker())
+    finally:
+        torch.distributed.destroy_process_group()

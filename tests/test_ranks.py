@@ -1,0 +1,91 @@
+"""decide_rank and the schedules."""
+
+import math
+
+import pytest
+import torch
+
+from gradlr import ArgumentError, ByEnergy, ByLoss, Fixed, LossError, RankInputs, decide_rank
+from gradlr.ranks import round_rank
+
+
+def notebook_decide_rank(loss, max_loss, max_rank, min_rank):
+    return max(min_rank, int(loss / max_loss * max_rank))
+
+
+@pytest.mark.parametrize("loss", [0.01, 0.4, 0.99, 1.0, 1.7, 2.0])
+@pytest.mark.parametrize(("max_rank", "min_rank"), [(8, 1), (16, 4), (1, 1)])
+def test_it_is_the_notebooks_formula_up_to_the_maximal_loss(loss, max_rank, min_rank):
+    assert decide_rank(loss, 2.0, max_rank, min_rank) == notebook_decide_rank(loss, 2.0, max_rank, min_rank)
+
+
+def test_it_never_passes_the_maximal_rank():
+    assert notebook_decide_rank(6.0, 2.0, 8, 1) == 24
+    assert decide_rank(6.0, 2.0) == 8
+
+
+def test_an_unknown_maximum_is_the_current_loss():
+    assert decide_rank(0.3) == 8
+
+
+@pytest.mark.parametrize(("loss", "max_loss", "rank"), [(0.0, None, 8), (0.0, 1.0, 1), (-1.0, 2.0, 1), (-1.0, -0.5, 8)])
+def test_edges(loss, max_loss, rank):
+    assert decide_rank(loss, max_loss) == rank
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_non_finite_loss_is_an_error(loss):
+    with pytest.raises(LossError, match="finite"):
+        decide_rank(loss, 1.0)
+
+
+@pytest.mark.parametrize(("highest", "lowest"), [(4, 5), (4, 0), (0, 0)])
+def test_ranks_out_of_order_are_an_error(highest, lowest):
+    with pytest.raises(ArgumentError, match="min_rank"):
+        decide_rank(1.0, 1.0, highest, lowest)
+
+
+def test_ranks_move_in_steps_of_eight_and_stop_at_the_limit():
+    assert [round_rank(rank, 30) for rank in (1, 7, 8, 9, 16, 17, 25)] == [1, 7, 8, 16, 16, 24, 30]
+
+
+@pytest.mark.parametrize(("ratio", "rank"), [(1.0, 64), (0.5, 32), (0.51, 32), (0.55, 40), (0.05, 3), (0.0, 1)])
+def test_by_loss(ratio, rank):
+    assert ByLoss(64)(RankInputs(ratio, current=64, limit=128)) == rank
+
+
+def test_fractions_are_of_the_shorter_side():
+    assert Fixed(0.25)(RankInputs(1.0, 1, limit=128)) == 32
+    assert ByLoss(0.5, 0.25)(RankInputs(0.0, 1, limit=128)) == 32
+    assert Fixed(64)(RankInputs(1.0, 1, limit=10)) == 10
+    assert Fixed(0.001)(RankInputs(1.0, 1, limit=10)) == 1
+
+
+def test_by_energy_takes_the_smallest_rank_that_holds_the_share():
+    spectrum = torch.tensor([90.0, 8.0, 1.0] + [0.001] * 29)
+    assert ByEnergy(0.95)(RankInputs(1.0, 32, 64, spectrum)) == 2
+    assert ByEnergy(0.5)(RankInputs(1.0, 32, 64, spectrum)) == 1
+    assert ByEnergy(0.5, min_rank=4)(RankInputs(1.0, 32, 64, spectrum)) == 4
+
+
+def test_by_energy_grows_by_a_step_while_all_directions_are_needed():
+    assert ByEnergy(0.95)(RankInputs(1.0, 16, 64, torch.ones(16))) == 24
+    assert ByEnergy(0.95)(RankInputs(1.0, 4, 64, torch.ones(4))) == 5
+    assert ByEnergy(0.95, max_rank=20)(RankInputs(1.0, 16, 64, torch.ones(16))) == 20
+
+
+def test_by_energy_keeps_the_rank_while_nothing_is_known():
+    assert ByEnergy(0.95)(RankInputs(1.0, 12, 64, None)) == 12
+
+
+@pytest.mark.parametrize("rank", [0, -3, 0.0, 1.5, True, "8", None])
+@pytest.mark.parametrize("schedule", [Fixed, ByLoss, lambda rank: ByEnergy(0.9, rank)])
+def test_ranks_out_of_range_are_refused(schedule, rank):
+    with pytest.raises(ArgumentError, match="rank"):
+        schedule(rank)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -1, 2])
+def test_share_out_of_range(share):
+    with pytest.raises(ArgumentError, match="share"):
+        ByEnergy(share)

@@ -1,0 +1,256 @@
+"""What would silently go wrong is loud: each trap is an error or a warning that names the way out."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import attached, mlp, regression, train
+from torch import nn
+
+import gradlr
+from gradlr import AttachError, BackwardError, GradlrWarning, LossError, NonFiniteError
+from gradlr.gradient import Dense
+
+
+def loss_of(model):
+    x, y = regression(16, count=16)
+    return nn.functional.mse_loss(model(x), y)
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def is_unchanged(model, before):
+    return all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_tracker_that_was_never_shown_a_loss(apply):
+    model, _, _ = attached(apply=apply)
+    before = weights(model)
+    with pytest.raises(LossError, match=r"tracker\(loss\)\.backward\(\)"):
+        loss_of(model).backward()
+    assert is_unchanged(model, before)
+
+
+def test_a_second_gradient_before_the_next_loss():
+    model, tracker, _ = attached()
+    tracker(loss_of(model)).backward()
+    before = weights(model)
+    with pytest.raises(BackwardError, match='second gradient.*apply="step"'):
+        loss_of(model).backward()
+    assert is_unchanged(model, before)
+    tracker(loss_of(model)).backward()  # and the next shown loss goes on
+
+
+@pytest.mark.parametrize("scale", [65536.0, 0.25])
+def test_a_scaled_loss_is_refused_in_backward_mode_before_anything_changes(scale):
+    model, tracker, _ = attached()
+    before = weights(model)
+    with pytest.raises(BackwardError, match='GradScaler.*apply="step".*Nothing was changed'):
+        (tracker(loss_of(model)) * scale).backward()
+    assert is_unchanged(model, before)
+
+
+def test_a_scaled_loss_is_welcome_in_step_mode():
+    model, tracker, opt = attached(apply="step")
+    (tracker(loss_of(model)) * 0.25).backward()
+    opt.step()
+
+
+def test_step_after_a_backward_that_reached_nothing():
+    model, tracker, opt = attached()
+    copied = copy.deepcopy(model)
+    tracker(loss_of(copied)).backward()
+    with pytest.raises(AttachError, match="none of the 6 attached parameters.*copy"):
+        opt.step()
+
+
+def test_step_after_a_loss_without_a_graph_and_no_gradient():
+    model, tracker, opt = attached()
+    tracker(1.5)
+    with pytest.raises(AttachError, match="none of the 6"):
+        opt.step()
+
+
+def test_the_next_loss_after_a_backward_that_reached_nothing_warns():
+    model, tracker, _ = attached()
+    tracker(loss_of(copy.deepcopy(model))).backward()
+    with pytest.warns(GradlrWarning, match="none of the 6"):
+        tracker(loss_of(model))
+
+
+def test_evaluating_between_steps_is_no_trap():
+    model, tracker, opt = attached()
+    train(model, opt, tracker, 1)
+    with torch.no_grad():
+        loss_of(model)
+    loss_of(copy.deepcopy(model)).backward()  # another model's business
+    train(model, opt, tracker, 1)
+    opt.step()
+    opt.step()
+
+
+@pytest.mark.parametrize("replace", ["assign", "new"])
+def test_parameters_replaced_since_attaching(replace):
+    model, tracker, _ = attached()
+    if replace == "assign":
+        model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    else:
+        model[0].weight = nn.Parameter(torch.randn(16, 16))
+    count = 6 if replace == "assign" else 1
+    with pytest.raises(AttachError, match=f"{count} of 6 parameters were replaced since attach.*'0.weight' first"):
+        tracker(loss_of(model))
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_gradient_changes_nothing(apply, bad):
+    model, tracker, opt = attached(apply=apply)
+    train(model, opt, tracker, 2)
+    before, state = weights(model), copy.deepcopy(opt.state_dict())
+    with pytest.raises(NonFiniteError, match=r"'4\.(weight|bias)' holds NaN or infinity.*nothing was changed"):
+        (tracker(loss_of(model) * bad)).backward()
+    assert is_unchanged(model, before)
+    torch.testing.assert_close(state["state"], opt.state_dict()["state"], rtol=0, atol=0)
+    train(model, opt, tracker, 1)
+    assert not is_unchanged(model, before)
+
+
+def test_a_gradient_that_explodes_on_its_way_names_what_was_changed():
+    model, tracker, _ = attached()
+    before = weights(model)
+    model[2].weight.register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteError, match=r"'2\.weight'.*parameters were updated before it"):
+        tracker(loss_of(model)).backward()
+    assert not torch.equal(before[4], model[4].weight)
+    assert torch.equal(before[2], model[2].weight)
+
+
+def test_huge_finite_gradients_are_no_error():
+    model, tracker, opt = attached(nn.Linear(16, 16, bias=False))
+    before = weights(model)
+    (tracker(model(torch.randn(8, 16)).square().mean() * 1e34)).backward()
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert not is_unchanged(model, before)
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_gradient_too_large_to_be_squared_does_not_silence_adam_for_ever(apply):
+    """Adam's second moment would be infinite from here on, and every later update zero."""
+    model, tracker, opt = attached(apply=apply)
+    before = weights(model)
+
+    def one_step():
+        tracker(loss_of(model) * 1e34).backward()
+        opt.step()
+
+    with pytest.raises(NonFiniteError, match=r"'\d\.bias'.*too large to be squared"):
+        one_step()
+    assert all(value.isfinite().all() for state in opt.state.values() for value in state.values())
+    assert torch.equal(before[5], model[4].bias)
+    train(model, opt, tracker, 1)
+
+
+def test_sparse_gradients_are_refused_in_the_hook_too():
+    model = nn.Embedding(8, 4)
+    _, tracker, _ = attached(model)
+    model.sparse = True
+    before = weights(model)
+    with pytest.raises(BackwardError, match="sparse=False"):
+        tracker(model(torch.tensor([1, 2])).sum()).backward()
+    assert is_unchanged(model, before)
+
+
+def test_a_lost_optimizer_is_told_in_the_next_backward():
+    model, tracker, opt = attached()
+    del opt
+    gc.collect()
+    with pytest.raises(AttachError, match="Keep it in a variable"):
+        tracker(loss_of(model)).backward()
+    gradlr.attach(model, tracker).detach()  # attaching anew is allowed
+
+
+@pytest.mark.parametrize("has_scheduler", [False, True])
+def test_a_dropped_optimizer_frees_its_state_and_does_not_block_a_new_one(has_scheduler):
+    model, tracker, opt = attached()
+    if has_scheduler:  # makes the optimizer part of a reference cycle
+        scheduler = torch.optim.lr_scheduler.ConstantLR(opt)
+        train(model, opt, tracker, 1)
+        scheduler.step()
+        del scheduler
+    else:
+        train(model, opt, tracker, 1)
+    state = weakref.ref(opt.state[model[0].weight]["P"])
+    del opt
+    _, tracker, opt = attached(model)
+    assert state() is None
+    train(model, opt, tracker, 1)
+
+
+def test_a_dropped_model_frees_everything():
+    model, tracker, opt = attached()
+    train(model, opt, tracker, 1)
+    references = [weakref.ref(thing) for thing in (model, model[0].weight, opt, opt.state[model[0].weight]["P"])]
+    del model, opt
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 4
+
+
+def test_detach_gives_back_ordinary_parameters():
+    model, tracker, opt = attached()
+    opt.detach()
+    opt.detach()
+    loss_of(model).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert opt.state[model[0].weight]["P"].shape == (16, 2)
+
+
+def test_an_error_in_a_rule_leaves_the_weight_and_its_state():
+    class Broken(gradlr.rules.TrackedMomentum):
+        def update(self, gradient, state, settings):
+            super().update(gradient, state, settings)
+            raise RuntimeError("the rule is broken")
+
+    model, tracker, opt = attached(nn.Linear(8, 8, bias=False), rule=Broken())
+    before, state = weights(model), copy.deepcopy(opt.state[model.weight])
+    with pytest.raises(RuntimeError, match="broken"):
+        tracker(model(torch.randn(4, 8)).square().mean()).backward()
+    assert is_unchanged(model, before)
+    torch.testing.assert_close(dict(opt.state[model.weight]), state, rtol=0, atol=0)
+
+
+def test_groups_are_fixed_once_attached():
+    _, _, opt = attached()
+    with pytest.raises(gradlr.ArgumentError, match="fixed once attached"):
+        opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_the_update_never_goes_round_the_version_counter():
+    """Two forwards before two backwards: autograd itself must notice that the weight has changed."""
+    model, tracker, _ = attached(mlp(16, 3))
+    first, second = loss_of(model), loss_of(model)
+    tracker(first).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        tracker(second).backward()
+
+
+def test_create_graph_does_not_spoil_the_graph():
+    model, tracker, opt = attached(nn.Linear(6, 6, bias=False))
+    x = torch.randn(4, 6, requires_grad=True)
+    with pytest.warns(UserWarning, match="create_graph"):
+        tracker(model(x).pow(3).sum()).backward(create_graph=True)
+    assert model.weight.grad is None
+    assert x.grad is not None
+
+
+def test_a_dense_gradient_is_consumed_only_where_it_is_owned():
+    gradient = torch.randn(6, 6)
+    kept = gradient.clone()
+    model, tracker, opt = attached(nn.Linear(6, 6, bias=False), rank=2)
+    tracker(1.0)
+    opt.receive(model.weight, Dense(gradient))
+    assert torch.equal(gradient, kept)
