@@ -81,12 +81,15 @@ class GradLR(torch.optim.Optimizer):
             gradient: An operator of the shape of the parameter's view; it may be consumed.
 
         Raises:
+            ArgumentError: the parameter is not attached.
             LossError: the tracker was never shown a loss.
             BackwardError: a second gradient for one loss, with `apply="backward"`.
             NonFiniteError: the gradient holds NaN or infinity. On CUDA this is told at the next loss, and the parameter keeps
                 its value and state until then.
         """
-        slot = self._slots[id(parameter)]
+        slot = self._slots.get(id(parameter))
+        if slot is None:
+            raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
         self._watch.gradient_arrives()
         self._check_order(slot)
         self._require_finite(slot, gradient.is_finite())

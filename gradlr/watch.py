@@ -25,7 +25,8 @@ class BackwardWatch:
 
     def __init__(self, tracker: LossTracker, count: int, *, is_immediate: bool) -> None:
         self._tracker, self._count, self._is_immediate = tracker, count, is_immediate
-        self._unread: list[tuple[str, Tensor]] = []
+        self._unread_scales: list[Tensor] = []
+        self._unread_flags: list[tuple[str, Tensor]] = []
         self.changed: list[str] = []
         self.forget()
 
@@ -47,7 +48,7 @@ class BackwardWatch:
         """Backward has reached the loss; on CUDA the scale is looked at when the next loss is shown."""
         self._is_awaiting = True
         if self._is_immediate and scale.is_cuda:
-            self._unread.append(("", scale != 1))
+            self._unread_scales.append(scale)
         elif self._is_immediate and scale != 1:
             self._is_awaiting = False
             raise guards.scaled_loss(float(scale), is_changed=False)
@@ -76,16 +77,17 @@ class BackwardWatch:
             NonFiniteError: the flag is False.
         """
         if is_finite.is_cuda:
-            self._unread.append((name, ~is_finite))
+            self._unread_flags.append((name, is_finite))
         elif not is_finite:
             raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
 
     def raise_unread(self) -> None:
-        """Read the flags that were left on the device; by now the device has passed them."""
-        unread, self._unread = self._unread, []
-        for name, is_wrong in unread:
-            if not is_wrong:
-                continue
-            if name:
+        """Read what was left on the device; by now the device has passed it."""
+        scales, self._unread_scales = self._unread_scales, []
+        flags, self._unread_flags = self._unread_flags, []
+        for scale in scales:
+            if scale != 1:
+                raise guards.scaled_loss(float(scale), is_changed=True)
+        for name, is_finite in flags:
+            if not is_finite:
                 raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
-            raise guards.scaled_loss(float(self._tracker.scale), is_changed=True)

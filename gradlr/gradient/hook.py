@@ -56,8 +56,8 @@ class HookCapture:
             handle.remove()
         for reference in self._parameters:
             parameter = reference()
-            if parameter is not None and parameter in _captures and _captures[parameter][0]() is self:
-                del _captures[parameter]
+            if parameter is not None:
+                _captures.pop(parameter, None)
         self._handles, self._parameters = [], []
 
 

@@ -29,7 +29,7 @@ class GradientOperator:
         raise NotImplementedError
 
     def is_finite(self) -> Tensor:
-        """0-dim boolean on the operator's device: whether nothing known of G is NaN or infinite. No synchronization."""
+        """0-dim boolean on the operator's device: whether nothing known of G is NaN or infinite, without synchronizing."""
         raise NotImplementedError
 
     def __matmul__(self, x: Tensor) -> Tensor:
@@ -81,7 +81,8 @@ class Dense(GradientOperator):
         return self.matrix.mT @ y
 
     def is_finite(self) -> Tensor:
-        # One pass without a temporary. A sum can overflow where the entries do not; then look at each of them.
+        # One pass without a temporary. A sum can overflow where the entries do not: on the CPU, look at each of them then; on
+        # CUDA, where asking would wait for the device, entries that sum to more than 1e38 count as infinite.
         finite = self.matrix.sum().isfinite()
         if self.matrix.device.type == "cpu" and not finite:
             return self.matrix.isfinite().all()

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
+
 
 def widen(x: Tensor) -> Tensor:
     """`x` in float32, or untouched where it is already that wide."""
@@ -44,14 +46,19 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False) -> Ten
 
     Args:
         x: Shape (..., m, n), floating.
-        passes: How often rows and columns are normalized (dimensionless). Columns come last, so their lengths are exact.
+        passes: How often rows and columns are normalized, at least once. Columns come last, so their lengths are exact.
         inplace: Whether the result may overwrite `x` (float32 or wider only).
 
     Returns:
         Shape (..., m, n), float32 or wider: `diag(a) x diag(b)` with columns of unit length, or zero where `x` is zero.
 
+    Raises:
+        ArgumentError: `passes` is below 1.
+
     Source: gradient multi-normalization, arXiv 2502.06742, algorithm 2 with row and column norms.
     """
+    if passes < 1:
+        raise ArgumentError(f"multi_normalize: passes={passes}; it must be at least 1")
     y = widen(x)
     peak = safe_reciprocal(largest_entry(y))
     squares = (y * peak).square_()

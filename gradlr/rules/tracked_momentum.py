@@ -159,12 +159,12 @@ class TrackedMomentum(Rule):
             rest -= basis @ z.mT
         is_direction = largest_entry(rest) > threshold
         spread = multi_normalize(rest, inplace=True)
-        length = self.residual * scale * _unit_columns_scale(spread, open_directions)
+        length = self.residual * scale * _length_scale(spread, open_directions)
         return spread.mul_(torch.where(is_direction, length, 0.0))
 
 
-def _unit_columns_scale(spread: Tensor, open_directions: int) -> Tensor:
-    # Every nonzero column has unit length, so the squared Frobenius norm is their number.
+def _length_scale(spread: Tensor, open_directions: int) -> Tensor:
+    # Scales `spread` to the Frobenius norm of an orthonormal basis of the open directions.
     length = torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True)
     return torch.where(length > 0, open_directions**0.5 / length, 0.0)
 

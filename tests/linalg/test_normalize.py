@@ -4,6 +4,7 @@ import pytest
 import torch
 from shapes import MATRICES, matrix
 
+import gradlr
 from gradlr.linalg import multi_normalize, normalize_columns
 
 NAMES = list(MATRICES)
@@ -164,3 +165,8 @@ def test_inplace_leaves_half_precision_alone():
     before = x.clone()
     result = multi_normalize(x, inplace=True)
     assert torch.equal(x, before) and result.dtype == torch.float32
+
+
+def test_no_pass_at_all_is_refused():
+    with pytest.raises(gradlr.ArgumentError, match="passes=0"):
+        multi_normalize(torch.ones(3, 2), passes=0)

@@ -1,0 +1,121 @@
+"""Peak memory above the parameters, counted from the allocator's own events."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from .. import rules
+from .contenders import Contender, Stepper, adamw, gradlr
+from .environment import environment
+
+MIB = 2**20
+# The profiler's library prints its own start and stop to stderr; errors still come as exceptions.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+
+
+def peak_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Largest number of bytes that `work` holds at any moment beyond what was held before it.
+
+    On the CPU from the profiler's memory events, one per allocation and release; on CUDA from the allocator's statistics.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = work()
+    del kept
+    return _peak_of(_memory_events(profiler))
+
+
+def _memory_events(profiler: profile) -> list[tuple[float, int]]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+
+
+def _peak_of(events: list[tuple[float, int]]) -> int:
+    held = peak = 0
+    for _, change in sorted(events, key=lambda event: event[0]):
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def stack(width: int, depth: int, device: str) -> nn.Sequential:
+    """`depth` Linears of `width` × `width` without bias: 100 MiB of float32 at 1024 and 25."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(depth)))
+
+
+def _forward_backward(model: nn.Module, lr: float) -> Stepper:
+    def step(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        loss = compute()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        return loss
+
+    return Stepper(step, [])
+
+
+def methods(rank: int) -> list[Contender]:
+    """What is compared, gradlr's at the given rank."""
+    bare = rules.TrackedMomentum(residual=0)
+    return [
+        Contender("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True), ()),
+        Contender("adamw_fused", "AdamW (fused)", lambda model, lr: adamw(model, lr, fused=True), ()),
+        Contender("no_optimizer", "forward + backward, no optimizer", _forward_backward, ()),
+        Contender("adamw_in_backward", "AdamW inside backward", gradlr(rule="adam"), ()),
+        Contender("backward", 'gradlr, apply="backward"', gradlr(rank=rank), ()),
+        Contender("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare), ()),
+        Contender("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
+    ]
+
+
+def training_peak(contender: Contender, width: int, depth: int, tokens: int, device: str, steps: int = 3) -> tuple[int, int]:
+    """(peak bytes above the parameters over `steps` steps, attach and state included; bytes of state)."""
+    model = stack(width, depth, device)
+    x = torch.randn(tokens, width, device=device)
+    steppers = []
+
+    def work() -> Stepper:
+        steppers.append(contender.make(model, 1e-3))
+        for _ in range(steps):
+            steppers[0].step(lambda: model(x).square().mean())
+        return steppers[0]
+
+    peak = peak_bytes(work, device)
+    return peak, steppers[0].state_bytes()
+
+
+def measure(*, width: int = 1024, depth: int = 25, tokens: int = 64, rank: int = 16, device: str = "cpu") -> dict[str, Any]:
+    """Peak MiB above the parameters for every method, as a JSON-able report."""
+    results = []
+    for contender in methods(rank):
+        peak, state = training_peak(contender, width, depth, tokens, device)
+        sizes = {"peak_mib": round(peak / MIB, 2), "state_mib": round(state / MIB, 2)}
+        results.append({"name": contender.name, "label": contender.label, **sizes})
+    workload = {"width": width, "depth": depth, "tokens": tokens, "rank": rank, "parameters_mib": 4 * width**2 * depth / MIB}
+    return {"environment": environment(device), "workload": workload, "results": results}
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as a Markdown table."""
+    lines = ["| method | peak above the parameters, MiB | of it state, MiB |", "|---|---|---|"]
+    lines += [f"| {row['label']} | {row['peak_mib']:.1f} | {row['state_mib']:.1f} |" for row in report["results"]]
+    return "\n".join(lines)

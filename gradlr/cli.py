@@ -1,0 +1,30 @@
+"""The command line: `python -m gradlr demo | bench`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .bench import command as bench
+from .errors import GradlrError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; errors of gradlr are printed without a traceback and give exit status 2."""
+    parser = argparse.ArgumentParser(prog="gradlr", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|bench")
+    from . import demo
+
+    demo.add_arguments(commands.add_parser("demo", help="fine-tune a transformer on real text with AdamW and with gradlr"))
+    bench.add_arguments(commands.add_parser("bench", help="quality, memory and speed, side by side"))
+    parsed = parser.parse_args(arguments)
+    try:
+        return {"demo": demo.run, "bench": bench.run}[parsed.command](parsed) or 0
+    except GradlrError as error:
+        print(f"gradlr: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""The memory and speed benchmarks count what they say they count."""
+
+import json
+
+import pytest
+import torch
+
+from gradlr.bench import memory, speed
+from gradlr.cli import main
+
+WIDTH, DEPTH, TOKENS = 256, 8, 16
+PARAMETERS = 4 * WIDTH**2 * DEPTH
+
+
+def test_a_known_allocation_is_counted_at_its_worst_moment():
+    def work():
+        kept = torch.ones(1000, 1000)
+        temporary = torch.ones(500, 1000)
+        del temporary
+        return kept
+
+    # 4 MB and 2 MB at once; the allocator rounds to 64 bytes.
+    assert memory.peak_bytes(work) == pytest.approx(6_000_000, abs=1024)
+
+
+def peaks():
+    return {
+        contender.name: memory.training_peak(contender, WIDTH, DEPTH, TOKENS, "cpu") for contender in memory.methods(rank=8)
+    }
+
+
+def test_the_peaks_are_in_the_order_that_their_buffers_demand():
+    found = peaks()
+    # Everything a method must hold at once, from its definition: gradients 1, AdamW's moments 2, foreach's temporaries 1.
+    assert found["no_optimizer"][0] > PARAMETERS
+    assert found["adamw_fused"][0] > 3 * PARAMETERS
+    assert found["adamw_foreach"][0] > found["adamw_fused"][0]
+    assert found["adamw_fused"][1] == 2 * PARAMETERS
+    for name in ("backward", "backward_no_residual", "step"):
+        assert found[name][0] < found["no_optimizer"][0]
+        assert found[name][1] == 4 * DEPTH * 4 * 2 * WIDTH  # k(m + n) float32, k = 4
+
+
+@pytest.mark.parametrize(("bench", "module"), [("memory", memory), ("speed", speed)])
+def test_the_commands_write_json_and_a_table(bench, module, tmp_path, capsys, monkeypatch):
+    real = module.measure
+    small = {"width": 64, "tokens": 8, "rank": 4} | ({"depth": 2} if bench == "memory" else {"rounds": 3})
+    monkeypatch.setattr(module, "measure", lambda **options: real(**(options | small)))
+    out = tmp_path / "report.json"
+    assert main(["bench", bench, "--out", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["bench"] == bench
+    assert report["environment"]["python"]
+    assert {row["name"] for row in report["results"]} == {contender.name for contender in module.methods(4)}
+    assert module.table(report) in capsys.readouterr().out
