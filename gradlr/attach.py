@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .errors import ArgumentError, AttachError
+from .errors import ArgumentError, AttachError, GradlrWarning
 from .optimizer import GradLR
 from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, with_kind
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
@@ -18,11 +19,11 @@ from .rules.base import require_fraction, require_number
 from .slots import ParameterGroup
 from .tracker import LossTracker
 
-# Measured by `python -m gradlr bench quality` (gradlr/bench/results/quality.json). r is what quality needs: halving 64 costs
-# 0.03 nats, doubling it gains 0.01 and doubles the arithmetic. k hardly matters at 1,024 tokens a step, and 4 keeps the state of
-# matrices below 0.05 numbers per weight at width 128 and above. One learning rate is tuned; the other two follow it: tables
-# lose 0.1 nats at the matrices' rate, vectors do not mind a factor of four either way.
-DEFAULT_LR = 1e-2
+# Measured by `python -m gradlr bench quality` (gradlr/bench/results/quality.json; width 128, so r = 64 is half of full rank).
+# lr: the best of the sweep. r is what quality needs: halving 64 costs 0.03 nats, doubling it gains 0.02 for twice the
+# arithmetic and memory in waiting. k makes no difference there; 4 keeps the state of matrices below 0.05 numbers per weight
+# and some momentum for small batches. One learning rate is tuned, the other two follow it, since tables want a far smaller one.
+DEFAULT_LR = 1.6e-2
 DEFAULT_RANK = ByLoss(max_rank=64)
 DEFAULT_MOMENTUM_RANK = 4
 VECTOR_LR_SHARE = 1 / 10
@@ -58,20 +59,21 @@ def attach(
             (embedding or head) or a vector (bias, norm); `print(opt)` shows which.
         loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
         lr: Learning rate η of the matrices. Scaled so that an update of full rank has the size of AdamW's at the same rate; with
-            little momentum the best rate is some five times AdamW's.
+            little momentum the best rate was eight times AdamW's.
         vector_lr: Learning rate of the vectors; `lr / 10` where None.
         table_lr: Learning rate of the tables; `lr / 50` where None.
         rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
         momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state.
-        beta: Momentum β in [0, 1), for every kind.
+        beta: Momentum β in [0, 1), for every rule that has one.
         weight_decay: Decoupled weight decay λ of matrices and tables; vectors have none.
         rule: For matrices: a name or an object of `gradlr.rules`.
         vector_rule: For vectors, elementwise.
         table_rule: For tables.
         groups: Dicts of "match" (a glob on parameter names, or a list of them) and any of the options above that should differ
             there, or "kind" ("matrix", "table", "vector") to overrule what was found. The first match wins.
-        apply: "backward" updates inside backward. "step" keeps sketches of r(m + n) numbers until `opt.step()`, which makes
-            accumulation, several backwards and scaled losses right.
+        apply: "backward" updates inside backward. "step" keeps a sketch of (2r + k)(m + n) numbers per matrix until
+            `opt.step()` (the gradient itself where that is smaller, and for tables and vectors), which makes accumulation,
+            several backwards and scaled losses right.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
 
     Returns:
@@ -79,7 +81,11 @@ def attach(
 
     Raises:
         ArgumentError: an argument is out of range, unknown, or matches no parameter. Nothing was changed.
-        AttachError: the model is wrapped for data parallel, has no trainable parameter, or is attached already.
+        AttachError: the model is wrapped or sharded for several devices, has no trainable parameter, holds gradients, or is
+            attached already.
+
+    Warns:
+        GradlrWarning: several processes form a group; gradlr does not synchronize them yet.
     """
     _require_plain_model(model)
     if not isinstance(loss_tracker, LossTracker):
@@ -92,6 +98,7 @@ def attach(
     }  # fmt: skip
     plans = plan_parameters(model)
     _require_trainable(model, plans)
+    _warn_of_processes()
     matched = _match(plans, groups)
     parameter_groups = [
         group
@@ -114,6 +121,15 @@ def _require_plain_model(model: nn.Module) -> None:
             raise AttachError(f"embedding {name!r} makes sparse gradients; build it with sparse=False")
 
 
+def _warn_of_processes() -> None:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        warnings.warn(
+            f"{distributed.get_world_size()} processes form a group; gradlr does not synchronize them yet: each trains alone",
+            GradlrWarning,
+            stacklevel=3,
+        )
+
+
 def _require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
     if not plans:
         count = sum(1 for _ in model.parameters())
@@ -121,10 +137,19 @@ def _require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
     for plan in plans:
         if plan.parameter.is_complex():
             raise AttachError(f"parameter {plan.name!r} is complex ({plan.parameter.dtype}); gradlr trains real parameters")
+        if type(plan.parameter.data).__name__ == "DTensor":
+            raise AttachError(f"parameter {plan.name!r} is sharded (DTensor); gradlr trains models on one device so far")
+        if plan.parameter.grad is not None:
+            raise AttachError(
+                f"parameter {plan.name!r} holds a gradient from an earlier backward, which would be added to the first update: "
+                "call model.zero_grad() before attaching"
+            )
 
 
 def _match(plans: list[ParameterPlan], groups: Sequence[dict[str, Any]]):
     """Pairs of (label, options) and the plans they apply to; what no group matched comes last."""
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, dict) for group in groups):
+        raise ArgumentError(f'groups={groups!r}: give a list of dicts, such as [{{"match": "encoder.*", "lr": 1e-3}}]')
     rest, matched = list(plans), []
     for index, group in enumerate(groups):
         patterns = _patterns(index, group)
@@ -144,9 +169,10 @@ def _patterns(index: int, group: dict[str, Any]) -> list[str]:
     if unknown or "match" not in group:
         what = f"unknown option {unknown[0]!r}" if unknown else 'no "match"'
         raise ArgumentError(f'groups[{index}] has {what}; give "match" and any of {", ".join(_OPTIONS)}')
-    patterns = [group["match"]] if isinstance(group["match"], str) else list(group["match"])
-    if not patterns:
-        raise ArgumentError(f'groups[{index}]: "match" is empty; give a glob such as "encoder.*"')
+    given = group["match"]
+    patterns = list(given) if isinstance(given, list | tuple) else [given]
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError(f'groups[{index}]: "match" is {group["match"]!r}; give a glob such as "encoder.*", or a list of them')
     return patterns
 
 
@@ -166,8 +192,8 @@ def _group(label: str, kind: str, options: dict[str, Any], members: list[Paramet
     rule_option = {MATRIX: "rule", TABLE: "table_rule", VECTOR: "vector_rule"}[kind]
     rate_option = {MATRIX: "lr", TABLE: "table_lr", VECTOR: "vector_lr"}[kind]
     rule = resolve(options[rule_option])
-    if kind == VECTOR and not rule.is_elementwise:
-        raise ArgumentError(f"vector_rule={rule.name!r} works on matrices; vectors need an elementwise rule such as 'adam'")
+    if kind == VECTOR and not rule.needs_dense:
+        raise ArgumentError(f"vector_rule={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
     rate = options[rate_option]
     if rate is None:
         share = {VECTOR: VECTOR_LR_SHARE, TABLE: TABLE_LR_SHARE}[kind]

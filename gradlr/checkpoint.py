@@ -13,7 +13,8 @@ from .rules import Rule, Settings
 
 def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
     """Raise a CheckpointError unless the saved groups hold the same parameters, kinds and rules as `groups`."""
-    if not {"state", "param_groups", "gradlr"} <= state_dict.keys():
+    has_extra = {"seed", "ranks", "tracker"} <= state_dict.get("gradlr", {}).keys()
+    if not ({"state", "param_groups"} <= state_dict.keys() and has_extra):
         raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
@@ -25,8 +26,9 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
             example = sorted(differing)[0] if differing else saved["param_names"][0]
             tale = f"the checkpoint has other parameters or another order, {example!r} for one"
             raise CheckpointError(f"group {group['label']!r}: {tale}")
-        if saved["rule"] != group["rule"]:
-            raise CheckpointError(f"group {group['label']!r}: saved with rule {saved['rule']!r}, attached with {group['rule']!r}")
+        for key in ("kind", "rule"):
+            if saved[key] != group[key]:
+                raise CheckpointError(f"group {group['label']!r}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
 
 
 def fitted_state(

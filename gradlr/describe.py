@@ -20,8 +20,8 @@ def describe(optimizer: GradLR) -> str:
 
 def _row(optimizer: GradLR, slot: Slot) -> tuple[str, ...]:
     state = optimizer.state[slot.plan.parameter]
-    size = sum(value.numel() * value.element_size() for key, value in state.items() if key != "step")
-    is_matrix = not slot.rule.is_elementwise
+    size = sum(value.numel() * value.element_size() for key, value in state.items() if key not in ("step", "spectrum"))
+    is_matrix = not slot.rule.needs_dense
     shape = " x ".join(str(axis) for axis in slot.plan.parameter.shape) or "scalar"
     view = " x ".join(str(axis) for axis in slot.plan.shape) if slot.plan.view.pattern else "as it is"
     ranks = (f"{slot.rank}/{slot.largest_rank}", str(slot.momentum_rank)) if is_matrix else ("", "")

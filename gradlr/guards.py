@@ -44,12 +44,22 @@ def non_finite(name: str, loss_number: int, loss: float | None, changed: Sequenc
     )
 
 
+def non_finite_before(name: str, loss_number: int) -> NonFiniteError:
+    """NaN or infinity that a device reported one loss late."""
+    return NonFiniteError(
+        f"the gradient of {name!r} held NaN or infinity, or was too large to be squared, at loss number {loss_number}. Told one "
+        "loss late, as always on CUDA: this parameter kept its value, the other parameters of that step were updated. "
+        "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
+    )
+
+
 def scaled_loss(scale: float, is_changed: bool) -> BackwardError:
     """Backward started from another scalar than the loss that was shown."""
     return BackwardError(
-        f"the loss shown to the tracker enters this backward multiplied by {scale:g} (a GradScaler, or a division by "
-        'accumulation steps). An update inside backward would be wrong: attach with apply="step", or show the tracker the '
-        f"very scalar that you call backward on. {'The update has been applied' if is_changed else 'Nothing was changed'}"
+        f"the loss shown to the tracker enters this backward multiplied by {scale:g}. An update inside backward would be wrong. "
+        'For a division by accumulation steps attach with apply="step" and call opt.step(); a GradScaler is not supported yet, '
+        "train in bfloat16 instead; otherwise show the tracker the very scalar that you call backward on. "
+        f"{'The update has been applied' if is_changed else 'Nothing was changed'}"
     )
 
 

@@ -1,4 +1,4 @@
-"""GradLR: the optimizer behind `attach`. Gradients arrive as operators, wait as `pending`, and are written by `commit`."""
+"""GradLR: the optimizer behind `attach`. Gradients arrive as operators, may wait as `pending`, are prepared and applied."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from . import guards
 from .checkpoint import check_groups, fitted_state
 from .describe import describe
-from .errors import ArgumentError, CheckpointError, NonFiniteError
+from .errors import ArgumentError, CheckpointError, NonFiniteError, ShapeError
 from .gradient import Dense, GradientOperator, HookCapture
-from .ranks import RankInputs
-from .rules import Settings
-from .slots import ParameterGroup, Slot, make_slots, mixed_seed, torch_group
+from .rules import Settings, Update
+from .slots import ParameterGroup, Slot, is_sketch_larger, make_slots, mixed_seed, scheduled_rank, torch_group
 from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, keep_where, write
@@ -29,6 +28,11 @@ class GradLR(torch.optim.Optimizer):
 
     Made by `gradlr.attach`, which documents the arguments. `param_groups` hold lr, beta and weight_decay, which any scheduler
     may change; everything else is fixed. Held weakly by its hooks: keep it in a variable as long as you train.
+
+    Attributes:
+        tracker: The tracker that shows it the losses.
+        apply: "backward" or "step".
+        seed: Seed of all random numbers, with each parameter's index and step count.
     """
 
     def __init__(self, model: nn.Module, groups: list[ParameterGroup], tracker: LossTracker, *, apply: str, seed: int) -> None:
@@ -55,8 +59,10 @@ class GradLR(torch.optim.Optimizer):
         self._watch.loss_shown()
         self._check_model()
         for slot in self._slots.values():
-            spectrum = self.state[slot.plan.parameter].get("spectrum")
-            slot.rank = slot.schedule(RankInputs(tracker.ratio, slot.rank, slot.largest_rank, spectrum)) if _has_rank(slot) else 0
+            # A sketch that waits belongs to the rank that it was made with.
+            if not slot.rule.needs_dense and slot.pending is None:
+                spectrum = self.state[slot.plan.parameter].get("spectrum")
+                slot.rank = scheduled_rank(slot, tracker.ratio, spectrum)
 
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
@@ -84,8 +90,8 @@ class GradLR(torch.optim.Optimizer):
             ArgumentError: the parameter is not attached.
             LossError: the tracker was never shown a loss.
             BackwardError: a second gradient for one loss, with `apply="backward"`.
-            NonFiniteError: the gradient holds NaN or infinity. On CUDA this is told at the next loss, and the parameter keeps
-                its value and state until then.
+            NonFiniteError: the gradient holds NaN or infinity. On CUDA this is told at the next loss; the parameter then keeps
+                its value and state, its step count aside.
         """
         slot = self._slots.get(id(parameter))
         if slot is None:
@@ -94,40 +100,47 @@ class GradLR(torch.optim.Optimizer):
         self._check_order(slot)
         self._require_finite(slot, gradient.is_finite())
         if self.apply == "backward":
-            slot.pending = gradient
-            self.commit(parameter)
-        elif slot.rule.is_elementwise:
-            slot.pending = gradient if slot.pending is None else slot.pending + gradient
-        elif slot.pending is None:
-            slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
+            self._apply(slot, *self._prepare(slot, gradient))
         else:
-            slot.pending.add_(gradient)
+            self._accumulate(slot, gradient)
         slot.last_loss = self.tracker.count
 
-    @torch.no_grad()
-    def commit(self, parameter: Tensor) -> None:
-        """Turn the pending gradient of one parameter into an update and write it. The only place where a weight changes."""
-        slot = self._slots[id(parameter)]
-        gradient, slot.pending = slot.pending, None
-        group, settings, old_state = self.param_groups[slot.group_index], self._settings(slot), self._rule_state(slot)
+    def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
+        if slot.pending is not None:
+            slot.pending.add_(gradient)
+        elif slot.rule.needs_dense or (isinstance(gradient, Dense) and is_sketch_larger(slot, gradient.shape)):
+            slot.pending = gradient
+        else:
+            slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
+
+    def _prepare(self, slot: Slot, gradient: GradientOperator) -> tuple[Update, dict[str, Tensor], Settings, Tensor]:
+        """What the rule makes of a gradient, found finite; nothing has changed yet."""
+        settings, old_state = self._settings(slot), self._rule_state(slot)
+        is_finite = gradient.is_finite()
         update, new_state = slot.rule.update(gradient, old_state, settings)
-        is_finite = all_finite(new_state.values())
+        is_finite = is_finite & all_finite(new_state.values())
         self._require_finite(slot, is_finite)
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, old_state)
-        write(
-            parameter, slot.plan.view, update,
-            lr=float(group["lr"]), weight_decay=group["weight_decay"], generator=settings.generator,
-        )  # fmt: skip
+        return update, new_state, settings, is_finite
+
+    def _apply(self, slot: Slot, update: Update, new_state: dict[str, Tensor], settings: Settings, is_finite: Tensor) -> None:
+        """Write an update and its state. The only place where a weight changes."""
+        group, parameter = self.param_groups[slot.group_index], slot.plan.parameter
+        decay = group["weight_decay"]
+        if decay and is_finite.is_cuda:
+            decay = decay * is_finite
+        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=settings.generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
-        self._watch.changed.append(slot.plan.name)
-        self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
         if slot.schedule.needs_spectrum and update.spectrum is not None:
             state["spectrum"] = update.spectrum
+        self._watch.changed.append(slot.plan.name)
+        self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
 
     # -- the optimizer's own calls ---------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
 
@@ -139,15 +152,19 @@ class GradLR(torch.optim.Optimizer):
 
         Raises:
             AttachError: a loss was shown and backward ran, but no parameter's hook fired.
+            NonFiniteError: an update overflows; nothing was changed, and what was pending is dropped. On CUDA, see `receive`.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         self._watch.step_begins()
-        for slot in self._slots.values():
-            if slot.pending is not None:
-                self.commit(slot.plan.parameter)
+        waiting = [slot for slot in self._slots.values() if slot.pending is not None]
+        # All of them before the first is written: a step is taken whole or not at all.
+        prepared = [self._prepare(slot, slot.pending) for slot in waiting]
+        for slot, parts in zip(waiting, prepared, strict=True):
+            slot.pending = None
+            self._apply(slot, *parts)
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -183,7 +200,8 @@ class GradLR(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors, step counters left out."""
-        return sum(_tensor_bytes(self._rule_state(slot)) for slot in self._slots.values())
+        tensors = [value for slot in self._slots.values() for value in self._rule_state(slot).values()]
+        return sum(value.numel() * value.element_size() for value in tensors)
 
     def __repr__(self) -> str:
         return describe(self) if self._is_built else object.__repr__(self)
@@ -194,7 +212,8 @@ class GradLR(torch.optim.Optimizer):
         """Torch's layout plus "gradlr": ranks, seed and the tracker. Plain tensors and numbers: loads with `weights_only=True`.
 
         Raises:
-            CheckpointError: sketches are pending; call `step()` or `zero_grad()` first.
+            CheckpointError: gradients are pending; call `step()` or `zero_grad()` first.
+            NonFiniteError, BackwardError: on CUDA, what the last backward has left to tell.
         """
         waiting = [slot.plan.name for slot in self._slots.values() if slot.pending is not None]
         if waiting:
@@ -235,8 +254,12 @@ class GradLR(torch.optim.Optimizer):
     def _init_state(self, slot: Slot) -> None:
         parameter = slot.plan.parameter
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        state = slot.rule.init(slot.plan.shape, self._settings(slot, slot.largest_rank), dtype=dtype, device=parameter.device)
-        self.state[parameter] = {"step": torch.zeros((), dtype=torch.int64), **state}
+        try:
+            state = slot.rule.init(slot.plan.shape, self._settings(slot, slot.largest_rank), dtype=dtype, device=parameter.device)
+        except ShapeError as error:
+            raise ArgumentError(f"parameter {slot.plan.name!r}, a {slot.plan.kind}: {error}") from error
+        # On the CPU, wherever the parameter lies: the count is read at every step.
+        self.state[parameter] = {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
 
     def _rule_state(self, slot: Slot) -> dict[str, Tensor]:
         return {key: value for key, value in self.state[slot.plan.parameter].items() if key not in ("step", "spectrum")}
@@ -273,11 +296,3 @@ class GradLR(torch.optim.Optimizer):
         lost = [slot.plan.name for slot in self._slots.values() if id(slot.plan.parameter) not in present]
         if lost:
             raise guards.lost_parameters(lost, len(self._slots))
-
-
-def _has_rank(slot: Slot) -> bool:
-    return not slot.rule.is_elementwise
-
-
-def _tensor_bytes(state: dict[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in state.values())

@@ -26,10 +26,12 @@ def decide_rank(loss: float, max_loss: float | None = None, max_rank: int = 8, m
 
     Raises:
         LossError: `loss` or `max_loss` is NaN or infinite.
-        ArgumentError: not 1 ≤ min_rank ≤ max_rank.
+        ArgumentError: the ranks are no ints, or not 1 ≤ min_rank ≤ max_rank.
 
     Source: the notebook's rule; the notebook lets the rank pass `max_rank` when the loss passes `max_loss`, this does not.
     """
+    if not all(isinstance(rank, int) for rank in (min_rank, max_rank)):
+        raise ArgumentError(f"decide_rank: min_rank={min_rank!r}, max_rank={max_rank!r}; both must be ints")
     loss = float(loss)
     max_loss = loss if max_loss is None else float(max_loss)
     if not (math.isfinite(loss) and math.isfinite(max_loss)):
@@ -182,5 +184,11 @@ def require_rank(name: str, rank: int | float) -> None:
 
 
 def as_schedule(rank: int | float | RankSchedule) -> RankSchedule:
-    """A schedule as it is; a number as `Fixed(number)`."""
+    """A schedule as it is; a number as `Fixed(number)`.
+
+    Raises:
+        ArgumentError: `rank` is neither a schedule nor a number in range.
+    """
+    if callable(rank) and not isinstance(rank, RankSchedule):
+        raise ArgumentError(f"rank={rank!r}: a schedule of your own must be an object of a subclass of gradlr.RankSchedule")
     return rank if isinstance(rank, RankSchedule) else Fixed(rank)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from .errors import ArgumentError
 from .gradient import GradientOperator
 from .parameters import ParameterPlan
-from .ranks import RankSchedule, resolve_rank
+from .ranks import RankInputs, RankSchedule, resolve_rank
 from .rules import Rule
 
 
@@ -35,7 +39,7 @@ class Slot:
         largest_rank: The largest r its schedule will give.
         momentum_rank: k.
         last_loss: Count of the loss whose backward last brought a gradient; None before the first.
-        pending: The gradient that waits for `commit`.
+        pending: The gradient that waits for `step()`.
     """
 
     index: int
@@ -65,9 +69,28 @@ def make_slots(groups: list[ParameterGroup]) -> list[Slot]:
             shape = plan.shape
             limit = min(shape[-2:]) if len(shape) >= 2 else 1
             largest = group.schedule.ceiling(limit)
-            k = resolve_rank(group.momentum_rank, limit)
+            k = min(resolve_rank(group.momentum_rank, limit), largest)
             slots.append(Slot(len(slots), plan, group_index, group.rule, group.schedule, largest, largest, k))
     return slots
+
+
+def scheduled_rank(slot: Slot, ratio: float, spectrum: Tensor | None) -> int:
+    """The rank that the slot's schedule gives now.
+
+    Raises:
+        ArgumentError: it is no int between 1 and the schedule's own ceiling.
+    """
+    rank = slot.schedule(RankInputs(ratio, slot.rank, slot.largest_rank, spectrum))
+    if not (isinstance(rank, int) and 1 <= rank <= slot.largest_rank):
+        where = f"{slot.schedule!r} gave rank {rank!r} for {slot.plan.name!r}"
+        raise ArgumentError(f"{where}: it must be an int in [1, {slot.largest_rank}], the schedule's own ceiling there")
+    return rank
+
+
+def is_sketch_larger(slot: Slot, shape: torch.Size) -> bool:
+    """Whether two bases and two products (r columns on the right, r + k on the left) hold no fewer numbers than the gradient."""
+    m, n = shape[-2:]
+    return (2 * slot.rank + slot.momentum_rank) * (m + n) >= m * n
 
 
 def mixed_seed(seed: int, index: int, step: int) -> int:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .deferred import Deferred
 from .errors import ArgumentError, CheckpointError, LossError
 
 _HISTORY_LENGTH = 65_536
@@ -33,6 +34,10 @@ class LossTracker:
     Args:
         max_loss: The loss that stands for the full rank, in the loss' own unit; None for the running maximum.
 
+    Attributes:
+        count: Number of losses shown.
+        has_graph: Whether the latest one can be called `.backward()` on.
+
     Raises:
         ArgumentError: `max_loss` is not a positive finite number.
 
@@ -43,17 +48,17 @@ class LossTracker:
     """
 
     def __init__(self, max_loss: float | None = None) -> None:
-        if max_loss is not None and not 0 < max_loss < math.inf:
+        is_number = isinstance(max_loss, (int, float)) and not isinstance(max_loss, bool)
+        if max_loss is not None and not (is_number and 0 < max_loss < math.inf):
             raise ArgumentError(f"max_loss={max_loss!r}: it must be a positive finite number, or None for the running maximum")
         self._fixed_max = None if max_loss is None else float(max_loss)
         self._running_max: float | None = None
         self._latest: float | None = None
         self._history: deque[float] = deque(maxlen=_HISTORY_LENGTH)
-        self._in_flight: tuple[Tensor, torch.cuda.Event] | None = None
+        self._in_flight: Deferred | None = None
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self._scale: Tensor | None = None
         self.count = 0
-        self.backward_count = 0
         self.has_graph = False
 
     def __call__(self, loss: float | Tensor) -> float | Tensor:
@@ -67,7 +72,10 @@ class LossTracker:
         """
         value = _as_scalar(loss)
         self._collect()
-        self._launch(value)
+        if isinstance(value, Tensor) and value.is_cuda:
+            self._in_flight = Deferred(value)
+        else:
+            self._record(float(value))
         self.count += 1
         self._scale = None
         self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
@@ -120,7 +128,7 @@ class LossTracker:
             "running_max": self._running_max,
             "latest": self._latest,
             "count": self.count,
-            "history": torch.tensor(list(self._history), dtype=torch.float64),
+            "history": torch.tensor(list(self._history), dtype=torch.float64, device="cpu"),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -138,23 +146,11 @@ class LossTracker:
         self.count = int(state["count"])
         self._history = deque(state["history"].tolist(), maxlen=_HISTORY_LENGTH)
 
-    def _launch(self, value: float | Tensor) -> None:
-        if isinstance(value, Tensor) and value.is_cuda:
-            buffer = torch.empty((), dtype=value.dtype, pin_memory=True)
-            buffer.copy_(value, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._in_flight = buffer, event
-        else:
-            self._record(float(value))
-
     def _collect(self) -> None:
         # Waits for the previous loss only: deterministic, and the device is past it by the time the next one is shown.
         if self._in_flight is not None:
-            buffer, event = self._in_flight
-            event.synchronize()
-            self._in_flight = None
-            self._record(float(buffer))
+            in_flight, self._in_flight = self._in_flight, None
+            self._record(in_flight.read())
 
     def _record(self, value: float) -> None:
         self._history.append(value)
@@ -163,7 +159,6 @@ class LossTracker:
             self._running_max = value if self._running_max is None else max(self._running_max, value)
 
     def _begin_backward(self, scale: Tensor) -> None:
-        self.backward_count += 1
         self._scale = scale.detach()
         for listener in list(self._listeners):
             listener.begin_backward(self._scale)

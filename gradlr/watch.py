@@ -7,6 +7,7 @@ import warnings
 from torch import Tensor
 
 from . import guards
+from .deferred import Deferred
 from .errors import GradlrWarning
 from .tracker import LossTracker
 
@@ -25,8 +26,8 @@ class BackwardWatch:
 
     def __init__(self, tracker: LossTracker, count: int, *, is_immediate: bool) -> None:
         self._tracker, self._count, self._is_immediate = tracker, count, is_immediate
-        self._unread_scales: list[Tensor] = []
-        self._unread_flags: list[tuple[str, Tensor]] = []
+        self._unread_scales: list[Deferred] = []
+        self._unread_flags: list[tuple[str, int, Deferred]] = []
         self.changed: list[str] = []
         self.forget()
 
@@ -36,7 +37,7 @@ class BackwardWatch:
         self._stepped_count = self._tracker.count
 
     def loss_shown(self) -> None:
-        """A new loss: tell what the last backward left unsaid."""
+        """A new loss: tell what the last backward left unsaid (raises what `raise_unread` raises)."""
         self.raise_unread()
         self.changed = []
         if self._is_awaiting:
@@ -45,10 +46,14 @@ class BackwardWatch:
             warnings.warn(str(guards.no_gradient(self._tracker.count, self._count)), GradlrWarning, stacklevel=5)
 
     def backward_begins(self, scale: Tensor) -> None:
-        """Backward has reached the loss; on CUDA the scale is looked at when the next loss is shown."""
+        """Backward has reached the loss; on CUDA the scale is looked at when the next loss is shown.
+
+        Raises:
+            BackwardError: the loss is scaled, and weights change inside backward.
+        """
         self._is_awaiting = True
         if self._is_immediate and scale.is_cuda:
-            self._unread_scales.append(scale)
+            self._unread_scales.append(Deferred(scale))
         elif self._is_immediate and scale != 1:
             self._is_awaiting = False
             raise guards.scaled_loss(float(scale), is_changed=False)
@@ -77,17 +82,22 @@ class BackwardWatch:
             NonFiniteError: the flag is False.
         """
         if is_finite.is_cuda:
-            self._unread_flags.append((name, is_finite))
+            self._unread_flags.append((name, self._tracker.count, Deferred(is_finite)))
         elif not is_finite:
             raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
 
     def raise_unread(self) -> None:
-        """Read what was left on the device; by now the device has passed it."""
+        """Read what was sent from the device during the last backward.
+
+        Raises:
+            BackwardError: the loss was scaled, with updates in backward.
+            NonFiniteError: a gradient was not finite.
+        """
         scales, self._unread_scales = self._unread_scales, []
         flags, self._unread_flags = self._unread_flags, []
         for scale in scales:
-            if scale != 1:
-                raise guards.scaled_loss(float(scale), is_changed=True)
-        for name, is_finite in flags:
-            if not is_finite:
-                raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
+            if scale.read() != 1:
+                raise guards.scaled_loss(scale.read(), is_changed=True)
+        for name, count, is_finite in flags:
+            if not is_finite.read():
+                raise guards.non_finite_before(name, count)

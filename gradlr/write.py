@@ -12,7 +12,9 @@ from .parameters import View
 from .rules import State, Update
 
 
-def write(parameter: Tensor, view: View, update: Update, *, lr: float, weight_decay: float, generator: torch.Generator) -> None:
+def write(
+    parameter: Tensor, view: View, update: Update, *, lr: float, weight_decay: float | Tensor, generator: torch.Generator
+) -> None:
     """`W ← (1 − ηλ) W − η (left rightᵀ + dense)`, in place.
 
     Args:
@@ -21,7 +23,7 @@ def write(parameter: Tensor, view: View, update: Update, *, lr: float, weight_de
         view: How W becomes the update's (..., m, n).
         update: The direction; its `dense` part is overwritten.
         lr: η.
-        weight_decay: λ, decoupled.
+        weight_decay: λ, decoupled; a 0-dim tensor on W's device where only the device knows it.
         generator: Random numbers for the rounding, on W's device.
     """
     decay = 1 - lr * weight_decay
@@ -40,11 +42,11 @@ def write(parameter: Tensor, view: View, update: Update, *, lr: float, weight_de
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """0-dim boolean: whether the sums of all tensors are finite, and with them every entry. No synchronization on CUDA."""
     finite = [tensor.sum().isfinite() for tensor in tensors]
-    return torch.stack(finite).all() if finite else torch.tensor(True)
+    return torch.stack(finite).all() if finite else torch.tensor(True, device="cpu")
 
 
 def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: State) -> tuple[Update, State]:
-    """The update and the new state, or zeros and the old state, without asking the host which.
+    """The update and the new state, or zeros and the old state, without asking the host which; for CUDA.
 
     Args:
         is_finite: 0-dim boolean on the device: whether the gradient was finite.
@@ -52,16 +54,21 @@ def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: S
         new_state: The rule's new state.
         old_state: The state before; an entry that has changed its shape stays the new one.
     """
-    parts = {key: getattr(update, key) for key in ("left", "right", "dense")}
+    parts = {key: getattr(update, key) for key in ("left", "right")}
     kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
+    if update.dense is not None:
+        update.dense.masked_fill_(~is_finite, 0.0)
     state = {
         key: torch.where(is_finite, value, old_state[key]) if value.shape == old_state[key].shape else value
         for key, value in new_state.items()
     }
-    return Update(spectrum=update.spectrum, **kept), state
+    return Update(dense=update.dense, spectrum=update.spectrum, **kept), state
 
 
-def _subtract(weight: Tensor, update: Update, lr: float, decay: float) -> None:
+def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) -> None:
+    if isinstance(decay, Tensor):
+        weight.mul_(decay)
+        decay = 1.0
     if update.dense is None:
         _add_product(weight, update.left, update.right, decay, -lr)
         return

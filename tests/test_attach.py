@@ -141,14 +141,20 @@ BAD_ARGUMENTS = [
     ({"momentum_rank": gradlr.ByLoss(8)}, "momentum_rank"),
     ({"rule": "sgd"}, "tracked_momentum"),
     ({"rule": TrackedMomentum}, "object"),
-    ({"vector_rule": "tracked_momentum"}, "elementwise"),
+    ({"vector_rule": "tracked_momentum"}, "works on matrices"),
+    ({"vector_rule": "rowwise_rmsprop"}, r"'0.bias', a vector.*needs a table"),
+    ({"rank": lambda inputs: 3}, "RankSchedule"),
+    ({"groups": None}, "list of dicts"),
+    ({"groups": {"match": "*"}}, "list of dicts"),
+    ({"groups": ["0.*"]}, "list of dicts"),
+    ({"groups": [{"match": 3}]}, "glob"),
     ({"apply": "later"}, "backward"),
     ({"seed": -1}, "seed"),
     ({"seed": 0.5}, "seed"),
     ({"groups": [{"match": "encoder.*", "lr": 1.0}]}, r"encoder.*matches no trainable parameter"),
     ({"groups": [{"match": "*"}, {"match": "0.*"}]}, "earlier group"),
     ({"groups": [{"lr": 1.0}]}, "match"),
-    ({"groups": [{"match": []}]}, "empty"),
+    ({"groups": [{"match": []}]}, "glob"),
     ({"groups": [{"match": "*", "learning_rate": 1.0}]}, "learning_rate"),
     ({"groups": [{"match": "*", "lr": -1.0}]}, "lr"),
     ({"groups": [{"match": "*.weight", "kind": "tensor"}]}, "kind"),
@@ -198,6 +204,28 @@ def test_complex_parameters_and_sparse_embeddings_are_refused():
         gradlr.attach(nn.Embedding(8, 4, sparse=True), LossTracker())
 
 
+def test_a_gradient_left_from_before_is_refused():
+    model = mlp()
+    model(torch.randn(2, 16)).sum().backward()
+    with pytest.raises(AttachError, match=r"'0\.weight' holds a gradient.*zero_grad"):
+        gradlr.attach(model, LossTracker())
+    model.zero_grad()
+    gradlr.attach(model, LossTracker()).detach()
+
+
+def test_a_schedule_that_leaves_its_range_is_named():
+    class Wild(gradlr.RankSchedule):
+        def __call__(self, inputs):
+            return 99
+
+        def ceiling(self, limit):
+            return min(8, limit)
+
+    model, tracker, opt = attached(rank=Wild())
+    with pytest.raises(ArgumentError, match=r"gave rank 99 for '0\.weight'.*\[1, 8\]"):
+        tracker(1.0)
+
+
 def test_attaching_twice_names_the_way_out():
     model, _, opt = attached()
     with pytest.raises(AttachError, match=r"'0.weight' is attached already.*detach"):
@@ -213,5 +241,21 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
     try:
         with pytest.raises(AttachError, match="DistributedDataParallel.*drift apart"):
             gradlr.attach(nn.parallel.DistributedDataParallel(mlp()), LossTracker())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_sharded_parameters_and_several_processes_are_not_passed_over(tmp_path, monkeypatch):
+    from torch.distributed.tensor import distribute_tensor, init_device_mesh
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = nn.Linear(4, 4, bias=False)
+        model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,))))
+        with pytest.raises(AttachError, match="'weight' is sharded"):
+            gradlr.attach(model, LossTracker())
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.warns(gradlr.GradlrWarning, match="2 processes"):
+            gradlr.attach(mlp(), LossTracker())
     finally:
         torch.distributed.destroy_process_group()

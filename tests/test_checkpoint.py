@@ -114,6 +114,8 @@ def refusals():
     yield "no gradlr state", {"state": {}, "param_groups": []}, "no state_dict of gradlr"
     yield "fewer groups", broken(lambda s: s["param_groups"].pop()), "2 groups, this optimizer 3"
     yield "other names", broken(lambda s: s["param_groups"][0].update(param_names=["a", "b"])), "other parameters"
+    yield "an empty gradlr entry", broken(lambda s: s.update(gradlr={})), "no state_dict of gradlr"
+    yield "other kind", broken(lambda s: s["param_groups"][0].update(kind="table")), "kind 'table'"
     yield "other rule", broken(lambda s: s["param_groups"][0].update(rule="adam")), "rule 'adam'"
     yield "state missing", broken(lambda s: s["state"].pop(1)), "'mix.weight'.*lacks"
     yield "entry missing", broken(lambda s: s["state"][0].pop("R")), "'conv.weight'.*R"

@@ -42,14 +42,14 @@ def test_training_lowers_the_loss(rule, apply):
 
 
 def test_backward_leaves_only_sketches_until_step():
-    model, tracker, opt = attached(mlp(32, 2), apply="step")
+    model, tracker, opt = attached(mlp(64, 2), apply="step")
     before = weights(model)
-    tracker(model(torch.randn(8, 32)).square().mean()).backward()
+    tracker(model(torch.randn(8, 64)).square().mean()).backward()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
     sketch = next(slot.pending for slot in opt.slots if slot.plan.name == "0.weight")
     numbers = sum(part.numel() for part in (sketch.right, sketch.right_sketch, sketch.left, sketch.left_sketch))
-    assert numbers == 2 * 4 * 32 + 2 * (4 + 2) * 32  # r columns on the right, r + k on the left: far below 32 · 32 at real sizes
+    assert numbers == (2 * 4 + 2) * (64 + 64)  # (2r + k)(m + n): bases and products on both sides
     opt.step()
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert all(slot.pending is None for slot in opt.slots)
@@ -59,11 +59,40 @@ def test_both_modes_agree_where_one_backward_makes_the_step():
     """Without the residual, which needs the gradient itself, the sketch loses nothing of its first gradient."""
     results = []
     for apply in ("backward", "step"):
-        model, tracker, opt = attached(mlp(16, 3, dtype=torch.float64), apply=apply, rule=TrackedMomentum(residual=0))
+        model, tracker, opt = attached(mlp(64, 3, dtype=torch.float64), apply=apply, rule=TrackedMomentum(residual=0))
         train(model, opt, tracker, 10)
         results.append(weights(model))
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)  # float64, ten steps of eigenvectors of r x r matrices
+
+
+@pytest.mark.parametrize("is_accumulating", [False, True])
+def test_where_a_sketch_would_be_larger_the_gradient_itself_waits(is_accumulating):
+    """Then both modes agree with the residual as well, and micro-batches add up exactly at any rank."""
+    x, y = regression(16, count=32, dtype=torch.float64)
+    results = []
+    for apply in ("backward", "step"):
+        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64), apply=apply, rank=6)
+        for _ in range(4):
+            parts = 2 if is_accumulating and apply == "step" else 1
+            for rows in torch.arange(32).chunk(parts):
+                tracker(nn.functional.mse_loss(model(x[rows]), y[rows]) / parts).backward()
+            opt.step()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)  # float64, four steps of eigenvectors
+
+
+def test_a_loss_shown_while_a_sketch_waits_changes_no_rank():
+    results = []
+    for is_shown in (False, True):
+        model, tracker, opt = attached(mlp(64, 2, dtype=torch.float64), apply="step", rank=gradlr.ByLoss(12))
+        tracker(model(torch.ones(8, 64, dtype=torch.float64)).square().mean()).backward()
+        if is_shown:
+            tracker(1e-3)
+        opt.step()
+        results.append(weights(model))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
 def test_accumulated_gradients_make_one_step():

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..errors import ArgumentError
+from ..files import write_atomically
 from . import memory, quality, speed
 from .contenders import CONTENDERS
+from .environment import require_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Measure, print the table, write the JSON where asked for."""
+    """Measure, print the table, write the JSON where asked for.
+
+    Raises:
+        ArgumentError: an option is out of range, the device or the folder of `--out` is not there. Nothing was measured.
+    """
+    _check(arguments)
     if arguments.bench == "quality":
         workload = quality.Workload(steps=arguments.steps, batch_size=arguments.batch_size)
         seeds = list(range(arguments.seeds))
@@ -61,8 +68,19 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write whole or not at all: a temporary file beside the target, then a rename."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as file:
-        json.dump(report, file, indent=1, ensure_ascii=False)
-        file.write("\n")
-    os.replace(file.name, path)
+    """Write a report as JSON, whole or not at all."""
+    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    # Before minutes of measuring, not after.
+    numbers = {key: value for key, value in vars(arguments).items() if isinstance(value, int)}
+    small = [f"--{key.replace('_', '-')} {value}" for key, value in numbers.items() if value < 1]
+    if small:
+        raise ArgumentError(f"{small[0]}: it must be at least 1")
+    if arguments.out is not None and not arguments.out.parent.is_dir():
+        raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
+    require_device(arguments.device)
+    if arguments.bench == "quality" and "muon" in arguments.contenders and not hasattr(torch.optim, "Muon"):
+        raise ArgumentError(f"torch {torch.__version__} has no Muon: install 2.9 or later, or leave muon out of --contenders")

@@ -82,6 +82,19 @@ def _ordinary_step(optimizers: list[torch.optim.Optimizer]) -> Callable[[Loss], 
     return step
 
 
+def forward_backward(model: nn.Module, lr: float) -> Stepper:
+    """No optimizer at all: the gradients are made and dropped."""
+
+    def step(compute: Loss) -> Tensor:
+        loss = compute()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+        return loss
+
+    return Stepper(step, [])
+
+
 def adamw(model: nn.Module, lr: float, **options: Any) -> Stepper:
     """torch's AdamW, one learning rate for everything, no weight decay (as for all contenders)."""
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options)]
@@ -97,7 +110,7 @@ def adamw_slow_tables(model: nn.Module, lr: float) -> Stepper:
 
 
 def muon(model: nn.Module, lr: float) -> Stepper:
-    """torch's Muon for matrices, AdamW at an eighth of its rate for the rest (the best of 1/16, 1/8, 1/4 tried)."""
+    """torch's Muon for matrices, AdamW at an eighth of its rate for the rest."""
     matrices, tables, vectors = split_parameters(model)
     optimizers = [
         torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
@@ -141,11 +154,15 @@ CONTENDERS: dict[str, Contender] = {
                   gradlr(rank=64, rule=rules.TrackedMomentum(is_weighed=True)), _FAST),
         Contender("k4_r64_products", "TrackedMomentum k4 r64, products only",
                   gradlr(rank=64, rule=rules.TrackedMomentum(arithmetic="products")), _FAST),
-        Contender("k4_r64_step", "TrackedMomentum k4 r64, apply=\"step\"", gradlr(rank=64, apply="step"), _FAST),
         Contender("k1_r64", "TrackedMomentum k1 r64", gradlr(rank=64, momentum_rank=1), _FAST),
         Contender("k16_r64", "TrackedMomentum k16 r64", gradlr(rank=64, momentum_rank=16), _FAST),
+        Contender("k4_r16", "TrackedMomentum k4 r16", gradlr(rank=16), _FAST),
+        Contender("k4_r16_no_residual", "TrackedMomentum k4 r16, no residual",
+                  gradlr(rank=16, rule=rules.TrackedMomentum(residual=0)), _FAST),
+        Contender("k4_r16_step", "TrackedMomentum k4 r16, apply=\"step\"", gradlr(rank=16, apply="step"), _FAST),
         Contender("k4_r32", "TrackedMomentum k4 r32", gradlr(rank=32), _FAST),
-        Contender("k4_r128", "TrackedMomentum k4 r128", gradlr(rank=128), _FAST),
+        Contender("k4_r128", "TrackedMomentum k4 r128 (full rank here)", gradlr(rank=128), _FAST),
+        Contender("k32_r64", "TrackedMomentum k32 r64", gradlr(rank=64, momentum_rank=32), _FAST),
         Contender("factor_moments", "FactorMoments r16 (the notebook's)", gradlr(rule="factor_moments", rank=ByLoss(16)), _FAST),
         Contender("factor_moments_adjusted", "FactorMoments r16, adjusted",
                   gradlr(rule=rules.FactorMoments(is_adjusted=True), rank=ByLoss(16)), _FAST),

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..errors import ArgumentError
+
 
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Versions, processor and threads; the GPU's name and CUDA version where the device is one."""
@@ -24,6 +26,14 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     if device.type == "cuda":
         found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return found
+
+
+def require_device(device: str) -> None:
+    """Raise an ArgumentError unless tensors can be made on `device`."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu") from None
 
 
 def _processor() -> str:

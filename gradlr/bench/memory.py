@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from .. import rules
-from .contenders import Contender, Stepper, adamw, gradlr
+from .contenders import Contender, Stepper, adamw, forward_backward, gradlr
 from .environment import environment
 
 MIB = 2**20
@@ -62,24 +62,13 @@ def stack(width: int, depth: int, device: str) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(depth)))
 
 
-def _forward_backward(model: nn.Module, lr: float) -> Stepper:
-    def step(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        loss = compute()
-        loss.backward()
-        for parameter in model.parameters():
-            parameter.grad = None
-        return loss
-
-    return Stepper(step, [])
-
-
 def methods(rank: int) -> list[Contender]:
     """What is compared, gradlr's at the given rank."""
     bare = rules.TrackedMomentum(residual=0)
     return [
         Contender("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True), ()),
         Contender("adamw_fused", "AdamW (fused)", lambda model, lr: adamw(model, lr, fused=True), ()),
-        Contender("no_optimizer", "forward + backward, no optimizer", _forward_backward, ()),
+        Contender("no_optimizer", "forward + backward, no optimizer", forward_backward, ()),
         Contender("adamw_in_backward", "AdamW inside backward", gradlr(rule="adam"), ()),
         Contender("backward", 'gradlr, apply="backward"', gradlr(rank=rank), ()),
         Contender("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare), ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,9 +12,8 @@ import torch
 from torch import nn
 
 from .. import rules
-from .contenders import Contender, adamw, gradlr
+from .contenders import Contender, adamw, forward_backward, gradlr
 from .environment import environment
-from .memory import _forward_backward
 
 
 def methods(rank: int) -> list[Contender]:
@@ -21,7 +21,7 @@ def methods(rank: int) -> list[Contender]:
     bare = rules.TrackedMomentum(residual=0)
     products = rules.TrackedMomentum(residual=0, arithmetic="products")
     return [
-        Contender("plain", "forward + backward", _forward_backward, ()),
+        Contender("plain", "forward + backward", forward_backward, ()),
         Contender("no_residual", "gradlr, no residual", gradlr(rank=rank, rule=bare), ()),
         Contender("residual", "gradlr, residual", gradlr(rank=rank), ()),
         Contender("products", "gradlr, no residual, products only", gradlr(rank=rank, rule=products), ()),
@@ -33,8 +33,8 @@ def methods(rank: int) -> list[Contender]:
 def measure(*, width: int = 1024, tokens: int = 2048, rank: int = 32, rounds: int = 30, device: str = "cpu") -> dict[str, Any]:
     """Median milliseconds of one step of one Linear, and its ratio to plain forward + backward.
 
-    Every round runs each method once, so that a slow moment of the machine meets all of them; the ratio is the median of
-    the rounds' ratios.
+    Every round runs each method once, in an order of its own, so that a slow moment of the machine or what the one before left
+    in the caches meets all of them; the ratio is the median of the rounds' ratios.
     """
     contenders = methods(rank)
     steps = [_make_step(contender, width, tokens, device) for contender in contenders]
@@ -64,7 +64,12 @@ def _make_step(contender: Contender, width: int, tokens: int, device: str) -> Ca
 def _interleaved(steps: list[Callable[[], None]], rounds: int, device: str) -> list[list[float]]:
     for step in steps * 3:  # warm up
         step()
-    return [[_timed(step, device) for step in steps] for _ in range(rounds)]
+    shuffle, times = random.Random(0), []
+    for _ in range(rounds):
+        order = shuffle.sample(range(len(steps)), len(steps))
+        measured = {index: _timed(steps[index], device) for index in order}
+        times.append([measured[index] for index in range(len(steps))])
+    return times
 
 
 def _timed(step: Callable[[], None], device: str) -> float:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
-
+from ..bench.environment import require_device
 from ..errors import ArgumentError
 from .report import print_table, write_figure, write_results
 from .training import METHODS, InterruptedRun, Plan, train
@@ -51,8 +50,5 @@ def run(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> Plan:
     if arguments.steps < 1 or arguments.seed < 0:
         raise ArgumentError(f"--steps {arguments.steps} --seed {arguments.seed}: steps must be at least 1, the seed at least 0")
-    try:
-        torch.empty(1, device=arguments.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ArgumentError(f"--device {arguments.device}: {str(error).splitlines()[0]}; use --device cpu") from None
+    require_device(arguments.device)
     return Plan(steps=arguments.steps, seed=arguments.seed, device=arguments.device)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import tempfile
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -26,11 +25,12 @@ from ..bench.text import batches, documentation
 from ..bench.transformer import evaluate, language_model_loss
 from ..describe import format_bytes
 from ..errors import GradlrError
+from ..files import write_atomically
 
 SAVE_EVERY = 20
 
-# Each at the best learning rate that `python -m gradlr bench quality` found for it (gradlr/bench/results/quality.json).
-# Momentum of rank 3: at this width a fortieth of AdamW's state, the vectors' Adam included.
+# Learning rates: the best of AdamW's row and of the TrackedMomentum rows in gradlr/bench/results/quality.json, written by
+# `python -m gradlr bench quality`. Momentum of rank 3: at this width a fortieth of AdamW's state, the vectors' Adam included.
 METHODS = (
     Contender("adamw", "AdamW", adamw, (2e-3,)),
     Contender("gradlr", "gradlr", gradlr(momentum_rank=3), (1.6e-2,)),
@@ -119,7 +119,8 @@ def train(method: Contender, plan: Plan, folder: Path, *, is_fresh: bool) -> Rec
     record.weights = sum(parameter.numel() for parameter in model.parameters())
     _run(model, stepper, record, plan)
     record.state_numbers, record.state_bytes = stepper.state_numbers(list(model.parameters())), stepper.state_bytes()
-    _write(record.model_path, {"config": model.config, "model": model.state_dict(), "validation_loss": record.validation[-1][1]})
+    fine_tuned = {"config": model.config, "model": model.state_dict(), "validation_loss": record.validation[-1][1]}
+    write_atomically(record.model_path, partial(torch.save, fine_tuned))
     return record
 
 
@@ -132,18 +133,19 @@ def _run(model: nn.Module, stepper: Stepper, record: Record, plan: Plan) -> None
         record.validation.append((0, evaluate(model, held_out)))
     sizes = {"batch_size": workload.batch_size, "length": workload.length, "steps": plan.steps}
     data = batches(documentation().train, seed=plan.seed, start=start, **sizes)
-    bar = tqdm(total=plan.steps, initial=start, desc=f"{record.label:>6s}", unit="step")
+    pause = 0.1 if sys.stderr.isatty() else 10.0  # in a log, few lines
+    bar = tqdm(total=plan.steps, initial=start, desc=f"{record.label:>6s}", unit="step", mininterval=pause, maxinterval=pause)
     with _deferred_interrupt() as interrupt, bar:
         for step, (inputs, targets) in enumerate(data, start=start):
             stepper.set_rate(workload.rate_factor(step))
             _step(model, stepper, record, inputs.to(plan.device), targets.to(plan.device))
+            bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update()
-            bar.set_postfix_str(_postfix(record))
             is_last = step + 1 == plan.steps
             if (step + 1) % SAVE_EVERY == 0 or is_last:
                 record.validation.append((step + 1, evaluate(model, held_out)))
             if (step + 1) % SAVE_EVERY == 0 or is_last or interrupt.is_set():
-                _write(record.resume_path, _resume_point(record, model, stepper, plan))
+                write_atomically(record.resume_path, partial(torch.save, _resume_point(record, model, stepper, plan)))
             if interrupt.is_set():
                 raise InterruptedRun(f"{record.label} after {step + 1} of {plan.steps} steps")
 
@@ -229,12 +231,3 @@ def _restore(saved: dict[str, Any], record: Record, model: nn.Module, stepper: S
     model.load_state_dict(saved["model"])
     for optimizer, state in zip(stepper.optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    # Whole or not at all: a temporary file beside the target, on disk before it takes the name.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)

@@ -74,7 +74,8 @@ def _make_hook(receiver: weakref.WeakMethod) -> Callable[[Tensor], None]:
         if receive is None:
             raise AttachError(
                 "the optimizer that gradlr.attach returned does not exist any more, so nothing would be updated. "
-                "Keep it in a variable (opt = gradlr.attach(...)) as long as you train, or call opt.detach() before dropping it"
+                "Keep it in a variable as long as you train: opt = gradlr.attach(...). To go on without gradlr, attach once "
+                "more and call opt.detach() at once: that removes these hooks"
             )
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:

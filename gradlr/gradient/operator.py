@@ -92,6 +92,11 @@ class Dense(GradientOperator):
         """G in a buffer that the caller may overwrite; the operator is spent afterwards."""
         return self.matrix if self._is_owned else self.matrix.clone()
 
+    def add_(self, gradient: Dense) -> Dense:
+        """Add another gradient, in place where the buffer is owned."""
+        self.matrix, self._is_owned = self.consume().add_(gradient.matrix), True
+        return self
+
     def __add__(self, other: Dense) -> Dense:
         return Dense(self.matrix + other.matrix, is_owned=True)
 

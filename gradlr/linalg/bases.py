@@ -56,13 +56,13 @@ def svd_lowrank(matrix, rank: int, *, power_steps: int = 2, generator: torch.Gen
     """Randomized singular value decomposition from products with the matrix only.
 
     Args:
-        matrix: Shape (..., m, n): a tensor, or any operator with `shape`, `dtype`, `device`, `@` and `.mT`.
+        matrix: Shape (..., m, n): a floating tensor, or any operator with `shape`, `dtype`, `device`, `@` and `.mT`.
         rank: Number r of singular triples, 1 ≤ r ≤ min(m, n).
         power_steps: Subspace iterations (dimensionless).
         generator: Source of the Gaussian test matrix; torch's default generator where None.
 
     Returns:
-        U (..., m, r), S (..., r) descending, V (..., n, r) with `matrix ≈ U diag(S) Vᵀ`: the very numbers that
+        U (..., m, r), S (..., r) descending, V (..., n, r), float32 or wider, with `matrix ≈ U diag(S) Vᵀ`: the very numbers that
         `torch.svd_lowrank(matrix, q=rank, niter=power_steps)` gives for the same random numbers.
 
     Raises:
@@ -70,6 +70,7 @@ def svd_lowrank(matrix, rank: int, *, power_steps: int = 2, generator: torch.Gen
 
     Source: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, algorithms 4.4 and 5.1.
     """
+    matrix = widen(matrix) if isinstance(matrix, Tensor) else matrix
     m, n = matrix.shape[-2:]
     if not 1 <= rank <= min(m, n):
         raise ArgumentError(f"svd_lowrank: rank {rank} for a {m} x {n} matrix; it must be between 1 and {min(m, n)}")

@@ -22,7 +22,7 @@ class Adam(Rule):
     """
 
     name = "adam"
-    is_elementwise = True
+    needs_dense = True
 
     def __init__(self, *, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)

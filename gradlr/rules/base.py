@@ -58,13 +58,13 @@ class Rule:
 
     Class attributes:
         name: What `rule="..."` and `repr(opt)` call it.
-        is_elementwise: True for rules that need the whole gradient entry by entry (`gradient.matrix`) and suit any shape;
-            False for matrix rules, which use `gradient @ X` and `gradient.mT @ Y` only.
+        needs_dense: Whether the rule needs the gradient's entries (`gradient.matrix`); such a rule may suit vectors too. Matrix
+            rules use `gradient @ X` and `gradient.mT @ Y` only.
         is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
     name = "rule"
-    is_elementwise = False
+    needs_dense = False
     is_scale_invariant = True
 
     def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
@@ -92,7 +92,7 @@ class Rule:
         raise NotImplementedError
 
     def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
-        """r(m + n) numbers that stand for the gradient until `opt.step()`; further gradients are added with `add_`.
+        """A few numbers per row and column that stand for the gradient until `opt.step()`; others are added with `add_`.
 
         Here the range of the gradient under a Gaussian test matrix: a randomized range finder on both sides. A rule with
         momentum does better by starting from what it follows.
@@ -138,11 +138,11 @@ def update_scale(shape: torch.Size) -> float:
     return 0.2 * max(shape[-2:]) ** 0.5
 
 
-def require_fraction(name: str, value: float, *, is_one_allowed: bool = False) -> float:
-    """`value` as a float, where it lies in [0, 1), or [0, 1]; an ArgumentError otherwise."""
+def require_fraction(name: str, value: float) -> float:
+    """`value` as a float, where it lies in [0, 1); an ArgumentError otherwise."""
     value = require_number(name, value)
-    if not (0 <= value < 1 or (is_one_allowed and value == 1)):
-        raise ArgumentError(f"{name}={value}: it must lie in [0, 1{']' if is_one_allowed else ')'}")
+    if value >= 1:
+        raise ArgumentError(f"{name}={value}: it must lie in [0, 1)")
     return value
 
 

@@ -26,7 +26,7 @@ class RowwiseRMSprop(Rule):
     """
 
     name = "rowwise_rmsprop"
-    is_elementwise = True
+    needs_dense = True
 
     def __init__(self, *, beta2: float = 0.99, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)

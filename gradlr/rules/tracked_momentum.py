@@ -28,7 +28,7 @@ class TrackedMomentum(Rule):
         beta2: Decay of the second moment of the singular values, with `is_weighed`.
         eps: Added to its root, with `is_weighed`.
         arithmetic: "decompose" (QR and eigenvectors: exact), "products" (matrix products, Cholesky and triangular solves
-            only: fast on CUDA, never synchronizes), or "auto": products on CUDA, decompose elsewhere.
+            only: fast on CUDA, never synchronizes), or "auto": products on CUDA unless `is_weighed`, decompose elsewhere.
 
     Raises:
         ArgumentError: an option is out of range, or `is_weighed` with `arithmetic="products"`.

@@ -56,3 +56,18 @@ def test_the_command_writes_json_with_the_environment(tmp_path, capsys):
         assert min(row["sweep"].values()) == row["losses"][0]
         assert row["mean"] == pytest.approx(sum(row["losses"]) / 2, abs=1e-5)
     assert "TrackedMomentum k1 r64" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["quality", "--seeds", "0"],
+        ["quality", "--steps", "0"],
+        ["memory", "--out", "missing/x.json"],
+        ["speed", "--device", "nonsense"],
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_measured(options, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "measure", None)
+    assert main(["bench", *options]) == 2
+    assert options[1] in capsys.readouterr().err

@@ -125,7 +125,7 @@ class SignMomentum(Rule):
     """The sign of a running mean of gradients, scaled like an orthogonal update: a user's own rule."""
 
     name = "sign_momentum"
-    is_elementwise = True
+    needs_dense = True
 
     def init(self, shape, settings, *, dtype, device):
         return {"mean": torch.zeros(shape, dtype=dtype, device=device)}
