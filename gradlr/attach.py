@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from .errors import ArgumentError, AttachError, GradlrWarning
 from .optimizer import GradLR
@@ -32,6 +33,12 @@ TABLE_LR_SHARE = 1 / 50
 _OPTIONS = (
     "lr", "vector_lr", "table_lr", "rank", "momentum_rank", "beta", "weight_decay", "rule", "vector_rule", "table_rule", "kind",
 )  # fmt: skip
+
+_USED_BY = {
+    MATRIX: {"lr", "beta", "weight_decay", "rule", "rank", "momentum_rank"},
+    TABLE: {"lr", "table_lr", "beta", "weight_decay", "table_rule", "rank", "momentum_rank"},
+    VECTOR: {"lr", "vector_lr", "beta", "vector_rule"},
+}
 
 
 def attach(
@@ -103,7 +110,7 @@ def attach(
     parameter_groups = [
         group
         for (label, options), members in matched
-        for group in _by_kind(label, {**defaults, **options}, members)
+        for group in _by_kind(label, _merged(defaults, options), members, given=options)
     ]  # fmt: skip
     return GradLR(model, parameter_groups, loss_tracker, apply=apply, seed=seed)
 
@@ -135,6 +142,10 @@ def _require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
         count = sum(1 for _ in model.parameters())
         raise AttachError(f"none of the model's {count} parameters requires a gradient: call requires_grad_(True) first")
     for plan in plans:
+        if isinstance(plan.parameter, UninitializedParameter) or plan.parameter.is_meta:
+            raise AttachError(f"parameter {plan.name!r} has no values yet: run one batch through the model (or load it) first")
+        if any(size > 1 and stride == 0 for size, stride in zip(plan.parameter.shape, plan.parameter.stride(), strict=True)):
+            raise AttachError(f"parameter {plan.name!r} is an expanded view, several entries in one place: clone() it first")
         if plan.parameter.is_complex():
             raise AttachError(f"parameter {plan.name!r} is complex ({plan.parameter.dtype}); gradlr trains real parameters")
         if type(plan.parameter.data).__name__ == "DTensor":
@@ -164,6 +175,12 @@ def _match(plans: list[ParameterPlan], groups: Sequence[dict[str, Any]]):
     return [*matched, (("", {}), rest)]
 
 
+def _merged(defaults: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    # A group's own lr is nearer than a global vector_lr or table_lr.
+    nearer = {"vector_lr": None, "table_lr": None} if "lr" in options else {}
+    return {**defaults, **nearer, **options}
+
+
 def _patterns(index: int, group: dict[str, Any]) -> list[str]:
     unknown = sorted(set(group) - {"match", *_OPTIONS})
     if unknown or "match" not in group:
@@ -176,9 +193,12 @@ def _patterns(index: int, group: dict[str, Any]) -> list[str]:
     return patterns
 
 
-def _by_kind(label: str, options: dict[str, Any], plans: list[ParameterPlan]) -> list[ParameterGroup]:
+def _by_kind(
+    label: str, options: dict[str, Any], plans: list[ParameterPlan], *, given: dict[str, Any]
+) -> list[ParameterGroup]:
     if "kind" in options:
         plans = [with_kind(plan, options["kind"]) for plan in plans]
+    _require_used(label, given, {plan.kind for plan in plans})
     groups = []
     for kind in KINDS:
         members = [plan for plan in plans if plan.kind == kind]
@@ -186,6 +206,16 @@ def _by_kind(label: str, options: dict[str, Any], plans: list[ParameterPlan]) ->
         if members:
             groups.append(group)
     return groups
+
+
+def _require_used(label: str, given: dict[str, Any], kinds: set[str]) -> None:
+    used = {"kind"}.union(*(_USED_BY[kind] for kind in kinds))
+    idle = sorted(given.keys() - used)
+    if idle:
+        raise ArgumentError(
+            f"group {label!r}: {idle[0]!r} does nothing for its parameters, each a {' or '.join(sorted(kinds))}; "
+            f"options that do are {', '.join(sorted(used))}"
+        )
 
 
 def _group(label: str, kind: str, options: dict[str, Any], members: list[ParameterPlan]) -> ParameterGroup:

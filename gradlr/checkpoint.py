@@ -16,11 +16,18 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
     has_extra = {"seed", "ranks", "tracker"} <= state_dict.get("gradlr", {}).keys()
     if not ({"state", "param_groups"} <= state_dict.keys() and has_extra):
         raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
+    if state_dict["gradlr"].get("version") != 1:
+        raise CheckpointError(f"the checkpoint has format {state_dict['gradlr'].get('version')!r}, this gradlr reads format 1")
+    if len(state_dict["gradlr"]["ranks"]) != sum(len(group["params"]) for group in groups):
+        raise CheckpointError(f"the checkpoint holds {len(state_dict['gradlr']['ranks'])} ranks, not one per parameter")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         counts = f"{len(saved_groups)} groups, this optimizer {len(groups)}"
         raise CheckpointError(f"the checkpoint has {counts}: attach with the same groups=")
     for saved, group in zip(saved_groups, groups, strict=True):
+        missing = sorted(group.keys() - saved.keys())
+        if missing:
+            raise CheckpointError(f"group {group['label']!r}: the checkpoint lacks its {missing[0]!r}")
         differing = set(saved["param_names"]) ^ set(group["param_names"])
         if differing or saved["param_names"] != group["param_names"]:
             example = sorted(differing)[0] if differing else saved["param_names"][0]
@@ -34,7 +41,7 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
 def fitted_state(
     plan: ParameterPlan, saved: dict[str, Tensor] | None, current: dict[str, Tensor], rule: Rule, settings: Settings
 ) -> dict[str, Tensor]:
-    """Saved state on the parameter's device, in its saved dtype, resized to the settings' ranks.
+    """Saved state on the parameter's device, in the current state's dtype, resized to the settings' ranks.
 
     Raises:
         CheckpointError: an entry is missing or belongs to another shape.
@@ -44,11 +51,12 @@ def fitted_state(
         missing = sorted(wanted - (saved or {}).keys())
         raise CheckpointError(f"parameter {plan.name!r}: the checkpoint lacks its state ({', '.join(missing)})")
     device = plan.parameter.device
-    state = {key: saved[key].detach().clone().to(device) for key in wanted - {"step"}}
+    state = {key: saved[key].detach().clone().to(device, current[key].dtype) for key in wanted - {"step"}}
     state = rule.resize(state, plan.shape, settings)
     for key, value in state.items():
         # Ranks lie in the last axis, and may differ until the next update; everything before it may not.
-        if value.ndim != current[key].ndim or value.shape[:-1] != current[key].shape[:-1]:
+        fixed = slice(None) if rule.needs_dense else slice(-1)
+        if value.ndim != current[key].ndim or value.shape[fixed] != current[key].shape[fixed]:
             shapes = f"{tuple(value.shape)}, needed is {tuple(current[key].shape)}"
             raise CheckpointError(f"parameter {plan.name!r} {tuple(plan.parameter.shape)}: its saved {key!r} has shape {shapes}")
     spectrum = {"spectrum": saved["spectrum"].clone().to(device)} if "spectrum" in saved else {}

@@ -1,66 +1,87 @@
-"""What can go wrong in a backward pass, told so that it can be mended: each function makes one error."""
+"""What can go wrong in a backward pass, told so that it can be mended: each function makes one error or message."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .errors import AttachError, BackwardError, LossError, NonFiniteError
+
+SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
+
+
+def tale_of(changed: Sequence[str]) -> str:
+    """What has happened to the weights: `changed` are the parameters that this backward or step has updated already."""
+    if not changed:
+        return "Nothing was changed"
+    plural = "s were" if len(changed) > 1 else " was"
+    return f"{len(changed)} parameter{plural} updated before it ({changed[0]!r} first), the others were not"
 
 
 def unshown_loss(name: str) -> LossError:
     """A gradient came before any loss."""
     return LossError(
-        f"a gradient of {name!r} arrived, but the tracker was never shown a loss: "
+        f"a gradient of {name!r} arrived, but the tracker was never shown a loss, or not since a checkpoint was loaded: "
         "write tracker(loss).backward(), with the tracker that attach was given. Nothing was changed"
     )
 
 
-def second_gradient(name: str, loss_number: int) -> BackwardError:
+def foreign_backward(name: str, loss_number: int, changed: Sequence[str]) -> BackwardError:
+    """A gradient came from a backward that does not pass through the loss that was shown."""
+    return BackwardError(
+        f"a gradient of {name!r} arrived from a backward that does not pass through loss number {loss_number}, the last one "
+        "shown. Show the tracker the scalar that you call backward on; models that train against each other need a tracker "
+        f"each. {tale_of(changed)}"
+    )
+
+
+def second_gradient(name: str, loss_number: int, changed: Sequence[str]) -> BackwardError:
     """A parameter that was updated for this loss got another gradient."""
     return BackwardError(
         f"a second gradient of {name!r} arrived for loss number {loss_number}, and its first has been applied. "
         'To accumulate gradients, or where backward reaches a weight twice, attach with apply="step" and call opt.step(); '
-        "otherwise show every loss to the tracker before its backward: tracker(loss).backward()"
+        f"otherwise show every loss to the tracker before its backward: tracker(loss).backward(). {tale_of(changed)}"
     )
 
 
-def unsupported_gradient(name: str, layout: object, dtype: object) -> BackwardError:
+def unsupported_gradient(name: str, layout: object, dtype: object, changed: Sequence[str]) -> BackwardError:
     """A sparse or complex gradient."""
     return BackwardError(
         f"the gradient of {name!r} is {layout}, {dtype}; gradlr takes dense real gradients. "
-        "Use sparse=False in embeddings, and real parameters"
+        f"Use sparse=False in embeddings, and real parameters. {tale_of(changed)}"
     )
 
 
 def non_finite(name: str, loss_number: int, loss: float | None, changed: Sequence[str]) -> NonFiniteError:
-    """NaN or infinity in a gradient; `changed` are the parameters that this backward or step has updated already."""
-    tale = "nothing was changed"
-    if changed:
-        tale = f"{len(changed)} parameters were updated before it, {changed[0]!r} first, the others were not"
+    """NaN or infinity in a gradient, or in what a rule made of it."""
     return NonFiniteError(
-        f"the gradient of {name!r} holds NaN or infinity, or is too large to be squared, at loss number {loss_number} "
-        f"(loss {loss}); {tale}. "
-        "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
+        f"the gradient of {name!r} holds NaN or infinity, or is too large for its update to be finite, at loss number "
+        f"{loss_number} (loss {loss}). {tale_of(changed)}. {SKIP_ADVICE}"
     )
 
 
 def non_finite_before(name: str, loss_number: int) -> NonFiniteError:
     """NaN or infinity that a device reported one loss late."""
     return NonFiniteError(
-        f"the gradient of {name!r} held NaN or infinity, or was too large to be squared, at loss number {loss_number}. Told one "
-        "loss late, as always on CUDA: this parameter kept its value, the other parameters of that step were updated. "
-        "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
+        f"the gradient of {name!r} held NaN or infinity, or was too large for its update to be finite, at loss number "
+        f"{loss_number}. Told one loss late, as always on CUDA: this parameter kept its value, the other parameters of that "
+        f"step were updated. {SKIP_ADVICE}"
     )
 
 
-def scaled_loss(scale: float, is_changed: bool) -> BackwardError:
+def scaled_loss(scale: float, tale: str) -> BackwardError:
     """Backward started from another scalar than the loss that was shown."""
     return BackwardError(
         f"the loss shown to the tracker enters this backward multiplied by {scale:g}. An update inside backward would be wrong. "
         'For a division by accumulation steps attach with apply="step" and call opt.step(); a GradScaler is not supported yet, '
-        "train in bfloat16 instead; otherwise show the tracker the very scalar that you call backward on. "
-        f"{'The update has been applied' if is_changed else 'Nothing was changed'}"
+        f"train in bfloat16 instead; otherwise show the tracker the very scalar that you call backward on. {tale}"
     )
+
+
+def interrupted(loss_number: int, changed: Sequence[str], dropped: int) -> str:
+    """A backward that ended in an exception, told at the next call."""
+    tale = f"The gradients that waited for step() ({dropped} parameters) are dropped" if dropped else tale_of(changed)
+    return f"the backward of loss number {loss_number} did not come to its end (an exception in a layer?). {tale}"
 
 
 def lost_parameters(lost: Sequence[str], count: int) -> AttachError:
@@ -72,9 +93,31 @@ def lost_parameters(lost: Sequence[str], count: int) -> AttachError:
     )
 
 
+def changed_form(name: str, before: Any, now: Any) -> AttachError:
+    """An attached parameter has another shape or dtype."""
+    forms = f"was {tuple(before[0])} {before[1]} when it was attached and is {tuple(now[0])} {now[1]} now"
+    return AttachError(f"parameter {name!r} {forms}: convert the model before attaching, or call opt.detach() and attach again")
+
+
+def strangers(names: Sequence[str]) -> str:
+    """Trainable parameters that nobody updates."""
+    return (
+        f"{len(names)} trainable parameters of the model are not attached ({names[0]!r} first) and will not be updated: "
+        "they were frozen or not there when attach was called. Call opt.detach() and attach again"
+    )
+
+
 def no_gradient(loss_number: int, count: int) -> AttachError:
     """Backward ran and no hook fired."""
     return AttachError(
         f"a backward pass ran for loss number {loss_number}, and none of the {count} attached parameters received a gradient. "
         "Was the loss computed with this very model (not a copy), outside torch.no_grad() and without detach()?"
+    )
+
+
+def accumulated(count: int) -> str:
+    """Several backwards and one step(), where each backward has updated already."""
+    return (
+        f"{count} backward passes have each updated the weights since the last opt.step(). If they were meant to accumulate into "
+        'one step, attach with apply="step"'
     )

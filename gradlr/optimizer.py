@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from . import guards
 from .checkpoint import check_groups, fitted_state
 from .describe import describe
-from .errors import ArgumentError, CheckpointError, NonFiniteError, ShapeError
+from .errors import ArgumentError, AttachError, CheckpointError, GradlrError, ShapeError
 from .gradient import Dense, GradientOperator, HookCapture
+from .membership import Membership
 from .rules import Settings, Update
-from .slots import ParameterGroup, Slot, is_sketch_larger, make_slots, mixed_seed, scheduled_rank, torch_group
+from .slots import Noise, ParameterGroup, Slot, is_sketch_larger, make_slots, scheduled_rank, torch_group
 from .tracker import LossTracker
 from .watch import BackwardWatch
-from .write import all_finite, keep_where, write
+from .write import all_finite, keep_where, require_fit, write
 
 APPLY_MODES = ("backward", "step")
 
@@ -39,25 +39,26 @@ class GradLR(torch.optim.Optimizer):
         if apply not in APPLY_MODES:
             raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
         self.tracker, self.apply, self.seed = tracker, apply, seed
-        self._model = weakref.ref(model)
         self._is_built = False
         super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
         self._is_built = True
         self._slots = {id(slot.plan.parameter): slot for slot in make_slots(groups)}
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self._noise = Noise()
+        self._membership = Membership(model, [slot.plan for slot in self._slots.values()])
         self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=apply == "backward")
         for slot in self._slots.values():
             self._init_state(slot)
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self._slots.values()], self._take)
+        self._is_detached = False
         tracker.subscribe(self)
-
-    # -- before and during backward ------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def before_backward(self, tracker: LossTracker) -> None:
         """Called by the tracker at each loss: look for what went wrong since the last one, then fix the ranks."""
-        self._watch.loss_shown()
-        self._check_model()
+        self._watch.loss_shown(pending=self._pending_count())
+        if tracker.is_open:
+            self.zero_grad()
+        self._membership.check()
         for slot in self._slots.values():
             # A sketch that waits belongs to the rank that it was made with.
             if not slot.rule.needs_dense and slot.pending is None:
@@ -71,12 +72,13 @@ class GradLR(torch.optim.Optimizer):
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
         slot = self._slots[id(parameter)]
         if gradient.layout != torch.strided or gradient.is_complex():
-            raise guards.unsupported_gradient(slot.plan.name, gradient.layout, gradient.dtype)
+            raise guards.unsupported_gradient(slot.plan.name, gradient.layout, gradient.dtype, self._watch.changed)
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             matrix = slot.plan.view.of(gradient.detach())
             is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
-            # Under create_graph the buffer belongs to the graph as well.
-            self.receive(parameter, Dense(matrix, is_owned=is_copy or not gradient.requires_grad))
+            # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
+            is_ours = not gradient.requires_grad and len(parameter._post_accumulate_grad_hooks) == 1
+            self.receive(parameter, Dense(matrix, is_owned=is_copy or is_ours))
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -96,13 +98,16 @@ class GradLR(torch.optim.Optimizer):
         slot = self._slots.get(id(parameter))
         if slot is None:
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
-        self._watch.gradient_arrives()
-        self._check_order(slot)
-        self._require_finite(slot, gradient.is_finite())
-        if self.apply == "backward":
-            self._apply(slot, *self._prepare(slot, gradient))
-        else:
-            self._accumulate(slot, gradient)
+        try:
+            self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
+            self._watch.require_finite(slot.plan.name, gradient.is_finite())
+            if self.apply == "backward":
+                self._apply(slot, *self._prepare(slot, gradient))
+            else:
+                self._accumulate(slot, gradient)
+        except GradlrError:
+            self._give_up()
+            raise
         slot.last_loss = self.tracker.count
 
     def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
@@ -117,9 +122,13 @@ class GradLR(torch.optim.Optimizer):
         """What the rule makes of a gradient, found finite; nothing has changed yet."""
         settings, old_state = self._settings(slot), self._rule_state(slot)
         is_finite = gradient.is_finite()
-        update, new_state = slot.rule.update(gradient, old_state, settings)
-        is_finite = is_finite & all_finite(new_state.values())
-        self._require_finite(slot, is_finite)
+        try:
+            update, new_state = slot.rule.update(gradient, old_state, settings)
+        except torch.linalg.LinAlgError as error:  # products of huge entries have overflowed
+            raise guards.non_finite(slot.plan.name, self.tracker.count, self.tracker.value, self._watch.changed) from error
+        require_fit(slot.rule, update, gradient.shape)
+        is_finite = is_finite & all_finite([*update.parts(), *new_state.values()])
+        self._watch.require_finite(slot.plan.name, is_finite)
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, old_state)
         return update, new_state, settings, is_finite
@@ -138,8 +147,6 @@ class GradLR(torch.optim.Optimizer):
         self._watch.changed.append(slot.plan.name)
         self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
 
-    # -- the optimizer's own calls ---------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
@@ -151,18 +158,24 @@ class GradLR(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
-            AttachError: a loss was shown and backward ran, but no parameter's hook fired.
+            AttachError: a loss was shown and backward ran, but no parameter's hook fired; or the optimizer is detached.
+            BackwardError: the last backward was interrupted; what was pending is dropped.
             NonFiniteError: an update overflows; nothing was changed, and what was pending is dropped. On CUDA, see `receive`.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
-        self._watch.step_begins()
-        waiting = [slot for slot in self._slots.values() if slot.pending is not None]
-        # All of them before the first is written: a step is taken whole or not at all.
-        prepared = [self._prepare(slot, slot.pending) for slot in waiting]
-        for slot, parts in zip(waiting, prepared, strict=True):
+        if self._is_detached:
+            raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
+        try:
+            self._watch.step_begins(pending=self._pending_count())
+            prepared = [(slot, self._prepare(slot, slot.pending)) for slot in self._slots.values() if slot.pending is not None]
+        except GradlrError:
+            self._give_up()
+            raise
+        # All were prepared before the first is written: a step is taken whole or not at all.
+        for slot, parts in prepared:
             slot.pending = None
             self._apply(slot, *parts)
         return result
@@ -171,11 +184,13 @@ class GradLR(torch.optim.Optimizer):
         """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already."""
         for slot in self._slots.values():
             slot.pending, slot.plan.parameter.grad = None, None
+        self.tracker.is_open = False
 
     def detach(self) -> None:
         """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing."""
         self._capture.remove()
         self.tracker.unsubscribe(self)
+        self._is_detached = True
 
     def __enter__(self) -> GradLR:
         return self
@@ -193,6 +208,9 @@ class GradLR(torch.optim.Optimizer):
             raise ArgumentError("groups are fixed once attached: call opt.detach() and attach again with groups=[...]")
         super().add_param_group(param_group)
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise AttachError("an optimizer with hooks cannot be copied or pickled: save opt.state_dict() instead")
+
     @property
     def slots(self) -> list[Slot]:
         """One entry per attached parameter, in the order of `param_groups`."""
@@ -205,8 +223,6 @@ class GradLR(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return describe(self) if self._is_built else object.__repr__(self)
-
-    # -- checkpoints -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's layout plus "gradlr": ranks, seed and the tracker. Plain tensors and numbers: loads with `weights_only=True`.
@@ -249,8 +265,6 @@ class GradLR(torch.optim.Optimizer):
             slot.rank, slot.last_loss, slot.pending = rank, None, None
             self.state[slot.plan.parameter] = state
 
-    # -- private ---------------------------------------------------------------------------------------------------------
-
     def _init_state(self, slot: Slot) -> None:
         parameter = slot.plan.parameter
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
@@ -267,32 +281,15 @@ class GradLR(torch.optim.Optimizer):
     def _settings(self, slot: Slot, rank: int | None = None) -> Settings:
         parameter = slot.plan.parameter
         step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
-        generator = self._generators.get(parameter.device)
-        if generator is None:
-            generator = self._generators[parameter.device] = torch.Generator(parameter.device)
-        generator.manual_seed(mixed_seed(self.seed, slot.index, step))
+        generator = self._noise.at(parameter.device, self.seed, slot.index, step)
         beta = self.param_groups[slot.group_index]["beta"]
         rank = slot.rank if rank is None else rank
         return Settings(rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
 
-    def _check_order(self, slot: Slot) -> None:
-        if self.tracker.count == 0:
-            raise guards.unshown_loss(slot.plan.name)
-        if self.apply == "backward" and slot.last_loss == self.tracker.count:
-            raise guards.second_gradient(slot.plan.name, self.tracker.count)
+    def _pending_count(self) -> int:
+        return sum(slot.pending is not None for slot in self._slots.values())
 
-    def _require_finite(self, slot: Slot, is_finite: Tensor) -> None:
-        try:
-            self._watch.require_finite(slot.plan.name, is_finite)
-        except NonFiniteError:
-            self.zero_grad()
-            raise
-
-    def _check_model(self) -> None:
-        model = self._model()
-        if model is None:
-            return
-        present = {id(parameter) for parameter in model.parameters()}
-        lost = [slot.plan.name for slot in self._slots.values() if id(slot.plan.parameter) not in present]
-        if lost:
-            raise guards.lost_parameters(lost, len(self._slots))
+    def _give_up(self) -> None:
+        # The error that is being raised says what happened; the next loss begins afresh.
+        self.zero_grad()
+        self._watch.gradients_dropped()

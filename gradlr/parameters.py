@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from .errors import ArgumentError
 
@@ -95,7 +96,9 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     table_ids = _tables(model)
     plans = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and isinstance(parameter, UninitializedParameter):
+            plans.append(ParameterPlan(name, parameter, VECTOR, View()))
+        elif parameter.requires_grad:
             kind, view = _classify(parameter, *owners[id(parameter)], table_ids)
             plans.append(ParameterPlan(name, parameter, kind, view))
     return plans
@@ -150,7 +153,7 @@ def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
     """
     if kind not in KINDS:
         raise ArgumentError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
-    if kind != VECTOR and plan.parameter.ndim < 2:
+    if kind != VECTOR and (plan.parameter.ndim < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
     view = View() if kind == VECTOR else plan.view

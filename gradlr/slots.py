@@ -93,6 +93,19 @@ def is_sketch_larger(slot: Slot, shape: torch.Size) -> bool:
     return (2 * slot.rank + slot.momentum_rank) * (m + n) >= m * n
 
 
+class Noise:
+    """One random generator per device, set anew for every seed, parameter and step: what is drawn depends on nothing else."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def at(self, device: torch.device, seed: int, index: int, step: int) -> torch.Generator:
+        """The device's generator, at the beginning of the numbers of this parameter and step."""
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device)
+        return self._generators[device].manual_seed(mixed_seed(seed, index, step))
+
+
 def mixed_seed(seed: int, index: int, step: int) -> int:
     """One 63-bit seed from three numbers (splitmix64), so that neighbouring steps and parameters draw unrelated numbers."""
     mask = (1 << 64) - 1

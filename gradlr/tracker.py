@@ -28,6 +28,9 @@ class LossListener(Protocol):
 class LossTracker:
     """Records each loss before backward; `tracker(loss)` returns the very same object.
 
+    The running maximum never falls: after a spike, or a loss on another scale (a sum, an evaluation), later ratios stay small.
+    Give `max_loss` where that may happen.
+
     On the CPU the ratio holds the loss just shown. On CUDA reading it would make the host wait for the device, so the ratio
     there lags exactly one call: the loss is copied to pinned memory in the background and read at the next call.
 
@@ -36,7 +39,13 @@ class LossTracker:
 
     Attributes:
         count: Number of losses shown.
+        scale: d(total)/d(loss) of the latest loss' backward, a 0-dim tensor: 1, GradScaler's scale, or 1 / accumulation
+            steps. None before its backward.
+        is_shown: Whether a loss was shown since the tracker was made or loaded.
         has_graph: Whether the latest one can be called `.backward()` on.
+        has_begun: Whether its backward has begun.
+        is_open: Whether that backward has not come to its end, be it under way or interrupted by an exception.
+        has_gradient: Whether it has brought a gradient to any parameter of any optimizer of this tracker.
 
     Raises:
         ArgumentError: `max_loss` is not a positive finite number.
@@ -57,9 +66,9 @@ class LossTracker:
         self._history: deque[float] = deque(maxlen=_HISTORY_LENGTH)
         self._in_flight: Deferred | None = None
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._scale: Tensor | None = None
+        self.scale: Tensor | None = None
         self.count = 0
-        self.has_graph = False
+        self.is_shown = self.has_graph = self.has_begun = self.is_open = self.has_gradient = False
 
     def __call__(self, loss: float | Tensor) -> float | Tensor:
         """Record a loss and return it.
@@ -77,10 +86,11 @@ class LossTracker:
         else:
             self._record(float(value))
         self.count += 1
-        self._scale = None
-        self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
-        for listener in list(self._listeners):
-            listener.before_backward(self)
+        try:
+            for listener in list(self._listeners):
+                listener.before_backward(self)
+        finally:
+            self._await_backward(loss)
         if self.has_graph:
             loss.register_hook(_make_loss_hook(weakref.ref(self)))
         return loss
@@ -101,11 +111,6 @@ class LossTracker:
         if self._latest is None or self.max_loss is None or self.max_loss <= 0:
             return 1.0
         return min(max(self._latest / self.max_loss, 0.0), 1.0)
-
-    @property
-    def scale(self) -> Tensor | None:
-        """d(total)/d(loss) of the backward pass under way: GradScaler's scale, or 1 / accumulation steps. None before it."""
-        return self._scale
 
     @property
     def history(self) -> list[float]:
@@ -142,9 +147,18 @@ class LossTracker:
             names = ", ".join(sorted(missing))
             raise CheckpointError(f"tracker state lacks {names}: was it written by LossTracker.state_dict()?")
         self._in_flight = None
+        self.is_shown = self.has_graph = self.has_begun = self.is_open = self.has_gradient = False
         self._fixed_max, self._running_max, self._latest = state["max_loss"], state["running_max"], state["latest"]
         self.count = int(state["count"])
         self._history = deque(state["history"].tolist(), maxlen=_HISTORY_LENGTH)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy and pickle: the record, without listeners and graphs.
+        return self.state_dict()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()
+        self.load_state_dict(state)
 
     def _collect(self) -> None:
         # Waits for the previous loss only: deterministic, and the device is past it by the time the next one is shown.
@@ -158,10 +172,18 @@ class LossTracker:
             self._latest = value
             self._running_max = value if self._running_max is None else max(self._running_max, value)
 
+    def _await_backward(self, loss: float | Tensor) -> None:
+        self.scale, self.is_shown = None, True
+        self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
+        self.has_begun = self.is_open = self.has_gradient = False
+
     def _begin_backward(self, scale: Tensor) -> None:
-        self._scale = scale.detach()
+        self.scale = scale.detach()
         for listener in list(self._listeners):
-            listener.begin_backward(self._scale)
+            listener.begin_backward(self.scale)
+        self.has_begun = self.is_open = True
+        # Runs when the whole backward has come to its end, and not where an exception ends it.
+        torch.autograd.Variable._execution_engine.queue_callback(_make_end(weakref.ref(self)))
 
 
 def _as_scalar(loss: float | Tensor) -> float | Tensor:
@@ -185,3 +207,12 @@ def _make_loss_hook(reference: weakref.ref[LossTracker]) -> Callable[[Tensor], N
             tracker._begin_backward(gradient)
 
     return learn_scale
+
+
+def _make_end(reference: weakref.ref[LossTracker]) -> Callable[[], None]:
+    def end_backward() -> None:
+        tracker = reference()
+        if tracker is not None:
+            tracker.is_open = False
+
+    return end_backward

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from .errors import ShapeError
 from .linalg import stochastic_round
 from .parameters import View
-from .rules import State, Update
+from .rules import Rule, State, Update
 
 
 def write(
@@ -37,6 +38,20 @@ def write(
     _subtract(weight, update, lr, decay)
     if weight.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
         parameter.copy_(view.back(weight, parameter.shape))
+
+
+def require_fit(rule: Rule, update: Update, shape: torch.Size) -> None:
+    """Raise a ShapeError unless the update's parts belong to a parameter whose view has the given shape."""
+    found = {key: None if part is None else tuple(part.shape) for key, part in vars(update).items() if key != "spectrum"}
+    *batch, rows, columns = (1, 1, *shape) if len(shape) < 2 else shape
+    is_dense_right = update.dense is None or update.dense.shape == shape
+    is_low_rank_right = update.left is None and update.right is None
+    if update.left is not None and update.right is not None:
+        r = update.left.shape[-1]
+        is_low_rank_right = found["left"] == (*batch, rows, r) and found["right"] == (*batch, columns, r)
+    if not (is_dense_right and is_low_rank_right):
+        tale = f"an update with parts of shapes {found} for a parameter seen as {tuple(shape)}"
+        raise ShapeError(f"rule {rule.name!r} made {tale}; gradlr.rules.Update says what they must be")
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:

@@ -91,6 +91,13 @@ def test_the_first_matching_group_wins_and_takes_every_option():
     assert opt.param_groups[slots["mix.bias"].group_index]["lr"] == pytest.approx(1e-3)
 
 
+def test_a_groups_own_lr_is_nearer_than_a_global_vector_lr():
+    _, _, opt = attached(Mixed(), vector_lr=1.0, groups=[{"match": "mix.*", "lr": 0.5}])
+    slots = {slot.plan.name: slot for slot in opt.slots}
+    assert opt.param_groups[slots["mix.bias"].group_index]["lr"] == pytest.approx(0.05)
+    assert opt.param_groups[slots["conv.bias"].group_index]["lr"] == 1.0
+
+
 def test_a_group_may_overrule_the_kind():
     _, _, opt = attached(Mixed(), groups=[{"match": "head.*", "kind": "matrix"}])
     assert kinds(opt)["head.weight"] == "matrix"
@@ -157,6 +164,8 @@ BAD_ARGUMENTS = [
     ({"groups": [{"match": []}]}, "glob"),
     ({"groups": [{"match": "*", "learning_rate": 1.0}]}, "learning_rate"),
     ({"groups": [{"match": "*", "lr": -1.0}]}, "lr"),
+    ({"groups": [{"match": "*.bias", "weight_decay": 0.1}]}, "'weight_decay' does nothing.*vector"),
+    ({"groups": [{"match": "*.weight", "vector_rule": "adam"}]}, "'vector_rule' does nothing.*matrix"),
     ({"groups": [{"match": "*.weight", "kind": "tensor"}]}, "kind"),
     ({"groups": [{"match": "*.bias", "kind": "matrix"}]}, "cannot be a matrix"),
 ]
@@ -178,6 +187,7 @@ def test_options_of_rules_are_checked():
         lambda: TrackedMomentum(beta2=1.0),
         lambda: gradlr.rules.FactorMoments(scale=-1.0),
         lambda: Adam(eps=-1e-8),
+        lambda: Adam(eps=0),
         lambda: gradlr.rules.RowwiseRMSprop(beta2=2),
     ):
         with pytest.raises(ArgumentError):

@@ -26,6 +26,12 @@ class OnDevice:
         return float(self.value)
 
 
+def backward(watch, scale):
+    watch.backward_begins(scale)
+    watch._tracker.has_begun = True
+    watch.gradient_arrives("first.weight", None)
+
+
 def shown(*, is_immediate=True):
     tracker = LossTracker()
     tracker(2.0)
@@ -39,23 +45,20 @@ def test_a_flag_on_the_device_is_read_at_the_next_loss_only():
     watch.require_finite("second.weight", bad)
     assert good.reads == bad.reads == 0
     with pytest.raises(NonFiniteError, match=r"'second\.weight'.*number 1.*one loss late"):
-        watch.loss_shown()
-    watch.loss_shown()  # told once
+        watch.loss_shown(pending=0)
+    watch.loss_shown(pending=0)  # told once
 
 
 def test_a_scale_on_the_device_is_read_at_the_next_loss_and_says_that_it_is_too_late():
     _, watch = shown()
-    watch.backward_begins(OnDevice(1.0))
-    watch.gradient_arrives()
-    watch.loss_shown()
-    watch.backward_begins(OnDevice(4.0))
-    watch.gradient_arrives()
+    backward(watch, OnDevice(1.0))
+    watch.loss_shown(pending=0)
+    backward(watch, OnDevice(4.0))
     with pytest.raises(BackwardError, match="multiplied by 4.*The update has been applied"):
-        watch.loss_shown()
+        watch.loss_shown(pending=0)
 
 
 def test_where_weights_change_in_step_any_scale_is_right():
     _, watch = shown(is_immediate=False)
-    watch.backward_begins(torch.tensor(0.25))
-    watch.gradient_arrives()
-    watch.loss_shown()
+    backward(watch, torch.tensor(0.25))
+    watch.loss_shown(pending=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..gradient import Dense
-from .base import Rule, Settings, State, Update, require_fraction, require_number
+from .base import Rule, Settings, State, Update, require_fraction, require_positive
 
 
 class Adam(Rule):
@@ -26,7 +26,7 @@ class Adam(Rule):
 
     def __init__(self, *, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)
-        self.eps = require_number("eps", eps)
+        self.eps = require_positive("eps", eps)
 
     def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
         return {key: torch.zeros(shape, dtype=dtype, device=device) for key in ("mean", "square")}

@@ -52,6 +52,10 @@ class Update:
     dense: Tensor | None = None
     spectrum: Tensor | None = field(default=None, repr=False)
 
+    def parts(self) -> list[Tensor]:
+        """What makes up the direction."""
+        return [part for part in (self.left, self.right, self.dense) if part is not None]
+
 
 class Rule:
     """Base of all rules. A rule holds options only; everything that changes is in the state, a dict of plain tensors.
@@ -144,6 +148,13 @@ def require_fraction(name: str, value: float) -> float:
     if value >= 1:
         raise ArgumentError(f"{name}={value}: it must lie in [0, 1)")
     return value
+
+
+def require_positive(name: str, value: float) -> float:
+    """`value` as a float, where it is a positive finite number; an ArgumentError otherwise."""
+    if require_number(name, value) == 0:
+        raise ArgumentError(f"{name}=0: it must be positive, or rows and directions without gradient become NaN")
+    return float(value)
 
 
 def require_number(name: str, value: float, *, minimum: float = 0.0) -> float:

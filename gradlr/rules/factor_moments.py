@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..gradient import GradientOperator
 from ..linalg import newton_schulz, svd_lowrank
-from .base import Rule, Settings, State, Update, fit_columns, require_fraction, require_number, update_scale
+from .base import Rule, Settings, State, Update, fit_columns, require_fraction, require_number, require_positive, update_scale
 
 
 class FactorMoments(Rule):
@@ -45,7 +45,7 @@ class FactorMoments(Rule):
         newton_schulz_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.beta2 = require_fraction("beta2", beta2)
-        self.eps = require_number("eps", eps)
+        self.eps = require_positive("eps", eps)
         self.scale = None if scale is None else require_number("scale", scale)
         self.is_adjusted = bool(is_adjusted)
         self.newton_schulz_dtype = newton_schulz_dtype

@@ -6,7 +6,7 @@ import torch
 
 from ..errors import ShapeError
 from ..gradient import Dense
-from .base import Rule, Settings, State, Update, require_fraction, require_number
+from .base import Rule, Settings, State, Update, require_fraction, require_positive
 
 
 class RowwiseRMSprop(Rule):
@@ -30,7 +30,7 @@ class RowwiseRMSprop(Rule):
 
     def __init__(self, *, beta2: float = 0.99, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)
-        self.eps = require_number("eps", eps)
+        self.eps = require_positive("eps", eps)
 
     def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
         if len(shape) < 2:

@@ -9,10 +9,23 @@ from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, Sketched
 from ..linalg import leading_directions, multi_normalize, newton_schulz, normalize_columns, orthonormalize, polar_factor
 from ..linalg.normalize import largest_entry
-from .base import Rule, Settings, State, Update, fit_columns, gaussian, require_fraction, require_number, update_scale
+from .base import (
+    Rule,
+    Settings,
+    State,
+    Update,
+    fit_columns,
+    gaussian,
+    require_fraction,
+    require_number,
+    require_positive,
+    update_scale,
+)
 
 # Entries of the residual below this share of the gradient's largest are rounding errors, not a direction (float32: a few ulp).
 _RESIDUAL_RTOL = 1e-6
+# Directions of the momentum below this share of the largest are treated as the polar factor treats them: as null.
+_MOMENTUM_RTOL = 1e-5
 
 
 class TrackedMomentum(Rule):
@@ -55,7 +68,7 @@ class TrackedMomentum(Rule):
         self.residual = require_number("residual", residual)
         self.is_weighed = bool(is_weighed)
         self.beta2 = require_fraction("beta2", beta2)
-        self.eps = require_number("eps", eps)
+        self.eps = require_positive("eps", eps)
         self.arithmetic = arithmetic
 
     def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
@@ -112,7 +125,10 @@ class TrackedMomentum(Rule):
 
     def _test_matrix(self, state: State, settings: Settings) -> Tensor:
         # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
+        # Columns that are rounding errors of the others count as none.
         momentum_right, rank = state["R"], settings.rank
+        lengths = momentum_right.abs().amax(dim=-2, keepdim=True)
+        momentum_right = torch.where(lengths > _MOMENTUM_RTOL * lengths.amax(dim=-1, keepdim=True), momentum_right, 0.0)
         fresh = gaussian((*momentum_right.shape[:-1], rank), momentum_right, settings.generator)
         return _fill(normalize_columns(momentum_right[..., :rank]), fresh)
 
