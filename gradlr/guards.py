@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import AttachError, BackwardError, LossError, NonFiniteError
+from .errors import AttachError, BackwardError, CheckpointError, LossError, NonFiniteError
 
 SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
@@ -82,6 +82,12 @@ def interrupted(loss_number: int, changed: Sequence[str], dropped: int) -> str:
     """A backward that ended in an exception, told at the next call."""
     tale = f"The gradients that waited for step() ({dropped} parameters) are dropped" if dropped else tale_of(changed)
     return f"the backward of loss number {loss_number} did not come to its end (an exception in a layer?). {tale}"
+
+
+def unfinished_step(waiting: Sequence[str]) -> CheckpointError:
+    """A checkpoint is asked for while gradients wait."""
+    tale = f"{len(waiting)} gradients wait for step() ({waiting[0]!r} first)"
+    return CheckpointError(f"{tale}: save after opt.step() or opt.zero_grad()")
 
 
 def lost_parameters(lost: Sequence[str], count: int) -> AttachError:

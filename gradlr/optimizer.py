@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from . import guards
 from .checkpoint import check_groups, fitted_state
 from .describe import describe
-from .errors import ArgumentError, AttachError, CheckpointError, GradlrError, ShapeError
+from .errors import ArgumentError, AttachError, GradlrError, ShapeError
 from .gradient import Dense, GradientOperator, HookCapture
 from .membership import Membership
 from .rules import Settings, Update
 from .slots import Noise, ParameterGroup, Slot, is_sketch_larger, make_slots, scheduled_rank, torch_group
 from .tracker import LossTracker
 from .watch import BackwardWatch
-from .write import all_finite, keep_where, require_fit, write
+from .write import all_finite, full_precision, keep_where, require_fit, write
 
 APPLY_MODES = ("backward", "step")
 
@@ -54,7 +54,7 @@ class GradLR(torch.optim.Optimizer):
 
     @torch.no_grad()
     def before_backward(self, tracker: LossTracker) -> None:
-        """Called by the tracker at each loss: look for what went wrong since the last one, then fix the ranks."""
+        """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
         self._watch.loss_shown(pending=self._pending_count())
         if tracker.is_open:
             self.zero_grad()
@@ -73,7 +73,7 @@ class GradLR(torch.optim.Optimizer):
         slot = self._slots[id(parameter)]
         if gradient.layout != torch.strided or gradient.is_complex():
             raise guards.unsupported_gradient(slot.plan.name, gradient.layout, gradient.dtype, self._watch.changed)
-        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+        with torch.no_grad(), full_precision(gradient.device):
             matrix = slot.plan.view.of(gradient.detach())
             is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
             # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
@@ -100,7 +100,8 @@ class GradLR(torch.optim.Optimizer):
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
         try:
             self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
-            self._watch.require_finite(slot.plan.name, gradient.is_finite())
+            if gradient.device.type == "cpu":  # elsewhere together with the update, so that nobody waits twice
+                self._watch.require_finite(slot.plan.name, gradient.is_finite())
             if self.apply == "backward":
                 self._apply(slot, *self._prepare(slot, gradient))
             else:
@@ -121,7 +122,7 @@ class GradLR(torch.optim.Optimizer):
     def _prepare(self, slot: Slot, gradient: GradientOperator) -> tuple[Update, dict[str, Tensor], Settings, Tensor]:
         """What the rule makes of a gradient, found finite; nothing has changed yet."""
         settings, old_state = self._settings(slot), self._rule_state(slot)
-        is_finite = gradient.is_finite()
+        is_finite = gradient.is_finite()  # before the rule consumes it
         try:
             update, new_state = slot.rule.update(gradient, old_state, settings)
         except torch.linalg.LinAlgError as error:  # products of huge entries have overflowed
@@ -139,7 +140,9 @@ class GradLR(torch.optim.Optimizer):
         decay = group["weight_decay"]
         if decay and is_finite.is_cuda:
             decay = decay * is_finite
-        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=settings.generator)
+        # A stream of its own: in step() the rules of other parameters have drawn since.
+        generator = self._noise.at(parameter.device, self.seed, slot.index, -settings.step)
+        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
         if slot.schedule.needs_spectrum and update.spectrum is not None:
@@ -170,15 +173,19 @@ class GradLR(torch.optim.Optimizer):
             raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
         try:
             self._watch.step_begins(pending=self._pending_count())
-            prepared = [(slot, self._prepare(slot, slot.pending)) for slot in self._slots.values() if slot.pending is not None]
+            with full_precision(self.param_groups[0]["params"][0].device):
+                self._write_pending()
         except GradlrError:
             self._give_up()
             raise
-        # All were prepared before the first is written: a step is taken whole or not at all.
-        for slot, parts in prepared:
+        return result
+
+    def _write_pending(self) -> None:
+        # All are prepared before the first is written: a step is taken whole or not at all.
+        waiting = [slot for slot in self._slots.values() if slot.pending is not None]
+        for slot, parts in [(slot, self._prepare(slot, slot.pending)) for slot in waiting]:
             slot.pending = None
             self._apply(slot, *parts)
-        return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already."""
@@ -233,8 +240,7 @@ class GradLR(torch.optim.Optimizer):
         """
         waiting = [slot.plan.name for slot in self._slots.values() if slot.pending is not None]
         if waiting:
-            tale = f"{len(waiting)} gradients wait for step() ({waiting[0]!r} first)"
-            raise CheckpointError(f"{tale}: save after opt.step() or opt.zero_grad()")
+            raise guards.unfinished_step(waiting)
         self._watch.raise_unread()
         state = super().state_dict()
         ranks = [slot.rank for slot in self._slots.values()]
@@ -283,8 +289,7 @@ class GradLR(torch.optim.Optimizer):
         step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
         generator = self._noise.at(parameter.device, self.seed, slot.index, step)
         beta = self.param_groups[slot.group_index]["beta"]
-        rank = slot.rank if rank is None else rank
-        return Settings(rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
+        return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
 
     def _pending_count(self) -> int:
         return sum(slot.pending is not None for slot in self._slots.values())

@@ -40,6 +40,11 @@ def write(
         parameter.copy_(view.back(weight, parameter.shape))
 
 
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast: products of sketches stay in float32 or wider, wherever the user calls backward or step."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def require_fit(rule: Rule, update: Update, shape: torch.Size) -> None:
     """Raise a ShapeError unless the update's parts belong to a parameter whose view has the given shape."""
     found = {key: None if part is None else tuple(part.shape) for key, part in vars(update).items() if key != "spectrum"}

@@ -261,17 +261,34 @@ def test_low_precision_weights_keep_small_updates(dtype):
     assert all(value.dtype != dtype for value in opt.state[model.weight].values())
 
 
-def test_autocast_does_not_reach_the_update():
+def test_rounding_depends_on_seed_parameter_and_step_alone():
+    """The same gradient rounds the same way, whether other parameters take part in the step or not."""
+    results = []
+    for is_alone in (False, True):
+        model, tracker, opt = attached(mlp(8, 2, dtype=torch.bfloat16), apply="step")
+        tracker(1.0)
+        for slot in opt.slots:
+            if not is_alone or slot.plan.name == "0.weight":
+                opt.receive(slot.plan.parameter, Dense(torch.ones_like(slot.plan.parameter)))
+        opt.step()
+        results.append(model[0].weight.detach().clone())
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_autocast_does_not_reach_the_update(apply):
     results = []
     x, y = regression(16, count=16)
     for is_inside in (False, True):
-        model, tracker, opt = attached()
+        model, tracker, opt = attached(apply=apply)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = nn.functional.mse_loss(model(x), y)
             if is_inside:
                 tracker(loss).backward()
+                opt.step()
         if not is_inside:
             tracker(loss).backward()
+            opt.step()
         results.append(weights(model))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
