@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import ArgumentError, AttachError, GradlrWarning
+from .gradient import release_abandoned
 from .optimizer import GradLR
 from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, with_kind
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
@@ -57,6 +58,7 @@ def attach(
     table_rule: str | Rule = "rowwise_rmsprop",
     groups: Sequence[dict[str, Any]] = (),
     apply: str = "backward",
+    capture: str = "hook",
     seed: int = 0,
 ) -> GradLR:
     """Update every trainable weight of `model` inside backward; no gradient is left over.
@@ -81,6 +83,9 @@ def attach(
         apply: "backward" updates inside backward. "step" keeps a sketch of (2r + k)(m + n) numbers per matrix until
             `opt.step()` (the gradient itself where that is smaller, and for tables and vectors), which makes accumulation,
             several backwards and scaled losses right.
+        capture: "hook" takes each gradient when it is complete. "adaptor" never forms the weight gradient of a plain `nn.Linear`:
+            its backward hands over input and output gradient, from which the rule takes its products of rank r. Exact, without
+            the residual; a layer that is used twice in one loss needs `apply="step"` then. "auto" does so where it costs less.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
 
     Returns:
@@ -103,6 +108,7 @@ def attach(
         "lr": lr, "vector_lr": vector_lr, "table_lr": table_lr, "rank": rank, "momentum_rank": momentum_rank, "beta": beta,
         "weight_decay": weight_decay, "rule": rule, "vector_rule": vector_rule, "table_rule": table_rule,
     }  # fmt: skip
+    release_abandoned(model)
     plans = plan_parameters(model)
     _require_trainable(model, plans)
     _warn_of_processes()
@@ -112,7 +118,7 @@ def attach(
         for (label, options), members in matched
         for group in _by_kind(label, _merged(defaults, options), members, given=options)
     ]  # fmt: skip
-    return GradLR(model, parameter_groups, loss_tracker, apply=apply, seed=seed)
+    return GradLR(model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture)
 
 
 def _require_plain_model(model: nn.Module) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from .errors import CheckpointError
-from .parameters import ParameterPlan
-from .rules import Rule, Settings
+from .rules import Settings
+from .slots import Slot
 
 
 def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> None:
@@ -39,13 +39,14 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
 
 
 def fitted_state(
-    plan: ParameterPlan, saved: dict[str, Tensor] | None, current: dict[str, Tensor], rule: Rule, settings: Settings
+    slot: Slot, saved: dict[str, Tensor] | None, current: dict[str, Tensor], settings: Settings
 ) -> dict[str, Tensor]:
     """Saved state on the parameter's device, in the current state's dtype, resized to the settings' ranks.
 
     Raises:
         CheckpointError: an entry is missing or belongs to another shape.
     """
+    plan, rule = slot.plan, slot.rule
     wanted = current.keys() - {"spectrum"}
     if saved is None or not wanted <= saved.keys():
         missing = sorted(wanted - (saved or {}).keys())

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 def describe(optimizer: GradLR) -> str:
-    """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, lr, bytes of state."""
-    rows = [("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "lr", "state")]
+    """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, capture, lr, bytes of state."""
+    rows = [("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "state")]
     rows += [_row(optimizer, slot) for slot in optimizer.slots]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -24,7 +24,7 @@ def _row(optimizer: GradLR, slot: Slot) -> tuple[str, ...]:
     is_matrix = not slot.rule.needs_dense
     shape = " x ".join(str(axis) for axis in slot.plan.parameter.shape) or "scalar"
     view = " x ".join(str(axis) for axis in slot.plan.shape) if slot.plan.view.pattern else "as it is"
-    ranks = (f"{slot.rank}/{slot.largest_rank}", str(slot.momentum_rank)) if is_matrix else ("", "")
+    ranks = (f"{slot.rank}/{slot.largest_rank}", str(slot.momentum_rank), slot.capture) if is_matrix else ("", "", slot.capture)
     rate = f"{float(optimizer.param_groups[slot.group_index]['lr']):.3g}"
     return slot.plan.name, shape, slot.plan.kind, view, slot.rule.name, *ranks, rate, format_bytes(size)
 

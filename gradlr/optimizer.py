@@ -11,11 +11,21 @@ from torch import Tensor, nn
 from . import guards
 from .checkpoint import check_groups, fitted_state
 from .describe import describe
-from .errors import ArgumentError, AttachError, GradlrError, ShapeError
-from .gradient import Dense, GradientOperator, HookCapture
+from .errors import ArgumentError, AttachError, GradlrError
+from .gradient import AdaptorCapture, Dense, GradientOperator, HookCapture
 from .membership import Membership
 from .rules import Settings, Update
-from .slots import Noise, ParameterGroup, Slot, is_sketch_larger, make_slots, scheduled_rank, torch_group
+from .slots import (
+    Noise,
+    ParameterGroup,
+    Slot,
+    adaptable,
+    initial_state,
+    is_sketch_larger,
+    make_slots,
+    scheduled_rank,
+    torch_group,
+)
 from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, full_precision, keep_where, require_fit, write
@@ -35,7 +45,9 @@ class GradLR(torch.optim.Optimizer):
         seed: Seed of all random numbers, with each parameter's index and step count.
     """
 
-    def __init__(self, model: nn.Module, groups: list[ParameterGroup], tracker: LossTracker, *, apply: str, seed: int) -> None:
+    def __init__(
+        self, model: nn.Module, groups: list[ParameterGroup], tracker: LossTracker, *, apply: str, seed: int, capture: str
+    ) -> None:
         if apply not in APPLY_MODES:
             raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
         self.tracker, self.apply, self.seed = tracker, apply, seed
@@ -43,19 +55,21 @@ class GradLR(torch.optim.Optimizer):
         super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
         self._is_built = True
         self._slots = {id(slot.plan.parameter): slot for slot in make_slots(groups)}
+        linears = adaptable(model, self._slots.values(), capture)
         self._noise = Noise()
         self._membership = Membership(model, [slot.plan for slot in self._slots.values()])
         self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=apply == "backward")
         for slot in self._slots.values():
-            self._init_state(slot)
+            self.state[slot.plan.parameter] = initial_state(slot, self._settings(slot, slot.largest_rank))
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self._slots.values()], self._take)
+        self._adaptors = AdaptorCapture(linears, self.receive)
         self._is_detached = False
         tracker.subscribe(self)
 
     @torch.no_grad()
     def before_backward(self, tracker: LossTracker) -> None:
         """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
-        self._watch.loss_shown(pending=self._pending_count())
+        self._watch.loss_shown(pending=len(self._waiting()))
         if tracker.is_open:
             self.zero_grad()
         self._membership.check()
@@ -73,12 +87,11 @@ class GradLR(torch.optim.Optimizer):
         slot = self._slots[id(parameter)]
         if gradient.layout != torch.strided or gradient.is_complex():
             raise guards.unsupported_gradient(slot.plan.name, gradient.layout, gradient.dtype, self._watch.changed)
-        with torch.no_grad(), full_precision(gradient.device):
-            matrix = slot.plan.view.of(gradient.detach())
-            is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
-            # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
-            is_ours = not gradient.requires_grad and len(parameter._post_accumulate_grad_hooks) == 1
-            self.receive(parameter, Dense(matrix, is_owned=is_copy or is_ours))
+        matrix = slot.plan.view.of(gradient.detach())
+        is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
+        # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
+        is_ours = not gradient.requires_grad and len(parameter._post_accumulate_grad_hooks) == 1
+        self.receive(parameter, Dense(matrix, is_owned=is_copy or is_ours))
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -102,10 +115,11 @@ class GradLR(torch.optim.Optimizer):
             self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
             if gradient.device.type == "cpu":  # elsewhere together with the update, so that nobody waits twice
                 self._watch.require_finite(slot.plan.name, gradient.is_finite())
-            if self.apply == "backward":
-                self._apply(slot, *self._prepare(slot, gradient))
-            else:
-                self._accumulate(slot, gradient)
+            with full_precision(gradient.device):
+                if self.apply == "backward":
+                    self._apply(slot, *self._prepare(slot, gradient))
+                else:
+                    self._accumulate(slot, gradient)
         except GradlrError:
             self._give_up()
             raise
@@ -172,7 +186,7 @@ class GradLR(torch.optim.Optimizer):
         if self._is_detached:
             raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
         try:
-            self._watch.step_begins(pending=self._pending_count())
+            self._watch.step_begins(pending=len(self._waiting()))
             with full_precision(self.param_groups[0]["params"][0].device):
                 self._write_pending()
         except GradlrError:
@@ -182,8 +196,7 @@ class GradLR(torch.optim.Optimizer):
 
     def _write_pending(self) -> None:
         # All are prepared before the first is written: a step is taken whole or not at all.
-        waiting = [slot for slot in self._slots.values() if slot.pending is not None]
-        for slot, parts in [(slot, self._prepare(slot, slot.pending)) for slot in waiting]:
+        for slot, parts in [(slot, self._prepare(slot, slot.pending)) for slot in self._waiting()]:
             slot.pending = None
             self._apply(slot, *parts)
 
@@ -196,6 +209,7 @@ class GradLR(torch.optim.Optimizer):
     def detach(self) -> None:
         """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing."""
         self._capture.remove()
+        self._adaptors.remove()
         self.tracker.unsubscribe(self)
         self._is_detached = True
 
@@ -238,9 +252,8 @@ class GradLR(torch.optim.Optimizer):
             CheckpointError: gradients are pending; call `step()` or `zero_grad()` first.
             NonFiniteError, BackwardError: on CUDA, what the last backward has left to tell.
         """
-        waiting = [slot.plan.name for slot in self._slots.values() if slot.pending is not None]
-        if waiting:
-            raise guards.unfinished_step(waiting)
+        if waiting := self._waiting():
+            raise guards.unfinished_step([slot.plan.name for slot in waiting])
         self._watch.raise_unread()
         state = super().state_dict()
         ranks = [slot.rank for slot in self._slots.values()]
@@ -257,10 +270,8 @@ class GradLR(torch.optim.Optimizer):
         extra = state_dict["gradlr"]
         ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], self._slots.values(), strict=True)]
         states = [
-            fitted_state(
-                slot.plan, state_dict["state"].get(index), self.state[slot.plan.parameter], slot.rule, self._settings(slot, rank)
-            )
-            for index, (slot, rank) in enumerate(zip(self._slots.values(), ranks, strict=True))
+            fitted_state(slot, state_dict["state"].get(slot.index), self.state[slot.plan.parameter], self._settings(slot, rank))
+            for slot, rank in zip(self._slots.values(), ranks, strict=True)
         ]
         self.tracker.load_state_dict(extra["tracker"])
         # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
@@ -270,16 +281,6 @@ class GradLR(torch.optim.Optimizer):
         for slot, rank, state in zip(self._slots.values(), ranks, states, strict=True):
             slot.rank, slot.last_loss, slot.pending = rank, None, None
             self.state[slot.plan.parameter] = state
-
-    def _init_state(self, slot: Slot) -> None:
-        parameter = slot.plan.parameter
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        try:
-            state = slot.rule.init(slot.plan.shape, self._settings(slot, slot.largest_rank), dtype=dtype, device=parameter.device)
-        except ShapeError as error:
-            raise ArgumentError(f"parameter {slot.plan.name!r}, a {slot.plan.kind}: {error}") from error
-        # On the CPU, wherever the parameter lies: the count is read at every step.
-        self.state[parameter] = {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
 
     def _rule_state(self, slot: Slot) -> dict[str, Tensor]:
         return {key: value for key, value in self.state[slot.plan.parameter].items() if key not in ("step", "spectrum")}
@@ -291,8 +292,8 @@ class GradLR(torch.optim.Optimizer):
         beta = self.param_groups[slot.group_index]["beta"]
         return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
 
-    def _pending_count(self) -> int:
-        return sum(slot.pending is not None for slot in self._slots.values())
+    def _waiting(self) -> list[Slot]:
+        return [slot for slot in self._slots.values() if slot.pending is not None]
 
     def _give_up(self) -> None:
         # The error that is being raised says what happened; the next loss begins afresh.

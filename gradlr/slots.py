@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, ShapeError
 from .gradient import GradientOperator
 from .parameters import ParameterPlan
 from .ranks import RankInputs, RankSchedule, resolve_rank
-from .rules import Rule
+from .rules import Rule, Settings
+
+CAPTURES = ("hook", "adaptor", "auto")
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Slot:
         momentum_rank: k.
         last_loss: Count of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
+        capture: "hook" or "adaptor".
     """
 
     index: int
@@ -52,6 +57,7 @@ class Slot:
     momentum_rank: int
     last_loss: int | None = None
     pending: GradientOperator | None = None
+    capture: str = "hook"
 
 
 def torch_group(group: ParameterGroup) -> dict[str, Any]:
@@ -85,6 +91,45 @@ def scheduled_rank(slot: Slot, ratio: float, spectrum: Tensor | None) -> int:
         where = f"{slot.schedule!r} gave rank {rank!r} for {slot.plan.name!r}"
         raise ArgumentError(f"{where}: it must be an int in [1, {slot.largest_rank}], the schedule's own ceiling there")
     return rank
+
+
+def initial_state(slot: Slot, settings: Settings) -> dict[str, Tensor]:
+    """What the slot's rule starts with, and the step count, in float32 or the parameter's own float64.
+
+    Raises:
+        ArgumentError: the rule does not suit the parameter's shape.
+    """
+    parameter = slot.plan.parameter
+    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    try:
+        state = slot.rule.init(slot.plan.shape, settings, dtype=dtype, device=parameter.device)
+    except ShapeError as error:
+        raise ArgumentError(f"parameter {slot.plan.name!r}, a {slot.plan.kind}: {error}") from error
+    # The count stays on the CPU, wherever the parameter lies: it is read at every step.
+    return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
+
+
+def adaptable(model: nn.Module, slots: Iterable[Slot], capture: str) -> list[nn.Linear]:
+    """The Linears whose weights `capture` takes without forming their gradients; marks their slots.
+
+    "adaptor" takes every plain `nn.Linear` under a matrix rule. "auto" leaves out those where the products of rank r cost
+    no less than the gradient (2r(m + n) ≥ mn), and weights that several modules share.
+
+    Raises:
+        ArgumentError: `capture` is unknown.
+    """
+    if capture not in CAPTURES:
+        raise ArgumentError(f"capture={capture!r}: use one of {', '.join(CAPTURES)}")
+    by_weight = {id(slot.plan.parameter): slot for slot in slots if not slot.rule.needs_dense and slot.plan.view.pattern is None}
+    linears = [module for module in model.modules() if type(module) is nn.Linear and id(module.weight) in by_weight]
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    chosen = []
+    for module in linears if capture != "hook" else []:
+        slot, (m, n) = by_weight[id(module.weight)], module.weight.shape
+        if capture == "adaptor" or (2 * slot.largest_rank * (m + n) < m * n and uses[id(module.weight)] == 1):
+            slot.capture = "adaptor"
+            chosen.append(module)
+    return chosen
 
 
 def is_sketch_larger(slot: Slot, shape: torch.Size) -> bool:

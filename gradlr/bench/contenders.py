@@ -95,6 +95,12 @@ def forward_backward(model: nn.Module, lr: float) -> Stepper:
     return Stepper(step, [])
 
 
+def sgd(model: nn.Module, lr: float) -> Stepper:
+    """torch's SGD without momentum: the least that an optimizer can do."""
+    optimizers = [torch.optim.SGD(model.parameters(), lr=lr)]
+    return Stepper(_ordinary_step(optimizers), optimizers)
+
+
 def adamw(model: nn.Module, lr: float, **options: Any) -> Stepper:
     """torch's AdamW, one learning rate for everything, no weight decay (as for all contenders)."""
     optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options)]

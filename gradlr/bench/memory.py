@@ -73,6 +73,7 @@ def methods(rank: int) -> list[Contender]:
         Contender("backward", 'gradlr, apply="backward"', gradlr(rank=rank), ()),
         Contender("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare), ()),
         Contender("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
+        Contender("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor"), ()),
     ]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .. import rules
-from .contenders import Contender, adamw, forward_backward, gradlr
+from .contenders import Contender, adamw, forward_backward, gradlr, sgd
 from .environment import environment
 
 
@@ -26,6 +26,8 @@ def methods(rank: int) -> list[Contender]:
         Contender("residual", "gradlr, residual", gradlr(rank=rank), ()),
         Contender("products", "gradlr, no residual, products only", gradlr(rank=rank, rule=products), ()),
         Contender("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
+        Contender("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor"), ()),
+        Contender("sgd", "SGD", sgd, ()),
         Contender("adamw", "AdamW (fused)", lambda model, lr: adamw(model, lr, fused=True), ()),
     ]
 

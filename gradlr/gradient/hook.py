@@ -61,6 +61,15 @@ class HookCapture:
         self._handles, self._parameters = [], []
 
 
+def lost_optimizer() -> AttachError:
+    """A gradient is there, and the optimizer that should take it is not."""
+    return AttachError(
+        "the optimizer that gradlr.attach returned does not exist any more, so nothing would be updated. "
+        "Keep it in a variable as long as you train: opt = gradlr.attach(...). To go on without gradlr, attach once "
+        "more and call opt.detach() at once: that removes these hooks"
+    )
+
+
 def _release_dead(parameter: Tensor) -> None:
     if parameter in _captures and _captures[parameter][0]() is not None:
         gc.collect()  # a scheduler makes its optimizer part of a reference cycle
@@ -72,11 +81,7 @@ def _make_hook(receiver: weakref.WeakMethod) -> Callable[[Tensor], None]:
     def take_gradient(parameter: Tensor) -> None:
         receive = receiver()
         if receive is None:
-            raise AttachError(
-                "the optimizer that gradlr.attach returned does not exist any more, so nothing would be updated. "
-                "Keep it in a variable as long as you train: opt = gradlr.attach(...). To go on without gradlr, attach once "
-                "more and call opt.detach() at once: that removes these hooks"
-            )
+            raise lost_optimizer()
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
             receive(parameter, gradient)

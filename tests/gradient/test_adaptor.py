@@ -1,0 +1,253 @@
+"""Capture inside a Linear's backward: the same products, the same training, and no weight gradient anywhere."""
+
+import copy
+import gc
+import pickle
+import weakref
+
+import pytest
+import torch
+from models import attached, mlp, regression, train
+from torch import nn
+
+import gradlr
+from gradlr.bench.memory import peak_bytes
+from gradlr.gradient import AdaptorLinear, Dense, Factored
+from gradlr.rules import TrackedMomentum
+
+PLAIN = {"rule": TrackedMomentum(residual=0)}
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+class Recorder(gradlr.rules.TrackedMomentum):
+    """The default rule, keeping the products that it was handed."""
+
+    def __init__(self):
+        super().__init__(residual=0)
+        self.seen = []
+
+    def update(self, gradient, state, settings):
+        m, n = gradient.shape
+        like = {"dtype": gradient.dtype}
+        self.seen.append((type(gradient), gradient @ torch.eye(n, **like), gradient.mT @ torch.eye(m, **like)))
+        return super().update(gradient, state, settings)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (7, 5), (2, 3, 5), (2, 0, 5)])
+@pytest.mark.parametrize("needs_input_gradient", [True, False])
+def test_products_and_gradients_are_those_of_the_explicit_ones(dtype, has_bias, shape, needs_input_gradient):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 4, bias=has_bias, dtype=dtype), torch.randn(shape, dtype=dtype, requires_grad=needs_input_gradient)
+    plain = copy.deepcopy(layer)
+    expected = torch.autograd.grad(plain(x).pow(3).sum(), [plain.weight, *([x] if needs_input_gradient else [])])
+    rule = Recorder()
+    _, tracker, opt = attached(layer, rule=rule, capture="adaptor")
+    tracker(layer(x).pow(3).sum()).backward()
+    ((kind, products, transposed),) = rule.seen
+    # Sums of a few products in another order: a few units in the last place.
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
+    assert kind is Factored
+    torch.testing.assert_close(products, expected[0], **tolerance)
+    torch.testing.assert_close(transposed, expected[0].mT, **tolerance)
+    if needs_input_gradient:
+        torch.testing.assert_close(x.grad, expected[1], **tolerance)
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.parametrize("width", [16, 64])  # where the gradient itself would wait in step(), and where a sketch does
+def test_training_is_that_of_hook_capture_without_residual(apply, width):
+    results = []
+    for capture in ("hook", "adaptor"):
+        model, tracker, opt = attached(mlp(width, 3, dtype=torch.float64), capture=capture, apply=apply, **PLAIN)
+        losses = train(model, opt, tracker, 10)
+        results.append((losses, weights(model)))
+    # float64; ten steps through eigenvectors of r x r matrices.
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=0)
+    for one, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_micro_batches_add_up_at_full_rank(capture):
+    x, y = regression(8, count=32, dtype=torch.float64)
+    results = []
+    for parts in (1, 4):
+        model, tracker, opt = attached(mlp(8, 2, dtype=torch.float64), apply="step", capture=capture, rank=8, momentum_rank=8)
+        for _ in range(3):
+            for rows in torch.arange(32).chunk(parts):
+                tracker(nn.functional.mse_loss(model(x[rows]), y[rows]) / parts).backward()
+            opt.step()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def twice(layer):
+    return lambda x: layer(torch.tanh(layer(x)))
+
+
+def test_a_layer_used_twice_needs_step_and_is_right_there():
+    layer = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+    x = torch.randn(8, 16, dtype=torch.float64)
+    results = []
+    for capture in ("hook", "adaptor"):
+        model = copy.deepcopy(layer)
+        _, tracker, opt = attached(model, capture=capture, apply="step", rank=16, momentum_rank=16, **PLAIN)
+        tracker(twice(model)(x).square().mean()).backward()
+        opt.step()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-10)
+
+    _, tracker, opt = attached(layer, capture="adaptor")
+    with pytest.raises(gradlr.BackwardError, match='used twice.*apply="step"'):
+        tracker(twice(layer)(x).square().mean()).backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_activation_checkpointing_gives_the_same_weights(use_reentrant, apply):
+    results = []
+    for is_checkpointed in (False, True):
+        model, tracker, opt = attached(mlp(16, 3, dtype=torch.float64), capture="adaptor", apply=apply)
+        x, y = regression(16, count=16, dtype=torch.float64)
+        x.requires_grad_(True)  # what reentrant checkpointing asks for
+        for _ in range(3):
+            out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant) if is_checkpointed else model(x)
+            tracker(nn.functional.mse_loss(out, y)).backward()
+            opt.step()
+        results.append(weights(model))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_autocast_computes_as_before_and_keeps_the_products_wide():
+    x, y = regression(16, count=16)
+    results = []
+    for capture in ("hook", "adaptor"):
+        model, tracker, opt = attached(mlp(), capture=capture, **PLAIN)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = nn.functional.mse_loss(model(x), y)
+        tracker(loss).backward()
+        results.append((loss.item(), model[4].weight.detach().clone()))
+    assert results[0][0] == results[1][0]
+    # The hook sees a gradient that was rounded to bfloat16 (2^-8), the adaptor does not round it; a step is at most lr x scale.
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0.25 * 1e-2 * 0.2 * 4)
+    assert all(value.dtype == torch.float32 for value in opt.state[model[4].weight].values() if value.ndim)
+
+
+def test_the_module_stays_what_it_was():
+    layer = nn.Linear(8, 8)
+    keys, hooks = list(layer.state_dict()), []
+    layer.register_forward_hook(lambda *_: hooks.append(1))
+    _, tracker, opt = attached(layer, capture="adaptor")
+    assert isinstance(layer, nn.Linear)
+    assert type(layer) is AdaptorLinear
+    assert list(layer.state_dict()) == keys
+    tracker(layer(torch.randn(4, 8)).square().mean()).backward()
+    assert hooks == [1]
+    opt.detach()
+    assert type(layer) is nn.Linear
+    layer(torch.randn(4, 8)).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_is_an_ordinary_linear(copy_of):
+    layer = nn.Linear(8, 8)
+    _, tracker, opt = attached(layer, capture="adaptor")
+    copied = copy_of(layer)
+    copied(torch.randn(4, 8)).sum().backward()
+    assert copied.weight.grad is not None
+
+
+def test_no_graph_no_capture():
+    layer = nn.Linear(8, 8)
+    _, tracker, opt = attached(layer, capture="adaptor")
+    with torch.no_grad():
+        assert not layer(torch.randn(4, 8)).requires_grad
+
+
+def test_auto_takes_the_adaptor_where_it_costs_less():
+    layers = {"large": nn.Linear(64, 64), "small": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3), "table": nn.Embedding(9, 4)}
+    model = nn.ModuleDict(layers)
+    _, tracker, opt = attached(model, capture="auto", rank=8)
+    captures = {slot.plan.name: slot.capture for slot in opt.slots}
+    assert captures["large.weight"] == "adaptor"  # 2 · 8 · 128 < 64 · 64
+    assert {name for name, capture in captures.items() if capture == "hook"} == captures.keys() - {"large.weight"}
+    assert "adaptor" in repr(opt)
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_a_lost_optimizer_is_told_and_a_new_one_takes_over(capture):
+    model, tracker, opt = attached(capture="adaptor")
+    x, y = regression(16, count=16)
+    del opt
+    gc.collect()
+    with pytest.raises(gradlr.AttachError, match="Keep it in a variable"):
+        tracker(nn.functional.mse_loss(model(x), y)).backward()
+    model.zero_grad()
+    _, tracker, opt = attached(model, capture=capture)
+    assert (type(model[0]) is AdaptorLinear) == (capture == "adaptor")
+    train(model, opt, tracker, 2)
+
+
+def test_a_dropped_model_frees_everything():
+    model, tracker, opt = attached(capture="adaptor")
+    train(model, opt, tracker, 1)
+    references = [weakref.ref(thing) for thing in (model, model[0], model[0].weight, opt, opt.state[model[0].weight]["P"])]
+    del model, opt
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 5
+
+
+def test_an_unknown_capture():
+    with pytest.raises(gradlr.ArgumentError, match="capture='magic'"):
+        gradlr.attach(mlp(), gradlr.LossTracker(), capture="magic")
+
+
+def test_a_non_finite_gradient_changes_nothing():
+    model, tracker, opt = attached(capture="adaptor")
+    before = weights(model)
+    x, y = regression(16, count=16)
+    with pytest.raises(gradlr.NonFiniteError, match="Nothing was changed"):
+        tracker(nn.functional.mse_loss(model(x), y) * float("nan")).backward()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_the_weight_gradient_never_exists():
+    layer = nn.Linear(512, 512, bias=False)
+    x = torch.randn(8, 512)
+    _, tracker, opt = attached(layer, capture="adaptor", rank=4, momentum_rank=2)
+    tracker(layer(x).square().mean()).backward()
+    peak = peak_bytes(lambda: tracker(layer(x).square().mean()).backward())
+    assert peak < 512 * 512 * 4 / 4  # activations and products of rank 4 only
+
+
+def test_compiled_blocks_are_updated_as_well():
+    results = []
+    for is_compiled in (False, True):
+        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64), capture="adaptor")
+        forward = torch.compile(model, backend="aot_eager") if is_compiled else model
+        x, y = regression(16, count=16, dtype=torch.float64)
+        for _ in range(2):
+            tracker(nn.functional.mse_loss(forward(x), y)).backward()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_factored_agrees_with_dense():
+    delta, x = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    factored, dense = Factored(delta, x), Dense(delta.mT @ x)
+    right, left = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
+    assert factored.shape == dense.shape
+    torch.testing.assert_close(factored @ right, dense @ right)
+    torch.testing.assert_close(factored.mT @ left, dense.mT @ left)
+    torch.testing.assert_close(factored.matrix, dense.matrix)
+    assert bool(factored.is_finite())
+    assert not Factored(delta * float("nan"), x).is_finite()
