@@ -30,8 +30,6 @@ from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, full_precision, keep_where, require_fit, write
 
-APPLY_MODES = ("backward", "step")
-
 
 class GradLR(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose parameters are updated by hooks in backward, or by `step()` from sketches.
@@ -48,7 +46,7 @@ class GradLR(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, groups: list[ParameterGroup], tracker: LossTracker, *, apply: str, seed: int, capture: str
     ) -> None:
-        if apply not in APPLY_MODES:
+        if apply not in ("backward", "step"):
             raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
         self.tracker, self.apply, self.seed = tracker, apply, seed
         self._is_built = False

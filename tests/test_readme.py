@@ -24,7 +24,10 @@ def test_its_python_runs_from_top_to_bottom():
     exec("\n".join(blocks), {})
 
 
-@pytest.mark.parametrize(("name", "module"), [("quality", quality), ("memory", memory), ("speed", speed)])
+TABLES = [("quality", quality), ("quality-small-batches", quality), ("memory", memory), ("speed", speed)]
+
+
+@pytest.mark.parametrize(("name", "module"), TABLES)
 def test_its_tables_are_those_of_the_committed_results(name, module):
     (shown,) = re.findall(rf"<!-- {name} -->\n(.*?)\n<!-- /{name} -->", README, flags=re.DOTALL)
     assert shown == module.table(results(name))
@@ -69,3 +72,10 @@ def test_the_hook_costs_a_tenth_without_and_a_seventh_with_the_residual():
     rows = {row["name"]: row["ratio"] for row in results("speed")["results"]}
     assert rows["no_residual"] <= 1.10
     assert rows["residual"] <= 1.15
+
+
+def test_the_adaptor_is_faster_than_sgd_and_leaner_than_a_hook():
+    times = {row["name"]: row["ratio"] for row in results("speed")["results"]}
+    peaks = {row["name"]: row["peak_mib"] for row in results("memory")["results"]}
+    assert times["adaptor"] <= 0.80 * times["sgd"]
+    assert peaks["adaptor"] <= peaks["backward"]
