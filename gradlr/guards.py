@@ -30,8 +30,8 @@ def foreign_backward(name: str, loss_number: int, changed: Sequence[str]) -> Bac
     """A gradient came from a backward that does not pass through the loss that was shown."""
     return BackwardError(
         f"a gradient of {name!r} arrived from a backward that does not pass through loss number {loss_number}, the last one "
-        "shown. Show the tracker the scalar that you call backward on; models that train against each other need a tracker "
-        f"each. {tale_of(changed)}"
+        "shown, or reaches it later. Show the tracker the scalar that you call backward on (the sum, where a loss has several "
+        f"terms); models that train against each other need a tracker each. {tale_of(changed)}"
     )
 
 
@@ -118,6 +118,14 @@ def no_gradient(loss_number: int, count: int) -> AttachError:
     return AttachError(
         f"a backward pass ran for loss number {loss_number}, and none of the {count} attached parameters received a gradient. "
         "Was the loss computed with this very model (not a copy), outside torch.no_grad() and without detach()?"
+    )
+
+
+def no_gradient_known(count: int) -> str:
+    """step() without any gradient, where the shown losses do not tell whether a backward ran."""
+    return (
+        f"opt.step() has nothing to do: since the last step, none of the {count} attached parameters received a gradient, though "
+        "losses were shown. Was backward called, on a loss of this very model (not a copy)?"
     )
 
 

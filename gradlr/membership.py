@@ -39,25 +39,27 @@ class Membership:
         Warns:
             GradlrWarning: the model has trainable parameters that are not attached (once).
         """
-        present = dict(self._present())
-        owned = {key for owner, keys in self._owners if owner() is not None for key in keys}
-        lost = [plan.name for key, plan in self._plans.items() if key in owned and key not in present]
+        lost = [self._plans[key].name for owner, keys in self._owners for key in _missing(owner(), keys)]
         if lost:
             raise guards.lost_parameters(lost, len(self._plans))
         for key, plan in self._plans.items():
             if _form(plan.parameter) != self._forms[key]:
                 raise guards.changed_form(plan.name, self._forms[key], _form(plan.parameter))
-        strangers = [name for key, (name, is_trainable) in present.items() if is_trainable and key not in self._plans]
+        strangers = [name for name, parameter in self._trainable() if id(parameter) not in self._plans]
         if strangers and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.strangers(strangers), GradlrWarning, stacklevel=5)
 
-    def _present(self) -> Iterator[tuple[int, tuple[str, bool]]]:
+    def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         model = self._model()
-        modules = [model] if model is not None else [module for owner, _ in self._owners if (module := owner()) is not None]
-        for module in modules:
-            for name, parameter in module.named_parameters():
-                yield id(parameter), (name, parameter.requires_grad)
+        pairs = [] if model is None else model.named_parameters()
+        return ((name, parameter) for name, parameter in pairs if parameter.requires_grad)
+
+
+def _missing(owner: nn.Module | None, keys: list[int]) -> list[int]:
+    # A parametrized weight has moved into a submodule of its owner.
+    held = {id(parameter) for parameter in owner.parameters()} if owner is not None else set(keys)
+    return [key for key in keys if key not in held]
 
 
 def _owners(model: nn.Module, plans: dict[int, ParameterPlan]) -> list[tuple[weakref.ref[nn.Module], list[int]]]:

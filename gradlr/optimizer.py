@@ -69,7 +69,7 @@ class GradLR(torch.optim.Optimizer):
         """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
         self._watch.loss_shown(pending=len(self._waiting()))
         if tracker.is_open:
-            self.zero_grad()
+            self._give_up()
         self._membership.check()
         for slot in self._slots.values():
             # A sketch that waits belongs to the rank that it was made with.
@@ -121,7 +121,7 @@ class GradLR(torch.optim.Optimizer):
         except GradlrError:
             self._give_up()
             raise
-        slot.last_loss = self.tracker.count
+        slot.last_loss = self.tracker.serial
 
     def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
         if slot.pending is not None:
@@ -202,7 +202,8 @@ class GradLR(torch.optim.Optimizer):
         """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already."""
         for slot in self._slots.values():
             slot.pending, slot.plan.parameter.grad = None, None
-        self.tracker.is_open = False
+        if self.apply == "step":
+            self._watch.gradients_dropped()
 
     def detach(self) -> None:
         """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing."""
@@ -294,6 +295,6 @@ class GradLR(torch.optim.Optimizer):
         return [slot for slot in self._slots.values() if slot.pending is not None]
 
     def _give_up(self) -> None:
-        # The error that is being raised says what happened; the next loss begins afresh.
+        # The error or warning at hand says what happened; the next loss begins afresh.
         self.zero_grad()
         self._watch.gradients_dropped()

@@ -42,7 +42,7 @@ class Slot:
         rank: r of the next update.
         largest_rank: The largest r its schedule will give.
         momentum_rank: k.
-        last_loss: Count of the loss whose backward last brought a gradient; None before the first.
+        last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
         capture: "hook" or "adaptor".
     """

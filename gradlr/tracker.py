@@ -38,12 +38,14 @@ class LossTracker:
         max_loss: The loss that stands for the full rank, in the loss' own unit; None for the running maximum.
 
     Attributes:
-        count: Number of losses shown.
+        count: Number of losses shown, those before a checkpoint included.
+        serial: Number of losses shown to this object; no checkpoint changes it.
         scale: d(total)/d(loss) of the latest loss' backward, a 0-dim tensor: 1, GradScaler's scale, or 1 / accumulation
             steps. None before its backward.
         is_shown: Whether a loss was shown since the tracker was made or loaded.
         has_graph: Whether the latest one can be called `.backward()` on.
         has_begun: Whether its backward has begun.
+        begun_serial: The serial of the latest loss whose backward has begun.
         is_open: Whether that backward has not come to its end, be it under way or interrupted by an exception.
         has_gradient: Whether it has brought a gradient to any parameter of any optimizer of this tracker.
 
@@ -67,7 +69,7 @@ class LossTracker:
         self._in_flight: Deferred | None = None
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self.scale: Tensor | None = None
-        self.count = 0
+        self.count = self.serial = self.begun_serial = 0
         self.is_shown = self.has_graph = self.has_begun = self.is_open = self.has_gradient = False
 
     def __call__(self, loss: float | Tensor) -> float | Tensor:
@@ -86,6 +88,7 @@ class LossTracker:
         else:
             self._record(float(value))
         self.count += 1
+        self.serial += 1
         try:
             for listener in list(self._listeners):
                 listener.before_backward(self)
@@ -178,10 +181,11 @@ class LossTracker:
         self.has_begun = self.is_open = self.has_gradient = False
 
     def _begin_backward(self, scale: Tensor) -> None:
-        self.scale = scale.detach()
+        self.scale = scale.detach().reshape(())
         for listener in list(self._listeners):
             listener.begin_backward(self.scale)
         self.has_begun = self.is_open = True
+        self.begun_serial = self.serial
         # Runs when the whole backward has come to its end, and not where an exception ends it.
         torch.autograd.Variable._execution_engine.queue_callback(_make_end(weakref.ref(self)))
 

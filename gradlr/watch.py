@@ -29,13 +29,27 @@ class BackwardWatch:
         self._unread_scales: list[Deferred] = []
         self._unread_flags: list[tuple[str, int, Deferred]] = []
         self._has_warned = False
+        self._handled: int | None = None
         self.changed: list[str] = []
         self.forget()
 
     def forget(self) -> None:
         """After a step, or a checkpoint was loaded: nothing has happened since."""
         self._losses: set[int] = set()
-        self._stepped_count = self._tracker.count
+        self._stepped_serial = self._tracker.serial
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether an exception has ended the last backward, and nobody has told or dropped anything since."""
+        return self._tracker.is_open and self._handled != self._open_serial()
+
+    def gradients_dropped(self) -> None:
+        """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
+        self._losses.discard(self._open_serial())
+        self._handled = self._open_serial()
+
+    def _open_serial(self) -> int:
+        return self._tracker.begun_serial
 
     def loss_shown(self, *, pending: int) -> None:
         """A new loss: tell what the last backward left unsaid.
@@ -51,7 +65,8 @@ class BackwardWatch:
         """
         self.raise_unread()
         last = self._tracker.count - 1
-        if self._tracker.is_open:
+        if self.is_interrupted:
+            self._losses.discard(self._open_serial())
             warnings.warn(guards.interrupted(last, self.changed, pending), GradlrWarning, stacklevel=5)
         elif self._tracker.has_begun and not self._tracker.has_gradient:
             warnings.warn(str(guards.no_gradient(last, self._count)), GradlrWarning, stacklevel=5)
@@ -78,36 +93,36 @@ class BackwardWatch:
         tracker = self._tracker
         if not tracker.is_shown:
             raise guards.unshown_loss(name)
-        if tracker.has_graph and not tracker.has_begun:
+        # Where gradients wait for step(), backwards may add up as they do in torch.
+        if self._is_immediate and tracker.has_graph and not tracker.has_begun:
             raise guards.foreign_backward(name, tracker.count, self.changed)
-        if self._is_immediate and last_loss == tracker.count:
+        if self._is_immediate and last_loss == tracker.serial:
             raise guards.second_gradient(name, tracker.count, self.changed)
         tracker.has_gradient = True
-        self._losses.add(tracker.count)
-
-    def gradients_dropped(self) -> None:
-        """What the current loss has brought is dropped: it counts for no step."""
-        self._losses.discard(self._tracker.count)
+        self._losses.add(tracker.serial)
 
     def step_begins(self, *, pending: int) -> None:
         """`step()` is called: the backward must have come to its end and brought a gradient.
 
         Raises:
             BackwardError: the last backward was interrupted while gradients wait; the caller drops them.
-            AttachError: a loss was shown and backward ran, as far as can be known, and no hook fired.
+            AttachError: the backward of a shown loss ran, and no hook fired.
 
         Warns:
-            GradlrWarning: several backwards have each updated the weights since the last step (once).
+            GradlrWarning: losses without a graph were shown and no hook fired since the last step; or several backwards have
+                each updated the weights since then (each told once or at its step).
         """
         tracker, losses = self._tracker, len(self._losses)
-        is_blind = tracker.count != self._stepped_count and not tracker.has_graph
-        is_missing = not losses and not tracker.has_gradient and (tracker.has_begun or is_blind)
+        is_missing = not losses and not tracker.has_gradient
+        is_blind = tracker.serial != self._stepped_serial and not tracker.has_graph
         self.forget()
         self.changed = []
-        if tracker.is_open and pending:
+        if self.is_interrupted and pending:
             raise BackwardError(guards.interrupted(tracker.count, (), pending))
-        if is_missing:
+        if is_missing and tracker.has_begun:
             raise guards.no_gradient(tracker.count, self._count)
+        if is_missing and is_blind:
+            warnings.warn(guards.no_gradient_known(self._count), GradlrWarning, stacklevel=5)
         if self._is_immediate and losses > 1 and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.accumulated(losses), GradlrWarning, stacklevel=5)

@@ -72,7 +72,7 @@ def test_step_after_a_backward_that_reached_nothing():
 def test_step_after_a_loss_without_a_graph_and_no_gradient():
     model, tracker, opt = attached()
     tracker(1.5)
-    with pytest.raises(AttachError, match="none of the 6"):
+    with pytest.warns(GradlrWarning, match="nothing to do.*none of the 6"):
         opt.step()
 
 
@@ -279,6 +279,46 @@ def test_a_backward_that_does_not_pass_through_the_shown_loss():
     assert is_unchanged(model, before)
 
 
+def test_where_gradients_wait_backwards_add_up_as_in_torch():
+    """One of two losses is shown, and not the first to be called: exact at full rank."""
+    x, y = regression(8, count=16, dtype=torch.float64)
+    results = []
+    for is_split in (False, True):
+        model, tracker, opt = attached(mlp(8, 2, dtype=torch.float64), apply="step", rank=8, momentum_rank=8)
+        first, second = (nn.functional.mse_loss(model(x[rows]), y[rows]) for rows in (slice(8), slice(8, 16)))
+        tracker(first)
+        if is_split:
+            second.backward()
+            first.backward()
+        else:
+            (first + second).backward()
+        opt.step()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def test_a_tracker_that_is_rolled_back_is_no_second_gradient():
+    model, tracker, opt = attached()
+    tracker(loss_of(model)).backward()
+    state = tracker.state_dict()
+    tracker(loss_of(model)).backward()
+    tracker.load_state_dict(state)
+    tracker(loss_of(model)).backward()
+
+
+def test_a_submodule_taken_out_of_the_model_is_not_replaced():
+    model, tracker, opt = attached()
+    last = model[4]
+    del model[4]
+    tracker(last(model(torch.randn(4, 16))).square().mean()).backward()
+
+
+def test_a_loss_of_shape_one_has_a_scalar_scale():
+    model, tracker, opt = attached()
+    tracker(loss_of(model).reshape(1)).backward()
+    assert tracker.scale.shape == ()
+
 def test_two_optimizers_may_share_a_tracker_and_a_loss():
     encoder, decoder = mlp(), mlp(seed=1)
     tracker = gradlr.LossTracker()
@@ -330,9 +370,25 @@ def test_an_interrupted_backward_is_told_at_the_next_loss_with_what_it_changed()
     with pytest.raises(MemoryError):
         tracker(loss_of(model)).backward()
     model[2].is_failing = False
+    opt.zero_grad()  # the head of an ordinary loop
     with pytest.warns(GradlrWarning, match="loss number 1 did not come to its end.*4 parameters were updated"):
         tracker(loss_of(model)).backward()
+    opt.step()
     tracker(loss_of(model)).backward()
+
+
+def test_each_optimizer_of_a_shared_tracker_drops_its_own_half():
+    encoder, decoder, tracker = failing_model(), mlp(seed=1), gradlr.LossTracker()
+    one = gradlr.attach(encoder, tracker, apply="step")
+    other = gradlr.attach(decoder, tracker, apply="step")
+    both, before = nn.Sequential(encoder, decoder), weights(decoder)
+    encoder[2].is_failing = True
+    with pytest.raises(MemoryError):
+        tracker(loss_of(both)).backward()
+    one.zero_grad()
+    with pytest.raises(BackwardError, match="did not come to its end"):
+        other.step()
+    assert is_unchanged(decoder, before)
 
 
 def test_the_sketches_of_an_interrupted_backward_never_join_a_step():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copyreg
 import weakref
 from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackwardError
@@ -57,11 +58,22 @@ class AdaptorLinear(nn.Linear):
     @torch.compiler.disable  # the backward below changes weights, which no compiler may move
     def forward(self, x: Tensor) -> Tensor:
         receive = _receivers.get(self.weight)
-        if receive is None or not (torch.is_grad_enabled() and self.weight.requires_grad):
+        if receive is None or not self.weight.requires_grad or not _is_ordinary_backward():
             return F.linear(x, self.weight, self.bias)
-        if torch.is_autocast_enabled(x.device.type):
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return _LinearWithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), receive)
+
+
+    def __reduce_ex__(self, protocol: int):
+        # A copy or a pickle is an nn.Linear: nothing of gradlr is in it.
+        return copyreg._reconstructor, (nn.Linear, object, None), self.__dict__
+
+
+def _is_ordinary_backward() -> bool:
+    # Transforms of torch.func and forward-mode derivatives go through the formula of F.linear.
+    is_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and not is_forward_mode and not torch._C._are_functorch_transforms_active()
 
 
 class _LinearWithoutWeightGradient(torch.autograd.Function):
@@ -73,19 +85,32 @@ class _LinearWithoutWeightGradient(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, delta):
         x, weight = _saved(ctx)
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         # The input's gradient first: with updates in backward, the weight is another one after `receive`.
         x_gradient = delta @ weight.to(delta.dtype) if needs_x else None
-        flat = delta.reshape(-1, delta.shape[-1])
+        flat, flat_x = delta.reshape(-1, delta.shape[-1]), x.reshape(-1, x.shape[-1])
         bias_gradient = flat.sum(0) if needs_bias else None
-        receive, owner = ctx.receive(), ctx.owner()
-        if receive is None:
-            raise lost_optimizer()
-        receive(owner, Factored(flat, x.reshape(-1, x.shape[-1])))
-        return x_gradient, None, bias_gradient, None, None
+        destination, owner = _destination(ctx), ctx.owner()
+        weight_gradient = (flat.mT @ flat_x).to(weight.dtype) if destination == "returned" else None
+        if destination == "optimizer":
+            receive = ctx.receive()
+            if receive is None:
+                raise lost_optimizer()
+            receive(owner, Factored(flat, flat_x))
+        return x_gradient, weight_gradient, bias_gradient, None, None
+
+
+def _destination(ctx) -> str:
+    """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
+    if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable; a hook takes it
+        return "returned"
+    try:
+        is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(ctx.owner()).node)
+    except RuntimeError:  # torch.autograd.grad(loss, weight)
+        return "returned"
+    return "optimizer" if is_accumulated else "nowhere"
 
 
 def _saved(ctx) -> tuple[Tensor, Tensor]:
@@ -95,8 +120,9 @@ def _saved(ctx) -> tuple[Tensor, Tensor]:
         if "modified by an inplace operation" not in str(error):
             raise
         raise BackwardError(
-            f"the weight or the input of a Linear was changed between its forward and its backward ({error}). If the layer is "
-            'used twice in one loss, its first backward has updated it already: attach with apply="step", or with capture="hook"'
+            f"the weight or the input of a Linear was changed between its forward and its backward ({error}). If the weight is "
+            "used a second time in the loss (a shared layer, a penalty), its first backward has updated it already: attach with "
+            'apply="step", or with capture="hook"'
         ) from error
 
 

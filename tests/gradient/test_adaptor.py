@@ -105,7 +105,7 @@ def test_a_layer_used_twice_needs_step_and_is_right_there():
     torch.testing.assert_close(*results, rtol=0, atol=1e-10)
 
     _, tracker, opt = attached(layer, capture="adaptor")
-    with pytest.raises(gradlr.BackwardError, match='used twice.*apply="step"'):
+    with pytest.raises(gradlr.BackwardError, match='used a second time.*apply="step"'):
         tracker(twice(layer)(x).square().mean()).backward()
 
 
@@ -161,6 +161,7 @@ def test_a_copy_is_an_ordinary_linear(copy_of):
     layer = nn.Linear(8, 8)
     _, tracker, opt = attached(layer, capture="adaptor")
     copied = copy_of(layer)
+    assert type(copied) is nn.Linear
     copied(torch.randn(4, 8)).sum().backward()
     assert copied.weight.grad is not None
 
@@ -203,6 +204,58 @@ def test_a_dropped_model_frees_everything():
     del model, opt
     gc.collect()
     assert [reference() for reference in references] == [None] * 5
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_gradients_of_other_things_train_nothing(apply):
+    """Saliency, adversarial inputs and gradient norms: autograd.grad and backward(inputs=...) leave the weights alone."""
+    model, tracker, opt = attached(mlp(dtype=torch.float64), capture="adaptor", apply=apply)
+    plain = copy.deepcopy(model)
+    x, y = regression(16, count=16, dtype=torch.float64)
+    x.requires_grad_(True)
+    before = weights(model)
+    loss, expected = (nn.functional.mse_loss(net(x), y) for net in (model, plain))
+    tracker(loss)
+    for inputs, plain_inputs in ((x, x), ([*model.parameters()], [*plain.parameters()])):
+        found = torch.autograd.grad(loss, inputs, retain_graph=True)
+        for one, other in zip(found, torch.autograd.grad(expected, plain_inputs, retain_graph=True), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+    loss.backward(inputs=[x], retain_graph=True)
+    opt.zero_grad() if apply == "step" else None
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_a_gradient_penalty_differentiates_twice(capture):
+    results = []
+    for kind in ("hook", capture):
+        options = {"capture": kind, "apply": "step", "rank": 16, "momentum_rank": 16, **PLAIN}
+        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64), **options)
+        x = torch.randn(8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+        for _ in range(2):
+            (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            tracker(model(x).square().mean() + slope.square().mean()).backward()
+            opt.step()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+
+
+# torch's own decompositions for jvp are written with the deprecated torch.jit.script.
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_function_transforms_see_an_ordinary_linear():
+    model, tracker, opt = attached(capture="adaptor")
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    _, tangent = torch.func.jvp(model, (x,), (torch.ones_like(x),))
+    assert tangent.isfinite().all()
+
+
+def test_a_float64_model_stays_float64_under_autocast():
+    model, tracker, opt = attached(mlp(dtype=torch.float64), capture="adaptor")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(torch.randn(4, 16, dtype=torch.float64)).square().mean()
+    tracker(loss).backward()
 
 
 def test_an_unknown_capture():
