@@ -56,6 +56,12 @@ def test_little_state_beats_adamw_on_every_seed(name):
         assert all(ours < theirs for ours, theirs in zip(losses(name)["losses"], losses(reference)["losses"], strict=True))
 
 
+def test_small_batches_change_nothing_of_that():
+    rows = {row["name"]: row for row in results("quality-small-batches")["results"]}
+    for name in ("k1_r64", "k4_r64_fixed"):
+        assert all(ours < theirs for ours, theirs in zip(rows[name]["losses"], rows["adamw"]["losses"], strict=True))
+
+
 def test_a_fifth_of_a_number_per_weight_is_within_three_percent_of_muon():
     assert losses("k16_r64")["matrix_state_per_weight"] <= 0.2
     assert losses("k16_r64")["mean"] <= 1.03 * losses("muon")["mean"]
