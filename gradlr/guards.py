@@ -129,6 +129,11 @@ def no_gradient_known(count: int) -> str:
     )
 
 
+def never_stepped(count: int) -> str:
+    """Gradients wait, and nobody calls step()."""
+    return f'the gradients of {count} losses wait and no weight has changed: with apply="step", call opt.step() after backward'
+
+
 def accumulated(count: int) -> str:
     """Several backwards and one step(), where each backward has updated already."""
     return (

@@ -28,7 +28,7 @@ from .slots import (
 )
 from .tracker import LossTracker
 from .watch import BackwardWatch
-from .write import all_finite, full_precision, keep_where, require_fit, write
+from .write import all_finite, checked, full_precision, keep_where, write
 
 
 class GradLR(torch.optim.Optimizer):
@@ -136,10 +136,9 @@ class GradLR(torch.optim.Optimizer):
         settings, old_state = self._settings(slot), self._rule_state(slot)
         is_finite = gradient.is_finite()  # before the rule consumes it
         try:
-            update, new_state = slot.rule.update(gradient, old_state, settings)
+            update, new_state = checked(slot.rule, slot.rule.update(gradient, old_state, settings), gradient.shape)
         except torch.linalg.LinAlgError as error:  # products of huge entries have overflowed
             raise guards.non_finite(slot.plan.name, self.tracker.count, self.tracker.value, self._watch.changed) from error
-        require_fit(slot.rule, update, gradient.shape)
         is_finite = is_finite & all_finite([*update.parts(), *new_state.values()])
         self._watch.require_finite(slot.plan.name, is_finite)
         if is_finite.is_cuda:

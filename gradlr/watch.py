@@ -11,6 +11,9 @@ from .deferred import Deferred
 from .errors import BackwardError, GradlrWarning
 from .tracker import LossTracker
 
+# More micro-batches than anybody accumulates into one step.
+_MANY_LOSSES = 256
+
 
 class BackwardWatch:
     """What has happened since the last loss and the last step.
@@ -35,7 +38,7 @@ class BackwardWatch:
 
     def forget(self) -> None:
         """After a step, or a checkpoint was loaded: nothing has happened since."""
-        self._losses: set[int] = set()
+        self._loss_count, self._last_serial = 0, -1
         self._stepped_serial = self._tracker.serial
 
     @property
@@ -45,8 +48,12 @@ class BackwardWatch:
 
     def gradients_dropped(self) -> None:
         """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
-        self._losses.discard(self._open_serial())
+        self._discard_interrupted()
         self._handled = self._open_serial()
+
+    def _discard_interrupted(self) -> None:
+        if self._last_serial == self._open_serial():
+            self._loss_count, self._last_serial = self._loss_count - 1, -1
 
     def _open_serial(self) -> int:
         return self._tracker.begun_serial
@@ -61,15 +68,18 @@ class BackwardWatch:
             BackwardError, NonFiniteError: as `raise_unread`.
 
         Warns:
-            GradlrWarning: the last backward did not end, or reached no attached parameter.
+            GradlrWarning: the last backward did not end, or reached no attached parameter; or gradients wait for a step() that
+                256 losses have not brought.
         """
         self.raise_unread()
         last = self._tracker.count - 1
         if self.is_interrupted:
-            self._losses.discard(self._open_serial())
+            self._discard_interrupted()
             warnings.warn(guards.interrupted(last, self.changed, pending), GradlrWarning, stacklevel=5)
         elif self._tracker.has_begun and not self._tracker.has_gradient:
             warnings.warn(str(guards.no_gradient(last, self._count)), GradlrWarning, stacklevel=5)
+        elif pending and self._loss_count == _MANY_LOSSES:
+            warnings.warn(guards.never_stepped(_MANY_LOSSES), GradlrWarning, stacklevel=5)
         self.changed = []
 
     def backward_begins(self, scale: Tensor) -> None:
@@ -99,7 +109,8 @@ class BackwardWatch:
         if self._is_immediate and last_loss == tracker.serial:
             raise guards.second_gradient(name, tracker.count, self.changed)
         tracker.has_gradient = True
-        self._losses.add(tracker.serial)
+        if self._last_serial != tracker.serial:
+            self._loss_count, self._last_serial = self._loss_count + 1, tracker.serial
 
     def step_begins(self, *, pending: int) -> None:
         """`step()` is called: the backward must have come to its end and brought a gradient.
@@ -112,7 +123,7 @@ class BackwardWatch:
             GradlrWarning: losses without a graph were shown and no hook fired since the last step; or several backwards have
                 each updated the weights since then (each told once or at its step).
         """
-        tracker, losses = self._tracker, len(self._losses)
+        tracker, losses = self._tracker, self._loss_count
         is_missing = not losses and not tracker.has_gradient
         is_blind = tracker.serial != self._stepped_serial and not tracker.has_graph
         self.forget()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .errors import ShapeError
+from .errors import ArgumentError, ShapeError
 from .linalg import stochastic_round
 from .parameters import View
 from .rules import Rule, State, Update
@@ -45,8 +45,18 @@ def full_precision(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def require_fit(rule: Rule, update: Update, shape: torch.Size) -> None:
-    """Raise a ShapeError unless the update's parts belong to a parameter whose view has the given shape."""
+def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tuple[Update, State]:
+    """What a rule's `update` returned, where it belongs to a parameter whose view has the given shape.
+
+    Raises:
+        ArgumentError: it is no pair of an Update and a state.
+        ShapeError: the update's parts have other shapes.
+    """
+    is_pair = isinstance(result, tuple) and len(result) == 2
+    if not (is_pair and isinstance(result[0], Update) and isinstance(result[1], dict)):
+        found = type(result).__name__
+        raise ArgumentError(f"rule {rule.name!r}: update() must return (gradlr.rules.Update(...), state), not {found}")
+    update = result[0]
     found = {key: None if part is None else tuple(part.shape) for key, part in vars(update).items() if key != "spectrum"}
     *batch, rows, columns = (1, 1, *shape) if len(shape) < 2 else shape
     is_dense_right = update.dense is None or update.dense.shape == shape
@@ -57,6 +67,7 @@ def require_fit(rule: Rule, update: Update, shape: torch.Size) -> None:
     if not (is_dense_right and is_low_rank_right):
         tale = f"an update with parts of shapes {found} for a parameter seen as {tuple(shape)}"
         raise ShapeError(f"rule {rule.name!r} made {tale}; gradlr.rules.Update says what they must be")
+    return result
 
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:

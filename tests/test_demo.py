@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+import gradlr
 from gradlr.bench.pretrain import load_pretrained
 from gradlr.bench.quality import validation
 from gradlr.bench.transformer import evaluate
@@ -29,6 +30,14 @@ def models(folder):
     return [load_pretrained(folder / f"{name}-fine-tuned.pt").state_dict() for name in ("adamw", "gradlr")]
 
 
+def ratios(losses):
+    return [loss / max(losses[: index + 1]) for index, loss in enumerate(losses)]
+
+
+def decide_for(ratio):
+    return gradlr.ByLoss(64)(gradlr.RankInputs(ratio, current=64, limit=128))
+
+
 def interrupt_at(monkeypatch, method, step):
     """Ctrl-C, as the terminal sends it, in the middle of the run of one method."""
     real = training._step
@@ -50,6 +59,8 @@ def test_it_leaves_report_results_and_models(tmp_path, capsys):
     assert (len(adamw["losses"]), len(ours["losses"]), len(ours["ranks"])) == (5, 5, 5)
     assert adamw["losses"][0] == pytest.approx(ours["losses"][0], abs=1e-6)  # same model, same first batch
     assert [step for step, _ in ours["validation"]] == [0, 2, 4, 5]
+    assert all(rank == decide_for(ratio) for rank, ratio in zip(ours["ranks"], ratios(ours["losses"]), strict=True))
+    assert len(set(ours["ranks"])) > 1  # the rank follows the loss
     assert adamw["state_numbers"] == 2 * adamw["weights"]
     assert 40 * ours["state_numbers"] < adamw["state_numbers"]  # a fortieth
     assert ours["peak_bytes"] < adamw["peak_bytes"]
@@ -71,6 +82,15 @@ def test_an_interrupted_run_goes_on_and_ends_bit_for_bit_the_same(tmp_path, monk
     assert demo(broken) == 0
     for one, other in zip(models(straight), models(broken), strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_ctrl_c_outside_the_steps_is_told_without_a_traceback(tmp_path, monkeypatch, capsys):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "_measure_peak", interrupt)
+    assert demo(tmp_path) == 130
+    assert "The same command continues" in capsys.readouterr().out
 
 
 def test_a_crash_goes_on_from_the_last_saved_step(tmp_path, monkeypatch):

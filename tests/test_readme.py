@@ -49,7 +49,7 @@ def losses(name):
     return rows[name]
 
 
-@pytest.mark.parametrize("name", ["k4_r64", "k4_r64_fixed", "k4_r64_no_residual", "k4_r64_products", "k1_r64"])
+@pytest.mark.parametrize("name", ["k4_by_loss", "k4_r64_fixed", "k4_r64_no_residual", "k4_r64_products", "k1_r64"])
 def test_little_state_beats_adamw_on_every_seed(name):
     assert losses(name)["matrix_state_per_weight"] <= 0.05
     for reference in ("adamw", "adamw_slow_tables"):

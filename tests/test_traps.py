@@ -473,6 +473,24 @@ def test_an_update_of_another_shape_is_refused(parts):
     assert is_unchanged(model, before)
 
 
+def test_an_update_of_another_type_is_refused():
+    class Bare(gradlr.rules.TrackedMomentum):
+        def update(self, gradient, state, settings):
+            return gradient.matrix
+
+    model, tracker, _ = attached(nn.Linear(8, 6, bias=False), rule=Bare())
+    with pytest.raises(gradlr.ArgumentError, match=r"update\(\) must return .*not Tensor"):
+        tracker(model(torch.randn(4, 8)).sum()).backward()
+
+
+def test_a_step_that_never_comes_is_told():
+    model, tracker, opt = attached(nn.Linear(4, 4), apply="step")
+    for _ in range(256):
+        tracker(model(torch.randn(2, 4)).square().mean()).backward()
+    with pytest.warns(GradlrWarning, match="256 losses wait.*call opt.step"):
+        tracker(1.0)
+
+
 def test_an_update_that_is_not_finite_is_refused():
     class Dividing(gradlr.rules.Rule):
         name, needs_dense = "dividing", True

@@ -152,7 +152,7 @@ CONTENDERS: dict[str, Contender] = {
         Contender("adamw", "AdamW", adamw, _SLOW),
         Contender("adamw_slow_tables", "AdamW, tables at lr / 4", adamw_slow_tables, _SLOW),
         Contender("muon", "Muon", muon, (2e-3, *_FAST[:3])),
-        Contender("k4_r64", "TrackedMomentum k4, r ≤ 64 by loss (default)", gradlr(), _FAST),
+        Contender("k4_by_loss", "TrackedMomentum k4, r ≤ 64 by loss (default)", gradlr(), _FAST),
         Contender("k4_r64_fixed", "TrackedMomentum k4 r64", gradlr(rank=64), _FAST),
         Contender("k4_r64_no_residual", "TrackedMomentum k4 r64, no residual",
                   gradlr(rank=64, rule=rules.TrackedMomentum(residual=0)), _FAST),

@@ -38,6 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     except InterruptedRun as stop:
         print(f"\ninterrupted: {stop}. The same command continues from there; --fresh starts anew.")
         return INTERRUPTED_STATUS
+    except KeyboardInterrupt:
+        print("\ninterrupted between two steps. The same command continues from the last saved step; --fresh starts anew.")
+        return INTERRUPTED_STATUS
     print_table(records)
     for path in (write_figure(records, arguments.out), write_results(records, plan, arguments.out)):
         print(f"wrote {path}")

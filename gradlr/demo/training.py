@@ -26,6 +26,7 @@ from ..bench.transformer import evaluate, language_model_loss
 from ..describe import format_bytes
 from ..errors import GradlrError
 from ..files import write_atomically
+from ..parameters import MATRIX
 
 SAVE_EVERY = 20
 
@@ -156,7 +157,7 @@ def _step(model: nn.Module, stepper: Stepper, record: Record, inputs: Tensor, ta
     record.losses.append(loss.item())
     record.seconds += time.perf_counter() - start
     if stepper.tracker is not None:
-        record.ranks.append(max(slot.rank for slot in stepper.optimizers[0].slots))
+        record.ranks.append(max(slot.rank for slot in stepper.optimizers[0].slots if slot.plan.kind == MATRIX))
         record.state_bytes = stepper.state_bytes()
     elif len(record.losses) == 1:
         record.state_bytes = stepper.state_bytes()  # torch's AdamW makes its state in the first step

@@ -17,7 +17,7 @@ TINY = quality.Workload(steps=2, batch_size=2, validation_windows=16)
         ("adamw", 2.0),
         ("muon", 1.0),
         # k(m + n) for qkv 384 x 128, out 128 x 128, mlp 512 x 128 and 128 x 512, over their weights.
-        ("k4_r64", 4 * (512 + 256 + 640 + 640) / (128 * (384 + 128 + 512 + 512))),
+        ("k4_by_loss", 4 * (512 + 256 + 640 + 640) / (128 * (384 + 128 + 512 + 512))),
         ("k16_r64", 16 * (512 + 256 + 640 + 640) / (128 * (384 + 128 + 512 + 512))),
     ],
 )
