@@ -148,15 +148,18 @@ def test_a_tied_weight_gets_the_whole_gradient():
     torch.testing.assert_close(before - layer.weight, 1e-3 * expected.sign(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("use_reentrant", [False])
-def test_activation_checkpointing_gives_the_same_weights(use_reentrant):
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_gives_the_same_weights(use_reentrant, apply):
     results = []
     for is_checkpointed in (False, True):
-        model, tracker, opt = attached(mlp(16, 3, dtype=torch.float64))
+        model, tracker, opt = attached(mlp(16, 3, dtype=torch.float64), apply=apply)
         x, y = regression(16, count=16, dtype=torch.float64)
+        x.requires_grad_(True)  # what reentrant checkpointing asks for
         for _ in range(3):
             out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=use_reentrant) if is_checkpointed else model(x)
             tracker(nn.functional.mse_loss(out, y)).backward()
+            opt.step()
         results.append(weights(model))
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
