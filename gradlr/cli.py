@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from . import demo
 from .bench import command as bench
 from .errors import GradlrError
 
@@ -14,8 +15,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors of gradlr are printed without a traceback and give exit status 2."""
     parser = argparse.ArgumentParser(prog="gradlr", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo|bench")
-    from . import demo
-
     demo.add_arguments(commands.add_parser("demo", help="fine-tune a transformer on real text with AdamW and with gradlr"))
     bench.add_arguments(commands.add_parser("bench", help="quality, memory and speed, side by side"))
     parsed = parser.parse_args(arguments)

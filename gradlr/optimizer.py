@@ -111,8 +111,6 @@ class GradLR(torch.optim.Optimizer):
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
         try:
             self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
-            if gradient.device.type == "cpu":  # elsewhere together with the update, so that nobody waits twice
-                self._watch.require_finite(slot.plan.name, gradient.is_finite())
             with full_precision(gradient.device):
                 if self.apply == "backward":
                     self._apply(slot, *self._prepare(slot, gradient))
@@ -124,6 +122,7 @@ class GradLR(torch.optim.Optimizer):
         slot.last_loss = self.tracker.serial
 
     def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
+        self._watch.checked_gradient(slot.plan.name, gradient.is_finite())
         if slot.pending is not None:
             slot.pending.add_(gradient)
         elif slot.rule.needs_dense or (isinstance(gradient, Dense) and is_sketch_larger(slot, gradient.shape)):
@@ -134,7 +133,7 @@ class GradLR(torch.optim.Optimizer):
     def _prepare(self, slot: Slot, gradient: GradientOperator) -> tuple[Update, dict[str, Tensor], Settings, Tensor]:
         """What the rule makes of a gradient, found finite; nothing has changed yet."""
         settings, old_state = self._settings(slot), self._rule_state(slot)
-        is_finite = gradient.is_finite()  # before the rule consumes it
+        is_finite = self._watch.checked_gradient(slot.plan.name, gradient.is_finite())  # before the rule consumes it
         try:
             update, new_state = checked(slot.rule, slot.rule.update(gradient, old_state, settings), gradient.shape)
         except torch.linalg.LinAlgError as error:  # products of huge entries have overflowed

@@ -138,6 +138,16 @@ class BackwardWatch:
             self._has_warned = True
             warnings.warn(guards.accumulated(losses), GradlrWarning, stacklevel=5)
 
+    def checked_gradient(self, name: str, is_finite: Tensor) -> Tensor:
+        """The flag of a gradient; on a CUDA device it is told later, together with its update's.
+
+        Raises:
+            NonFiniteError: the flag is False.
+        """
+        if not is_finite.is_cuda:
+            self.require_finite(name, is_finite)
+        return is_finite
+
     def require_finite(self, name: str, is_finite: Tensor) -> None:
         """Raise now where the flag can be read without waiting, at the next loss where it lies on a CUDA device.
 

@@ -95,12 +95,14 @@ def test_a_loss_shown_while_a_sketch_waits_changes_no_rank():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-def test_accumulated_gradients_make_one_step():
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_accumulated_gradients_make_one_step(capture):
     """At full rank a sketch holds everything, so micro-batches must add up to the whole batch."""
     x, y = regression(8, count=32, dtype=torch.float64)
     results = []
     for parts in (1, 4):
-        model, tracker, opt = attached(mlp(8, 2, dtype=torch.float64), apply="step", rank=8, momentum_rank=8)
+        options = {"apply": "step", "capture": capture, "rank": 8, "momentum_rank": 8}
+        model, tracker, opt = attached(mlp(8, 2, dtype=torch.float64), **options)
         for _ in range(3):
             for rows in torch.arange(32).chunk(parts):
                 tracker(nn.functional.mse_loss(model(x[rows]), y[rows]) / parts).backward()
@@ -148,12 +150,13 @@ def test_a_tied_weight_gets_the_whole_gradient():
     torch.testing.assert_close(before - layer.weight, 1e-3 * expected.sign(), rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_activation_checkpointing_gives_the_same_weights(use_reentrant, apply):
+def test_activation_checkpointing_gives_the_same_weights(use_reentrant, apply, capture):
     results = []
     for is_checkpointed in (False, True):
-        model, tracker, opt = attached(mlp(16, 3, dtype=torch.float64), apply=apply)
+        model, tracker, opt = attached(mlp(16, 3, dtype=torch.float64), apply=apply, capture=capture)
         x, y = regression(16, count=16, dtype=torch.float64)
         x.requires_grad_(True)  # what reentrant checkpointing asks for
         for _ in range(3):
@@ -324,10 +327,11 @@ def test_under_the_context_manager_hooks_go_at_the_end():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_compiled_blocks_are_updated_as_well():
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_compiled_blocks_are_updated_as_well(capture):
     results = []
     for is_compiled in (False, True):
-        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64))
+        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64), capture=capture)
         forward = torch.compile(model, backend="aot_eager") if is_compiled else model
         x, y = regression(16, count=16, dtype=torch.float64)
         for _ in range(2):

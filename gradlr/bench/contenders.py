@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attach, rules
+from ..parameters import plan_parameters
 from ..ranks import ByLoss
 from ..tracker import LossTracker
 
@@ -64,8 +65,6 @@ class Contender:
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(matrices, tables, vectors), as gradlr sees them; every contender that treats them apart uses this split."""
-    from ..parameters import plan_parameters
-
     plans = plan_parameters(model)
     return tuple([plan.parameter for plan in plans if plan.kind == kind] for kind in ("matrix", "table", "vector"))
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from ..bench.command import write_json
 from ..bench.environment import environment
+from ..bench.memory import MIB
 from ..describe import format_bytes
 from .training import Plan, Record
 
-MIB = 2**20
 COLORS = {"adamw": "#8c8c8c", "gradlr": "#0b6e4f"}
 
 
