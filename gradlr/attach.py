@@ -130,8 +130,6 @@ def _require_plain_model(model: nn.Module) -> None:
                 f"{name or 'the model'} is wrapped in {type(module).__name__}: hooks would see each replica's own gradient, and "
                 "the replicas would drift apart. Attach to the plain module instead of wrapping it, and train it on one device"
             )
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
-            raise AttachError(f"embedding {name!r} makes sparse gradients; build it with sparse=False")
 
 
 def _warn_of_processes() -> None:

@@ -45,10 +45,10 @@ def second_gradient(name: str, loss_number: int, changed: Sequence[str]) -> Back
 
 
 def unsupported_gradient(name: str, layout: object, dtype: object, changed: Sequence[str]) -> BackwardError:
-    """A sparse or complex gradient."""
+    """A complex gradient, or one that is sparse in another way than by rows."""
     return BackwardError(
-        f"the gradient of {name!r} is {layout}, {dtype}; gradlr takes dense real gradients. "
-        f"Use sparse=False in embeddings, and real parameters. {tale_of(changed)}"
+        f"the gradient of {name!r} is {layout}, {dtype}; gradlr takes real gradients, dense "
+        f"or, as of embeddings with sparse=True, by rows. Make it dense, or leave the parameter out. {tale_of(changed)}"
     )
 
 

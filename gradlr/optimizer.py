@@ -9,23 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from . import guards
+from .captures import as_dense, captured_layers, compact, operator_of, waits_as_it_is
 from .checkpoint import check_groups, fitted_state
 from .describe import describe
 from .errors import ArgumentError, AttachError, GradlrError
-from .gradient import AdaptorCapture, Dense, GradientOperator, HookCapture
+from .gradient import AdaptorCapture, GradientOperator, HookCapture
 from .membership import Membership
 from .rules import Settings, Update
-from .slots import (
-    Noise,
-    ParameterGroup,
-    Slot,
-    adaptable,
-    initial_state,
-    is_sketch_larger,
-    make_slots,
-    scheduled_rank,
-    torch_group,
-)
+from .slots import Noise, ParameterGroup, Slot, follow_loss, initial_state, make_slots, torch_group, working_form
 from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, checked, full_precision, keep_where, write
@@ -53,14 +44,14 @@ class GradLR(torch.optim.Optimizer):
         super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
         self._is_built = True
         self._slots = {id(slot.plan.parameter): slot for slot in make_slots(groups)}
-        linears = adaptable(model, self._slots.values(), capture)
+        layers = captured_layers(model, self._slots.values(), capture, is_immediate=apply == "backward")
         self._noise = Noise()
         self._membership = Membership(model, [slot.plan for slot in self._slots.values()])
         self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=apply == "backward")
         for slot in self._slots.values():
             self.state[slot.plan.parameter] = initial_state(slot, self._settings(slot, slot.largest_rank))
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self._slots.values()], self._take)
-        self._adaptors = AdaptorCapture(linears, self.receive)
+        self._adaptors = AdaptorCapture(layers, self)
         self._is_detached = False
         tracker.subscribe(self)
 
@@ -72,24 +63,34 @@ class GradLR(torch.optim.Optimizer):
             self._give_up()
         self._membership.check()
         for slot in self._slots.values():
-            # A sketch that waits belongs to the rank that it was made with.
-            if not slot.rule.needs_dense and slot.pending is None:
-                spectrum = self.state[slot.plan.parameter].get("spectrum")
-                slot.rank = scheduled_rank(slot, tracker.ratio, spectrum)
+            # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
+            if not slot.rule.needs_dense and slot.pending is None and slot.basis is None:
+                follow_loss(slot, tracker.ratio, self.state[slot.plan.parameter])
 
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
         self._watch.backward_begins(scale)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
+        plan = self._slots[id(parameter)].plan
+        operator = operator_of(plan, gradient)
+        if operator is None:
+            raise guards.unsupported_gradient(plan.name, gradient.layout, gradient.dtype, self._watch.changed)
+        self.receive(parameter, operator)
+
+    @torch.no_grad()
+    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor:
+        """X, (n, r) orthonormal, on which a one-sided layer projects its input: fixed until the next update of its weight.
+
+        Made in the first forward after an update, of the inputs there; its rank follows the loss shown before that forward.
+        """
         slot = self._slots[id(parameter)]
-        if gradient.layout != torch.strided or gradient.is_complex():
-            raise guards.unsupported_gradient(slot.plan.name, gradient.layout, gradient.dtype, self._watch.changed)
-        matrix = slot.plan.view.of(gradient.detach())
-        is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
-        # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
-        is_ours = not gradient.requires_grad and len(parameter._post_accumulate_grad_hooks) == 1
-        self.receive(parameter, Dense(matrix, is_owned=is_copy or is_ours))
+        if slot.basis is None:
+            follow_loss(slot, self.tracker.ratio, self.state[parameter])
+            known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
+            with full_precision(parameter.device):
+                slot.basis = slot.rule.right_basis(*known, **like, covariance_times=covariance_times)
+        return slot.basis
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -103,8 +104,7 @@ class GradLR(torch.optim.Optimizer):
             ArgumentError: the parameter is not attached.
             LossError: the tracker was never shown a loss.
             BackwardError: a second gradient for one loss, with `apply="backward"`.
-            NonFiniteError: the gradient holds NaN or infinity. On CUDA this is told at the next loss; the parameter then keeps
-                its value and state, its step count aside.
+            NonFiniteError: NaN or infinity. On CUDA told at the next loss; the parameter keeps value and state, its count aside.
         """
         slot = self._slots.get(id(parameter))
         if slot is None:
@@ -124,15 +124,17 @@ class GradLR(torch.optim.Optimizer):
     def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
         self._watch.checked_gradient(slot.plan.name, gradient.is_finite())
         if slot.pending is not None:
-            slot.pending.add_(gradient)
-        elif slot.rule.needs_dense or (isinstance(gradient, Dense) and is_sketch_larger(slot, gradient.shape)):
-            slot.pending = gradient
+            slot.pending = slot.pending.add_(gradient)
+        elif waits_as_it_is(slot, gradient):
+            slot.pending = compact(gradient)
         else:
             slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
 
     def _prepare(self, slot: Slot, gradient: GradientOperator) -> tuple[Update, dict[str, Tensor], Settings, Tensor]:
         """What the rule makes of a gradient, found finite; nothing has changed yet."""
         settings, old_state = self._settings(slot), self._rule_state(slot)
+        if slot.rule.needs_dense and not slot.rule.takes_factors:
+            gradient = as_dense(gradient)
         is_finite = self._watch.checked_gradient(slot.plan.name, gradient.is_finite())  # before the rule consumes it
         try:
             update, new_state = checked(slot.rule, slot.rule.update(gradient, old_state, settings), gradient.shape)
@@ -155,6 +157,7 @@ class GradLR(torch.optim.Optimizer):
         write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
+        slot.basis = None
         if slot.schedule.needs_spectrum and update.spectrum is not None:
             state["spectrum"] = update.spectrum
         self._watch.changed.append(slot.plan.name)
@@ -236,8 +239,7 @@ class GradLR(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors, step counters left out."""
-        tensors = [value for slot in self._slots.values() for value in self._rule_state(slot).values()]
-        return sum(value.numel() * value.element_size() for value in tensors)
+        return sum(value.nbytes for slot in self._slots.values() for value in self._rule_state(slot).values())
 
     def __repr__(self) -> str:
         return describe(self) if self._is_built else object.__repr__(self)
@@ -264,19 +266,19 @@ class GradLR(torch.optim.Optimizer):
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
         """
         check_groups(state_dict, self.param_groups)
-        extra = state_dict["gradlr"]
-        ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], self._slots.values(), strict=True)]
+        extra, slots = state_dict["gradlr"], self.slots
+        ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], slots, strict=True)]
         states = [
             fitted_state(slot, state_dict["state"].get(slot.index), self.state[slot.plan.parameter], self._settings(slot, rank))
-            for slot, rank in zip(self._slots.values(), ranks, strict=True)
+            for slot, rank in zip(slots, ranks, strict=True)
         ]
         self.tracker.load_state_dict(extra["tracker"])
         # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         self.seed = extra["seed"]
         self._watch.forget()
-        for slot, rank, state in zip(self._slots.values(), ranks, states, strict=True):
-            slot.rank, slot.last_loss, slot.pending = rank, None, None
+        for slot, rank, state in zip(slots, ranks, states, strict=True):
+            slot.restart(rank)
             self.state[slot.plan.parameter] = state
 
     def _rule_state(self, slot: Slot) -> dict[str, Tensor]:

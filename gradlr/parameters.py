@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import ArgumentError
+from .gradient import is_transposed_linear
 
 MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
 KINDS = (MATRIX, TABLE, VECTOR)
@@ -89,8 +90,8 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     """What every trainable parameter of the model is, in the order of `model.named_parameters()`.
 
     Embeddings and a head of the same shape at the end of the model are tables; weights of norms, everything one-dimensional
-    and everything with one row or one column are vectors; convolutions are folded to (o, i·h·w); other parameters with two
-    axes or more are matrices, leading axes a batch.
+    and everything with one row or one column are vectors; convolutions are folded to (o, i·h·w), transformers' Conv1D is turned
+    to (fan_out, fan_in); other parameters with two axes or more are matrices, leading axes a batch.
     """
     owners = _owners(model)
     table_ids = _tables(model)
@@ -134,6 +135,8 @@ def _classify(parameter: Tensor, owner: nn.Module, name: str, table_ids: set[int
 
 
 def _natural_view(parameter: Tensor, owner: nn.Module, name: str) -> View:
+    if name == "weight" and is_transposed_linear(owner):
+        return View("i o -> o i")
     if isinstance(owner, _CONVOLUTIONS):
         axes = " ".join("hwd"[: parameter.ndim - 2])
         return View(f"o i {axes} -> o (i {axes})")

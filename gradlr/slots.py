@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import ArgumentError, ShapeError
 from .gradient import GradientOperator
 from .parameters import ParameterPlan
 from .ranks import RankInputs, RankSchedule, resolve_rank
 from .rules import Rule, Settings
-
-CAPTURES = ("hook", "adaptor", "auto")
 
 
 @dataclass
@@ -44,7 +40,8 @@ class Slot:
         momentum_rank: k.
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
-        capture: "hook" or "adaptor".
+        basis: X, in which forward has projected the layer's input since the last update; None where it has not.
+        capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
     """
 
     index: int
@@ -57,7 +54,12 @@ class Slot:
     momentum_rank: int
     last_loss: int | None = None
     pending: GradientOperator | None = None
+    basis: Tensor | None = None
     capture: str = "hook"
+
+    def restart(self, rank: int) -> None:
+        """After a checkpoint was loaded: nothing has happened yet."""
+        self.rank, self.last_loss, self.pending, self.basis = rank, None, None, None
 
 
 def torch_group(group: ParameterGroup) -> dict[str, Any]:
@@ -80,17 +82,17 @@ def make_slots(groups: list[ParameterGroup]) -> list[Slot]:
     return slots
 
 
-def scheduled_rank(slot: Slot, ratio: float, spectrum: Tensor | None) -> int:
-    """The rank that the slot's schedule gives now.
+def follow_loss(slot: Slot, ratio: float, state: dict[str, Tensor]) -> None:
+    """Set the slot's rank to what its schedule gives now.
 
     Raises:
         ArgumentError: it is no int between 1 and the schedule's own ceiling.
     """
-    rank = slot.schedule(RankInputs(ratio, slot.rank, slot.largest_rank, spectrum))
+    rank = slot.schedule(RankInputs(ratio, slot.rank, slot.largest_rank, state.get("spectrum")))
     if not (isinstance(rank, int) and 1 <= rank <= slot.largest_rank):
         where = f"{slot.schedule!r} gave rank {rank!r} for {slot.plan.name!r}"
         raise ArgumentError(f"{where}: it must be an int in [1, {slot.largest_rank}], the schedule's own ceiling there")
-    return rank
+    slot.rank = rank
 
 
 def initial_state(slot: Slot, settings: Settings) -> dict[str, Tensor]:
@@ -100,42 +102,17 @@ def initial_state(slot: Slot, settings: Settings) -> dict[str, Tensor]:
         ArgumentError: the rule does not suit the parameter's shape.
     """
     parameter = slot.plan.parameter
-    dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     try:
-        state = slot.rule.init(slot.plan.shape, settings, dtype=dtype, device=parameter.device)
+        state = slot.rule.init(slot.plan.shape, settings, **working_form(parameter))
     except ShapeError as error:
         raise ArgumentError(f"parameter {slot.plan.name!r}, a {slot.plan.kind}: {error}") from error
     # The count stays on the CPU, wherever the parameter lies: it is read at every step.
     return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
 
 
-def adaptable(model: nn.Module, slots: Iterable[Slot], capture: str) -> list[nn.Linear]:
-    """The Linears whose weights `capture` takes without forming their gradients; marks their slots.
-
-    "adaptor" takes every plain `nn.Linear` under a matrix rule. "auto" leaves out those where the products of rank r cost
-    no less than the gradient (2r(m + n) ≥ mn), and weights that several modules share.
-
-    Raises:
-        ArgumentError: `capture` is unknown.
-    """
-    if capture not in CAPTURES:
-        raise ArgumentError(f"capture={capture!r}: use one of {', '.join(CAPTURES)}")
-    by_weight = {id(slot.plan.parameter): slot for slot in slots if not slot.rule.needs_dense and slot.plan.view.pattern is None}
-    linears = [module for module in model.modules() if type(module) is nn.Linear and id(module.weight) in by_weight]
-    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    chosen = []
-    for module in linears if capture != "hook" else []:
-        slot, (m, n) = by_weight[id(module.weight)], module.weight.shape
-        if capture == "adaptor" or (2 * slot.largest_rank * (m + n) < m * n and uses[id(module.weight)] == 1):
-            slot.capture = "adaptor"
-            chosen.append(module)
-    return chosen
-
-
-def is_sketch_larger(slot: Slot, shape: torch.Size) -> bool:
-    """Whether two bases and two products (r columns on the right, r + k on the left) hold no fewer numbers than the gradient."""
-    m, n = shape[-2:]
-    return (2 * slot.rank + slot.momentum_rank) * (m + n) >= m * n
+def working_form(parameter: Tensor) -> dict[str, Any]:
+    """Dtype and device of state and arithmetic: float32 or the parameter's own float64, where the parameter lies."""
+    return {"dtype": torch.float64 if parameter.dtype == torch.float64 else torch.float32, "device": parameter.device}
 
 
 class Noise:

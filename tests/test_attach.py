@@ -207,11 +207,9 @@ def test_a_model_without_trainable_parameters(model):
         gradlr.attach(model, LossTracker())
 
 
-def test_complex_parameters_and_sparse_embeddings_are_refused():
+def test_complex_parameters_are_refused():
     with pytest.raises(AttachError, match="complex"):
         gradlr.attach(nn.Linear(4, 4, dtype=torch.complex64), LossTracker())
-    with pytest.raises(AttachError, match="sparse=False"):
-        gradlr.attach(nn.Embedding(8, 4, sparse=True), LossTracker())
 
 
 def test_a_gradient_left_from_before_is_refused():

@@ -95,7 +95,8 @@ def test_a_loss_shown_while_a_sketch_waits_changes_no_rank():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 def test_accumulated_gradients_make_one_step(capture):
     """At full rank a sketch holds everything, so micro-batches must add up to the whole batch."""
     x, y = regression(8, count=32, dtype=torch.float64)
@@ -150,7 +151,7 @@ def test_a_tied_weight_gets_the_whole_gradient():
     torch.testing.assert_close(before - layer.weight, 1e-3 * expected.sign(), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing_gives_the_same_weights(use_reentrant, apply, capture):
@@ -327,7 +328,7 @@ def test_under_the_context_manager_hooks_go_at_the_end():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 def test_compiled_blocks_are_updated_as_well(capture):
     results = []
     for is_compiled in (False, True):

@@ -1,10 +1,13 @@
-"""Capture without a gradient: inside a Linear's backward, input and output gradient are at hand, and G = δᵀ x is never formed."""
+"""Capture without a gradient: inside a layer's backward, input and output gradient are at hand, and G is never formed."""
 
 from __future__ import annotations
 
 import copyreg
+import functools
 import weakref
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -14,149 +17,220 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackwardError
 from ..linalg.normalize import widen
+from .factored import Factored
 from .hook import lost_optimizer
-from .operator import GradientOperator
-
-# weight -> weak reference to the method that takes its gradient. A copied or unpickled module is not in here: an ordinary Linear.
-_receivers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+from .linear_maps import LinearMap
+from .operator import GradientOperator, Sketched
 
 
-class Factored(GradientOperator):
-    """The gradient `G = δᵀ x` of a linear map, known by its factors.
+class Receiver(Protocol):
+    """Who takes the gradients, and says in which basis they are wanted."""
 
-    Args:
-        delta: Output gradient δ, shape (T, m) for T tokens, floating.
-        x: Input, shape (T, n), floating.
+    def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
+
+    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """One layer whose weight gradient is not to be formed.
+
+    Attributes:
+        module: An `nn.Embedding`, or a module that `linear_map` knows.
+        linear_map: What it computes; None for an embedding.
+        is_one_sided: Whether x X is saved for backward instead of x.
     """
 
-    def __init__(self, delta: Tensor, x: Tensor) -> None:
-        self._delta, self._x = widen(delta), widen(x)
-        self.shape = torch.Size((delta.shape[-1], x.shape[-1]))
-        self.dtype, self.device = self._delta.dtype, delta.device
-
-    def times(self, x: Tensor) -> Tensor:
-        return self._delta.mT @ (self._x @ x)
-
-    def transposed_times(self, y: Tensor) -> Tensor:
-        return self._x.mT @ (self._delta @ y)
-
-    def is_finite(self) -> Tensor:
-        return self._delta.sum().isfinite() & self._x.sum().isfinite()
-
-    @property
-    def matrix(self) -> Tensor:
-        """G itself, (m, n): for those who cannot do without it."""
-        return self._delta.mT @ self._x
+    module: nn.Module
+    linear_map: LinearMap | None
+    is_one_sided: bool = False
 
 
-class AdaptorLinear(nn.Linear):
-    """A Linear whose backward hands over input and output gradient instead of making the weight's gradient.
+@dataclass(frozen=True)
+class _Capture:
+    receiver: weakref.ref[Receiver]
+    linear_map: LinearMap | None
+    is_one_sided: bool
 
-    Made from an `nn.Linear` by changing its class, so that hooks, names, state_dict and `isinstance` stay what they were.
-    """
+    def living_receiver(self) -> Receiver:
+        receiver = self.receiver()
+        if receiver is None:
+            raise lost_optimizer()
+        return receiver
 
-    @torch.compiler.disable  # the backward below changes weights, which no compiler may move
+
+# weight -> how its gradient is taken. A copied or unpickled module is not in here: an ordinary layer.
+_captures: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class AdaptedLayer:
+    """Mixed into a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
+
+    original: type[nn.Module]
+
+    @torch.compiler.disable  # the backward changes weights, which no compiler may move
     def forward(self, x: Tensor) -> Tensor:
-        receive = _receivers.get(self.weight)
-        if receive is None or not self.weight.requires_grad or not _is_ordinary_backward():
-            return F.linear(x, self.weight, self.bias)
+        capture = _captures.get(self.weight)
+        if capture is None or not self.weight.requires_grad or not _is_ordinary_backward():
+            return super().forward(x)
+        if capture.linear_map is None:
+            return _EmbeddingByRows.apply(x, self.weight, weakref.ref(self.weight), self.padding_idx)
+        if not capture.linear_map.accepts(x):
+            return super().forward(x)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return _LinearWithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), receive)
-
+        basis = _basis(capture, self.weight, x) if capture.is_one_sided else None
+        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, basis)
 
     def __reduce_ex__(self, protocol: int):
-        # A copy or a pickle is an nn.Linear: nothing of gradlr is in it.
-        return copyreg._reconstructor, (nn.Linear, object, None), self.__dict__
+        # A copy or a pickle is of the original class: nothing of gradlr is in it.
+        return copyreg._reconstructor, (self.original, object, None), self.__dict__
+
+
+def _basis(capture: _Capture, weight: Tensor, x: Tensor) -> Tensor:
+    # Fitted to the inputs at hand: it stands for them until the weight's next update.
+    def covariance_times(right: Tensor) -> Tensor:
+        return capture.linear_map.covariance_times(widen(x.detach()), right)
+
+    return capture.living_receiver().right_basis(weight, covariance_times)
+
+
+@functools.cache
+def _adapted(original: type[nn.Module]) -> type[nn.Module]:
+    return type(f"Adapted{original.__name__}", (AdaptedLayer, original), {"original": original, "__doc__": AdaptedLayer.__doc__})
 
 
 def _is_ordinary_backward() -> bool:
-    # Transforms of torch.func and forward-mode derivatives go through the formula of F.linear.
+    # Transforms of torch.func and forward-mode derivatives go through the layer's own formula.
     is_forward_mode = torch.autograd.forward_ad._current_level >= 0
     return torch.is_grad_enabled() and not is_forward_mode and not torch._C._are_functorch_transforms_active()
 
 
-class _LinearWithoutWeightGradient(torch.autograd.Function):
+class _WithoutWeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, owner, receive):
+    def forward(ctx, x, weight, bias, owner, capture, basis):
+        kept = x
+        if basis is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                kept = capture.linear_map.project(widen(x), basis)
         # Under checkpointing the saved weight comes back as another object: `owner` is the parameter itself.
-        ctx.save_for_backward(x, weight)
-        ctx.owner, ctx.receive = owner, receive
-        return F.linear(x, weight, bias)
+        ctx.save_for_backward(kept, weight, basis)
+        ctx.owner, ctx.capture, ctx.x_shape = owner, capture, x.shape
+        return capture.linear_map.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, delta):
-        x, weight = _saved(ctx)
+        kept, weight, basis = _saved(ctx)
+        linear_map = ctx.capture.linear_map
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         # The input's gradient first: with updates in backward, the weight is another one after `receive`.
-        x_gradient = delta @ weight.to(delta.dtype) if needs_x else None
-        flat, flat_x = delta.reshape(-1, delta.shape[-1]), x.reshape(-1, x.shape[-1])
-        bias_gradient = flat.sum(0) if needs_bias else None
-        destination, owner = _destination(ctx), ctx.owner()
-        weight_gradient = (flat.mT @ flat_x).to(weight.dtype) if destination == "returned" else None
-        if destination == "optimizer":
-            receive = ctx.receive()
-            if receive is None:
-                raise lost_optimizer()
-            receive(owner, Factored(flat, flat_x))
-        return x_gradient, weight_gradient, bias_gradient, None, None
+        x_gradient = linear_map.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
+        bias_gradient = linear_map.bias_gradient(delta) if needs_bias else None
+        weight_gradient = None
+        destination = _destination(ctx.owner())
+        if destination == "returned" and basis is not None:
+            raise _input_not_kept(weight.shape)
+        if destination == "returned":
+            weight_gradient = linear_map.weight_gradient(delta, kept).to(weight.dtype)
+        elif destination == "optimizer":
+            ctx.capture.living_receiver().receive(ctx.owner(), _operator(linear_map, delta, kept, basis))
+        return x_gradient, weight_gradient, bias_gradient, None, None, None
 
 
-def _destination(ctx) -> str:
+def _operator(linear_map: LinearMap, delta: Tensor, kept: Tensor, basis: Tensor | None) -> GradientOperator:
+    if basis is None:
+        return Factored(delta, kept, linear_map)
+    with torch.autocast(delta.device.type, enabled=False):
+        return Sketched(basis, linear_map.correlate(widen(delta), kept))
+
+
+class _EmbeddingByRows(torch.autograd.Function):
+    # A sparse gradient adds to whatever else the weight is used for, a tied head included; the hook sees the sum.
+    @staticmethod
+    def forward(ctx, ids, weight, owner, padding_index):
+        ctx.save_for_backward(ids)
+        ctx.owner, ctx.padding_index, ctx.shape = owner, padding_index, weight.shape
+        return F.embedding(ids, weight, padding_index)
+
+    @staticmethod
+    def backward(ctx, delta):
+        (ids,) = ctx.saved_tensors
+        rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
+        if ctx.padding_index is not None:
+            values = values * (rows != ctx.padding_index).unsqueeze(-1)
+        if _destination(ctx.owner()) == "returned":
+            return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None
+        gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
+        return None, gradient, None, None
+
+
+def _destination(weight: Tensor) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
-    if torch.is_grad_enabled():  # create_graph: the gradient must be differentiable; a hook takes it
-        return "returned"
     try:
-        is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(ctx.owner()).node)
+        is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:  # torch.autograd.grad(loss, weight)
         return "returned"
-    return "optimizer" if is_accumulated else "nowhere"
+    if not is_accumulated:
+        return "nowhere"
+    # Under create_graph the gradient must be differentiable; a hook takes it.
+    return "returned" if torch.is_grad_enabled() else "optimizer"
 
 
-def _saved(ctx) -> tuple[Tensor, Tensor]:
+def _saved(ctx) -> tuple[Tensor, ...]:
     try:
         return ctx.saved_tensors
     except RuntimeError as error:
         if "modified by an inplace operation" not in str(error):
             raise
         raise BackwardError(
-            f"the weight or the input of a Linear was changed between its forward and its backward ({error}). If the weight is "
+            f"the weight or the input of a layer was changed between its forward and its backward ({error}). If the weight is "
             "used a second time in the loss (a shared layer, a penalty), its first backward has updated it already: attach with "
             'apply="step", or with capture="hook"'
         ) from error
 
 
+def _input_not_kept(shape: torch.Size) -> BackwardError:
+    return BackwardError(
+        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, or create_graph=True), but "
+        'capture="one_sided" keeps only the projection of the layer\'s input: attach with capture="adaptor". Nothing was changed '
+        "by this layer"
+    )
+
+
 def release_abandoned(model: nn.Module) -> None:
-    """Make those Linears of the model plain again whose optimizer does not exist any more."""
+    """Make those layers of the model plain again whose optimizer does not exist any more."""
     for module in model.modules():
-        if type(module) is AdaptorLinear and _receivers.get(module.weight, lambda: None)() is None:
-            _receivers.pop(module.weight, None)
-            module.__class__ = nn.Linear
+        if isinstance(module, AdaptedLayer):
+            capture = _captures.get(module.weight)
+            if capture is None or capture.receiver() is None:
+                _release(module)
+
+
+def _release(module: AdaptedLayer) -> None:
+    _captures.pop(module.weight, None)
+    module.__class__ = module.original
 
 
 class AdaptorCapture:
-    """Turns Linears into `AdaptorLinear`s that hand their gradient to `receive`; gives them back in `remove`.
+    """Changes the class of layers, so that they hand their gradient to the receiver; gives them back in `remove`.
 
     Args:
-        modules: Plain `nn.Linear`s.
-        receive: Bound method called as `receive(weight, operator)` inside backward, held weakly.
+        layers: What to capture; none of them captured already.
+        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_times)` in the
+            forward of one-sided layers; held weakly.
     """
 
-    def __init__(self, modules: Iterable[nn.Linear], receive: Callable[[Tensor, GradientOperator], None]) -> None:
-        self._modules = [weakref.ref(module) for module in modules]
-        method = weakref.WeakMethod(receive)
-        for reference in self._modules:
-            module = reference()
-            module.__class__ = AdaptorLinear
-            _receivers[module.weight] = method
+    def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:
+        layers, reference = list(layers), weakref.ref(receiver)
+        self._modules = [weakref.ref(layer.module) for layer in layers]
+        for layer in layers:
+            layer.module.__class__ = _adapted(type(layer.module))
+            _captures[layer.module.weight] = _Capture(reference, layer.linear_map, layer.is_one_sided)
 
     def remove(self) -> None:
-        """Make the modules plain `nn.Linear`s again. Calling it again does nothing."""
+        """Give the layers their own class again. Calling it again does nothing."""
         for reference in self._modules:
             module = reference()
-            if module is not None and type(module) is AdaptorLinear:
-                module.__class__ = nn.Linear
-                _receivers.pop(module.weight, None)
+            if isinstance(module, AdaptedLayer):
+                _release(module)
         self._modules = []
-
-

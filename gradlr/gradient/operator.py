@@ -40,6 +40,23 @@ class GradientOperator:
         """The transposed operator; shares everything with this one."""
         return _Transposed(self)
 
+    @property
+    def matrix(self) -> Tensor:
+        """G itself, (..., m, n): for those who cannot do without it."""
+        return self.times(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
+
+
+def all_entries_finite(x: Tensor) -> Tensor:
+    """0-dim boolean: whether no entry is NaN or infinite, in one pass without a temporary.
+
+    A sum can overflow where the entries do not: on the CPU each of them is looked at then; on CUDA, where asking would wait for
+    the device, entries that sum to more than 1e38 count as infinite.
+    """
+    finite = x.sum(dtype=None if x.dtype == torch.float64 else torch.float32).isfinite()
+    if x.device.type == "cpu" and not finite:
+        return x.isfinite().all()
+    return finite
+
 
 class _Transposed(GradientOperator):
     def __init__(self, original: GradientOperator) -> None:
@@ -70,31 +87,39 @@ class Dense(GradientOperator):
     """
 
     def __init__(self, matrix: Tensor, *, is_owned: bool = False) -> None:
-        self.matrix = widen(matrix)
-        self._is_owned = is_owned or self.matrix is not matrix
-        self.shape, self.dtype, self.device = matrix.shape, self.matrix.dtype, matrix.device
+        self._matrix = widen(matrix)
+        self._is_owned = is_owned or self._matrix is not matrix
+        self.shape, self.dtype, self.device = matrix.shape, self._matrix.dtype, matrix.device
+
+    @property
+    def matrix(self) -> Tensor:
+        """G itself, (..., m, n)."""
+        return self._matrix
 
     def times(self, x: Tensor) -> Tensor:
-        return self.matrix @ x
+        return self._matrix @ x
 
     def transposed_times(self, y: Tensor) -> Tensor:
-        return self.matrix.mT @ y
+        return self._matrix.mT @ y
 
     def is_finite(self) -> Tensor:
-        # One pass without a temporary. A sum can overflow where the entries do not: on the CPU, look at each of them then; on
-        # CUDA, where asking would wait for the device, entries that sum to more than 1e38 count as infinite.
-        finite = self.matrix.sum().isfinite()
-        if self.matrix.device.type == "cpu" and not finite:
-            return self.matrix.isfinite().all()
-        return finite
+        return all_entries_finite(self._matrix)
+
+    def row_energies(self) -> Tensor:
+        """Squared lengths of the rows, (..., m, 1)."""
+        return torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True) ** 2
+
+    def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
+        """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
+        return {"dense": self.consume().mul_(scale)}
 
     def consume(self) -> Tensor:
         """G in a buffer that the caller may overwrite; the operator is spent afterwards."""
-        return self.matrix if self._is_owned else self.matrix.clone()
+        return self._matrix if self._is_owned else self._matrix.clone()
 
-    def add_(self, gradient: Dense) -> Dense:
+    def add_(self, gradient: GradientOperator) -> Dense:
         """Add another gradient, in place where the buffer is owned."""
-        self.matrix, self._is_owned = self.consume().add_(gradient.matrix), True
+        self._matrix, self._is_owned = self.consume().add_(gradient.matrix), True
         return self
 
     def __add__(self, other: Dense) -> Dense:
@@ -162,7 +187,8 @@ class Sketched(GradientOperator):
 
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""
-        self.right_sketch += gradient.times(self.right)
+        is_alike = isinstance(gradient, Sketched) and gradient.right is self.right and gradient.left is None
+        self.right_sketch += gradient.right_sketch if is_alike else gradient.times(self.right)
         if self.left is not None:
             self.left_sketch += gradient.transposed_times(self.left)
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,12 +39,14 @@ class Settings:
 
 @dataclass
 class Update:
-    """A direction `left rightᵀ + dense`; the optimizer writes `W ← (1 − ηλ) W − η (left rightᵀ + dense)`.
+    """A direction `diag(row_scale) left rightᵀ + dense`; the optimizer writes `W ← (1 − ηλ) W − η · direction`.
 
     Attributes:
         left: (..., m, r), or None where there is no low-rank part.
         right: (..., n, r), with `left`.
+        row_scale: (..., m, 1), with `left`; None for ones.
         dense: The parameter's view (..., m, n), or None.
+        rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.Rows`.
         spectrum: Squared singular values of the momentum, (..., r) descending, or None: what `ByEnergy` decides on.
     """
 
@@ -51,10 +54,12 @@ class Update:
     right: Tensor | None = None
     dense: Tensor | None = None
     spectrum: Tensor | None = field(default=None, repr=False)
+    row_scale: Tensor | None = None
+    rows: Tensor | None = None
 
     def parts(self) -> list[Tensor]:
-        """What makes up the direction."""
-        return [part for part in (self.left, self.right, self.dense) if part is not None]
+        """The numbers that make up the direction."""
+        return [part for part in (self.left, self.right, self.row_scale, self.dense) if part is not None]
 
 
 class Rule:
@@ -64,11 +69,14 @@ class Rule:
         name: What `rule="..."` and `repr(opt)` call it.
         needs_dense: Whether the rule needs the gradient's entries (`gradient.matrix`); such a rule may suit vectors too. Matrix
             rules use `gradient @ X` and `gradient.mT @ Y` only.
+        takes_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the `Rows` of
+            an embedding and the `Factored` gradient of a head as they are.
         is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
     name = "rule"
     needs_dense = False
+    takes_factors = False
     is_scale_invariant = True
 
     def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
@@ -98,19 +106,43 @@ class Rule:
     def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
         """A few numbers per row and column that stand for the gradient until `opt.step()`; others are added with `add_`.
 
-        Here the range of the gradient under a Gaussian test matrix: a randomized range finder on both sides. A rule with
-        momentum does better by starting from what it follows.
+        Here the range of the gradient under `right_basis`: a randomized range finder on both sides.
 
         Args:
             gradient: The first gradient of the step, finite.
             state: The rule's state; not modified.
             settings: Those that `update` will get: the same random numbers.
         """
-        shape = (*gradient.shape[:-2], gradient.shape[-1], settings.rank)
-        right = orthonormalize(gaussian(shape, gradient, settings.generator))
+        right = self.right_basis(gradient.shape, state, settings, dtype=gradient.dtype, device=gradient.device)
         image = gradient @ right
         left = orthonormalize(image)
         return Sketched(right, image, left, gradient.mT @ left)
+
+    def right_basis(
+        self,
+        shape: torch.Size,
+        state: State,
+        settings: Settings,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        covariance_times: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """X, (..., n, r) with orthonormal columns: what the gradient is projected on where it is not seen whole.
+
+        Known before the gradient. Here random directions, or those of the layer's inputs where these are at hand: G is a sum of
+        output gradient times input, so directions that the inputs lack are missing in G as well. A rule with momentum does
+        better by starting from what it follows.
+
+        Args:
+            shape: Shape of the parameter's view, (..., m, n).
+            state, settings: Those that `update` will get: the same random numbers.
+            dtype, device: Of the result.
+            covariance_times: The covariance of the layer's inputs, not centred, times a matrix (n, c).
+        """
+        *batch, _, n = shape
+        draw = gaussian((*batch, n, settings.rank), settings.generator, dtype=dtype, device=device)
+        return orthonormalize(draw if covariance_times is None else covariance_times(draw))
 
     def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
@@ -121,9 +153,9 @@ class Rule:
         return f"{type(self).__name__}({options})"
 
 
-def gaussian(shape: tuple[int, ...], like: Tensor | GradientOperator, generator: torch.Generator) -> Tensor:
+def gaussian(shape: tuple[int, ...], generator: torch.Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns)."""
-    draw = torch.randn(shape, dtype=like.dtype, device=like.device, generator=generator)
+    draw = torch.randn(shape, dtype=dtype, device=device, generator=generator)
     return draw.mul_(shape[-2] ** -0.5)
 
 

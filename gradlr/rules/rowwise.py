@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import ShapeError
-from ..gradient import Dense
+from ..gradient import Dense, Factored, Rows
 from .base import Rule, Settings, State, Update, require_fraction, require_positive
 
 
@@ -27,6 +27,7 @@ class RowwiseRMSprop(Rule):
 
     name = "rowwise_rmsprop"
     needs_dense = True
+    takes_factors = True
 
     def __init__(self, *, beta2: float = 0.99, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)
@@ -37,9 +38,7 @@ class RowwiseRMSprop(Rule):
             raise ShapeError(f"rowwise_rmsprop needs a table (rows, columns); the parameter has shape {tuple(shape)}")
         return {"square": torch.zeros((*shape[:-1], 1), dtype=dtype, device=device)}
 
-    def update(self, gradient: Dense, state: State, settings: Settings) -> tuple[Update, State]:
-        g = gradient.matrix
-        norms = torch.linalg.vector_norm(g, dim=-1, keepdim=True)
-        square = torch.lerp(norms**2 / g.shape[-1], state["square"], self.beta2)
+    def update(self, gradient: Dense | Factored | Rows, state: State, settings: Settings) -> tuple[Update, State]:
+        square = torch.lerp(gradient.row_energies() / gradient.shape[-1], state["square"], self.beta2)
         root = (square / (1 - self.beta2**settings.step)).sqrt_().add_(self.eps)
-        return Update(dense=g / root), {"square": square}
+        return Update(**gradient.scaled_rows(root.reciprocal_())), {"square": square}

@@ -12,8 +12,11 @@ from torch import nn
 
 import gradlr
 from gradlr.bench.memory import peak_bytes
-from gradlr.gradient import AdaptorLinear, Dense, Factored
+from gradlr.gradient import AdaptedLayer, Dense, Factored
 from gradlr.rules import TrackedMomentum
+
+# The layers here are so small that hooks would cost less.
+pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
 PLAIN = {"rule": TrackedMomentum(residual=0)}
 
@@ -115,7 +118,7 @@ def test_the_module_stays_what_it_was():
     layer.register_forward_hook(lambda *_: hooks.append(1))
     _, tracker, opt = attached(layer, capture="adaptor")
     assert isinstance(layer, nn.Linear)
-    assert type(layer) is AdaptorLinear
+    assert isinstance(layer, AdaptedLayer)
     assert list(layer.state_dict()) == keys
     tracker(layer(torch.randn(4, 8)).square().mean()).backward()
     assert hooks == [1]
@@ -147,8 +150,9 @@ def test_auto_takes_the_adaptor_where_it_costs_less():
     model = nn.ModuleDict(layers)
     _, tracker, opt = attached(model, capture="auto", rank=8)
     captures = {slot.plan.name: slot.capture for slot in opt.slots}
-    assert captures["large.weight"] == "adaptor"  # 2 · 8 · 128 < 64 · 64
-    assert {name for name, capture in captures.items() if capture == "hook"} == captures.keys() - {"large.weight"}
+    assert captures.pop("large.weight") == "adaptor"  # 2 · 8 · 128 < 64 · 64
+    assert captures.pop("table.weight") == "rows"
+    assert set(captures.values()) == {"hook"}
     assert "adaptor" in repr(opt)
 
 
@@ -162,7 +166,7 @@ def test_a_lost_optimizer_is_told_and_a_new_one_takes_over(capture):
         tracker(nn.functional.mse_loss(model(x), y)).backward()
     model.zero_grad()
     _, tracker, opt = attached(model, capture=capture)
-    assert (type(model[0]) is AdaptorLinear) == (capture == "adaptor")
+    assert (isinstance(model[0], AdaptedLayer)) == (capture == "adaptor")
     train(model, opt, tracker, 2)
 
 

@@ -1,0 +1,130 @@
+"""How each gradient is seen: which layers hand it over without forming it, and what a hook's gradient is as an operator."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, GradlrWarning
+from .gradient import CapturedLayer, Dense, GradientOperator, LinearMap, Rows, Sketched, TokenMap, linear_map
+from .parameters import ParameterPlan
+from .slots import Slot
+
+CAPTURES = ("hook", "adaptor", "one_sided", "auto")
+
+
+def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is_immediate: bool) -> list[CapturedLayer]:
+    """The layers whose weight gradient is not to be formed; marks their slots.
+
+    Linears, transformers' Conv1D and ungrouped convolutions under a matrix rule hand over output gradient and input ("adaptor"),
+    or output gradient and the projected input ("one_sided"); heads (tables) always the former; embeddings their rows.
+
+    Args:
+        model: What is attached to.
+        slots: Of its attached parameters.
+        capture: "hook" takes none of them, "auto" as "adaptor", except where that costs more than the gradient.
+        is_immediate: Whether weights change inside backward: then a weight that several modules share is left to its hook, which
+            fires when all of its uses are through.
+
+    Raises:
+        ArgumentError: `capture` is unknown.
+
+    Warns:
+        GradlrWarning: ranks are so large that hooks would be faster.
+    """
+    if capture not in CAPTURES:
+        raise ArgumentError(f"capture={capture!r}: use one of {', '.join(CAPTURES)}")
+    if capture == "hook":
+        return []
+    by_weight = {id(slot.plan.parameter): slot for slot in slots}
+    uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
+    layers, slow = [], []
+    for module in model.modules():
+        slot = by_weight.get(id(getattr(module, "weight", None)))
+        layer = None if slot is None else _layer(module, slot, capture)
+        if layer is None:
+            continue
+        is_shared = uses[id(module.weight)] > 1
+        if layer.linear_map is not None and is_shared and (is_immediate or slot.rule.needs_dense):
+            continue
+        if is_slower_than_hook(slot, layer.is_one_sided):
+            if capture == "auto":
+                continue
+            slow.append(slot)
+        layers.append(layer)
+        slot.capture = "rows" if layer.linear_map is None else "one_sided" if layer.is_one_sided else "adaptor"
+    if slow:
+        warnings.warn(_advice(slow, capture), GradlrWarning, stacklevel=4)
+    return layers
+
+
+def _layer(module: nn.Module, slot: Slot, capture: str) -> CapturedLayer | None:
+    rule = slot.rule
+    if type(module) is nn.Embedding:
+        is_plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        return CapturedLayer(module, None) if is_plain and rule.takes_factors else None
+    found = linear_map(module)
+    if found is None or found.pattern != slot.plan.view.pattern or not _suits(found, slot):
+        return None
+    return CapturedLayer(module, found, is_one_sided=capture == "one_sided" and not rule.needs_dense)
+
+
+def _suits(found: LinearMap, slot: Slot) -> bool:
+    return not slot.rule.needs_dense or (slot.rule.takes_factors and isinstance(found, TokenMap))
+
+
+def is_slower_than_hook(slot: Slot, is_one_sided: bool) -> bool:
+    """Whether products of rank r cost more than the gradient: multiplications per token, 2r(m + n), or half of it, against mn."""
+    if slot.rule.needs_dense:
+        return False
+    m, n = slot.plan.shape[-2:]
+    return (1 if is_one_sided else 2) * slot.largest_rank * (m + n) > m * n
+
+
+def _advice(slow: list[Slot], capture: str) -> str:
+    slot = slow[0]
+    m, n = slot.plan.shape[-2:]
+    share, factor = ("", 1) if capture == "one_sided" else ("2", 2)
+    limit = max(1, m * n // (factor * (m + n)))
+    return (
+        f'capture="{capture}" costs more than hooks would for {len(slow)} of the layers: {slot.plan.name!r} ({m} x {n}) with '
+        f"rank {slot.largest_rank} takes {share}r(m + n) = {factor * slot.largest_rank * (m + n):,} multiplications a token, its "
+        f'whole gradient mn = {m * n:,}. Use a rank of {limit} at most there, or capture="auto", which leaves them to hooks'
+    )
+
+
+def operator_of(plan: ParameterPlan, gradient: Tensor) -> GradientOperator | None:
+    """The gradient that a hook was given, as an operator; None where it is complex, or sparse in another way than by rows."""
+    if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1 and plan.view.pattern is None and gradient.ndim == 2:
+        gradient = gradient.detach()
+        return Rows.summed(gradient._indices()[0], gradient._values(), plan.shape[0])
+    if gradient.layout != torch.strided or gradient.is_complex():
+        return None
+    matrix = plan.view.of(gradient.detach())
+    is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
+    # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
+    is_ours = not gradient.requires_grad and len(plan.parameter._post_accumulate_grad_hooks) == 1
+    return Dense(matrix, is_owned=is_copy or is_ours)
+
+
+def waits_as_it_is(slot: Slot, gradient: GradientOperator) -> bool:
+    """Whether a gradient that waits for `step()` need not be sketched: nothing smaller would serve."""
+    if slot.rule.needs_dense or isinstance(gradient, Sketched):
+        return True
+    # Two bases and two products: r columns on the right, r + k on the left.
+    m, n = gradient.shape[-2:]
+    return isinstance(gradient, Dense) and (2 * slot.rank + slot.momentum_rank) * (m + n) >= m * n
+
+
+def compact(gradient: GradientOperator) -> GradientOperator:
+    """The gradient without activations: they would be kept alive until `step()`."""
+    return gradient if isinstance(gradient, Dense | Rows | Sketched) else as_dense(gradient)
+
+
+def as_dense(gradient: GradientOperator) -> Dense:
+    """The gradient with its entries in memory."""
+    return gradient if isinstance(gradient, Dense) else Dense(gradient.matrix, is_owned=True)
