@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import attach, rules
+from ..errors import GradlrWarning
 from ..parameters import plan_parameters
 from ..ranks import ByLoss
 from ..tracker import LossTracker
@@ -129,7 +131,10 @@ def gradlr(**options: Any) -> Callable[[nn.Module, float], Stepper]:
 
     def make(model: nn.Module, lr: float) -> Stepper:
         tracker = LossTracker()
-        optimizer = attach(model, tracker, lr=lr, **options)
+        with warnings.catch_warnings():
+            # What an adaptor of so large a rank costs is measured here, too.
+            warnings.filterwarnings("ignore", "capture=.* costs more than hooks would", GradlrWarning)
+            optimizer = attach(model, tracker, lr=lr, **options)
 
         def step(compute: Loss) -> Tensor:
             loss = compute()
@@ -165,6 +170,16 @@ CONTENDERS: dict[str, Contender] = {
         Contender("k4_r16_no_residual", "TrackedMomentum k4 r16, no residual",
                   gradlr(rank=16, rule=rules.TrackedMomentum(residual=0)), _FAST),
         Contender("k4_r16_step", "TrackedMomentum k4 r16, apply=\"step\"", gradlr(rank=16, apply="step"), _FAST),
+        Contender("k4_r64_step", 'TrackedMomentum k4 r64, apply="step"', gradlr(rank=64, apply="step"), _FAST),
+        Contender("k16_r64_step", 'TrackedMomentum k16 r64, apply="step"',
+                  gradlr(rank=64, momentum_rank=16, apply="step"), _FAST),
+        Contender("k4_r64_adaptor", 'TrackedMomentum k4 r64, capture="adaptor"', gradlr(rank=64, capture="adaptor"), _FAST),
+        Contender("k4_r64_adaptor_step", 'TrackedMomentum k4 r64, capture="adaptor", apply="step"',
+                  gradlr(rank=64, capture="adaptor", apply="step"), _FAST),
+        Contender("k4_r64_one_sided", 'TrackedMomentum k4 r64, capture="one_sided"',
+                  gradlr(rank=64, capture="one_sided"), _FAST),
+        Contender("k16_r64_one_sided", 'TrackedMomentum k16 r64, capture="one_sided"',
+                  gradlr(rank=64, momentum_rank=16, capture="one_sided"), _FAST),
         Contender("k4_r32", "TrackedMomentum k4 r32", gradlr(rank=32), _FAST),
         Contender("k4_r128", "TrackedMomentum k4 r128 (full rank here)", gradlr(rank=128), _FAST),
         Contender("k32_r64", "TrackedMomentum k32 r64", gradlr(rank=64, momentum_rank=32), _FAST),
