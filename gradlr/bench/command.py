@@ -1,10 +1,11 @@
-"""`python -m gradlr bench quality|memory|speed`: measure, print a table, write JSON with the environment."""
+"""`python -m gradlr bench quality|memory|speed|crossover`: measure, print a table, write JSON with the environment."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from .environment import require_device
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The three benchmarks and their options."""
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed")
+    """The benchmarks and their options."""
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover")
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME",
                      help=f"any of {', '.join(CONTENDERS)}; all by default")  # fmt: skip
@@ -30,13 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     two = benches.add_parser("memory", help="peak memory above 100 MiB of parameters")
     two.add_argument("--tokens", type=int, default=64)
     two.add_argument("--rank", type=int, default=16)
-    three = benches.add_parser("speed", help="time of one step against plain forward + backward")
-    three.add_argument("--tokens", type=int, default=2048)
-    three.add_argument("--width", type=int, default=1024)
+    three = benches.add_parser("speed", help="time of one step: of a Linear, or of a whole transformer")
+    three.add_argument("--model", choices=("linear", "transformer"), default="linear")
+    three.add_argument("--depth", type=int, default=2, help="blocks of the transformer")
     three.add_argument("--rank", type=int, default=32)
-    three.add_argument("--rounds", type=int, default=40)
-    three.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
-    for bench in (one, two, three):
+    three.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and inputs")
+    four = benches.add_parser("crossover", help="time of one Linear's step by rank: from where on hooks are faster")
+    four.add_argument("--ranks", type=int, nargs="+", default=(), help="default: shares of the width from 1/32 to 3/8")
+    for bench in (three, four):
+        bench.add_argument("--tokens", type=int, default=2048)
+        bench.add_argument("--width", type=int, default=1024)
+        bench.add_argument("--rounds", type=int, default=40)
+        bench.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
+    for bench in (one, two, three, four):
         bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         bench.add_argument("--out", type=Path, help="write the report as JSON to this file")
 
@@ -48,23 +55,49 @@ def run(arguments: argparse.Namespace) -> None:
         ArgumentError: an option is out of range, the device or the folder of `--out` is not there. Nothing was measured.
     """
     _check(arguments)
-    if arguments.bench == "quality":
-        workload = quality.Workload(steps=arguments.steps, batch_size=arguments.batch_size)
-        seeds = list(range(arguments.seeds))
-        report = quality.measure(arguments.contenders, seeds, workload, device=arguments.device, jobs=arguments.jobs)
-        text = quality.table(report)
-    elif arguments.bench == "memory":
-        report = memory.measure(tokens=arguments.tokens, rank=arguments.rank, device=arguments.device)
-        text = memory.table(report)
-    else:
-        if arguments.threads is not None:
-            torch.set_num_threads(arguments.threads)
-        sizes = {"tokens": arguments.tokens, "width": arguments.width, "rank": arguments.rank, "rounds": arguments.rounds}
-        report = speed.measure(**sizes, device=arguments.device)
-        text = speed.table(report)
+    report = _MEASURE[arguments.bench](arguments)
+    text = _MODULES[arguments.bench].table(report)
     print(text)
     if arguments.out is not None:
         write_json(arguments.out, {"bench": arguments.bench, **report})
+
+
+def _measure_quality(arguments: argparse.Namespace) -> dict[str, Any]:
+    workload = quality.Workload(steps=arguments.steps, batch_size=arguments.batch_size)
+    seeds = list(range(arguments.seeds))
+    return quality.measure(arguments.contenders, seeds, workload, device=arguments.device, jobs=arguments.jobs)
+
+
+def _measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    return memory.measure(tokens=arguments.tokens, rank=arguments.rank, device=arguments.device)
+
+
+def _measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
+    _set_threads(arguments.threads)
+    options = {key: getattr(arguments, key) for key in ("tokens", "width", "rank", "rounds", "device", "dtype")}
+    if arguments.model == "transformer":
+        return speed.measure_transformer(**options, depth=arguments.depth)
+    return speed.measure(**options)
+
+
+def _measure_crossover(arguments: argparse.Namespace) -> dict[str, Any]:
+    _set_threads(arguments.threads)
+    options = {key: getattr(arguments, key) for key in ("tokens", "width", "rounds", "device")}
+    return speed.measure_crossover(**options, ranks=tuple(arguments.ranks))
+
+
+def _set_threads(count: int | None) -> None:
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+_MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed}
+_MEASURE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    "quality": _measure_quality,
+    "memory": _measure_memory,
+    "speed": _measure_speed,
+    "crossover": _measure_crossover,
+}
 
 
 def write_json(path: Path, report: dict[str, Any]) -> None:

@@ -74,7 +74,12 @@ def methods(rank: int) -> list[Contender]:
         Contender("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare), ()),
         Contender("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
         Contender("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor"), ()),
-    ]
+        Contender("adaptor_step", 'gradlr, capture="adaptor", apply="step"',
+                  gradlr(rank=rank, capture="adaptor", apply="step"), ()),
+        Contender("one_sided", 'gradlr, capture="one_sided"', gradlr(rank=rank, capture="one_sided"), ()),
+        Contender("one_sided_step", 'gradlr, capture="one_sided", apply="step"',
+                  gradlr(rank=rank, capture="one_sided", apply="step"), ()),
+    ]  # fmt: skip
 
 
 def training_peak(contender: Contender, width: int, depth: int, tokens: int, device: str, steps: int = 3) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Time of a training step as a ratio to plain forward + backward, interleaved in one run."""
+"""Time of a training step as a ratio to a plain one, interleaved in one run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ import torch
 from torch import nn
 
 from .. import rules
-from .contenders import Contender, adamw, forward_backward, gradlr, sgd
+from .contenders import Contender, adamw, forward_backward, gradlr, muon, sgd
 from .environment import environment
+from .text import batches, documentation
+from .transformer import ByteTransformer, language_model_loss
+
+SEQUENCES = 4
+_RATE = 1e-3
 
 
-def methods(rank: int) -> list[Contender]:
-    """What is timed; the first is the reference."""
+def linear_methods(rank: int) -> list[Contender]:
+    """What is timed on one Linear; the first is the reference."""
     bare = rules.TrackedMomentum(residual=0)
     products = rules.TrackedMomentum(residual=0, arithmetic="products")
     return [
@@ -26,39 +31,128 @@ def methods(rank: int) -> list[Contender]:
         Contender("residual", "gradlr, residual", gradlr(rank=rank), ()),
         Contender("products", "gradlr, no residual, products only", gradlr(rank=rank, rule=products), ()),
         Contender("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
-        Contender("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor"), ()),
+        *adaptors(rank),
         Contender("sgd", "SGD", sgd, ()),
-        Contender("adamw", "AdamW (fused)", lambda model, lr: adamw(model, lr, fused=True), ()),
+        Contender("adamw", "AdamW (fused)", _fused_adamw, ()),
     ]
 
 
-def measure(*, width: int = 1024, tokens: int = 2048, rank: int = 32, rounds: int = 30, device: str = "cpu") -> dict[str, Any]:
+def adaptors(rank: int) -> list[Contender]:
+    """gradlr without a weight gradient, in all its ways."""
+    return [
+        Contender("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor"), ()),
+        Contender("adaptor_step", 'gradlr, capture="adaptor", apply="step"',
+                  gradlr(rank=rank, capture="adaptor", apply="step"), ()),
+        Contender("one_sided", 'gradlr, capture="one_sided"', gradlr(rank=rank, capture="one_sided"), ()),
+    ]  # fmt: skip
+
+
+def transformer_methods(rank: int, device: str) -> list[Contender]:
+    """What is timed on a transformer; the first is the reference. Muon's products want a GPU at these widths."""
+    return [
+        Contender("sgd", "SGD", sgd, ()),
+        Contender("adamw", "AdamW (fused)", _fused_adamw, ()),
+        *([Contender("muon", "Muon", muon, ())] if torch.device(device).type == "cuda" else []),
+        Contender("hook", "gradlr", gradlr(rank=rank), ()),
+        *adaptors(rank),
+    ]
+
+
+def _fused_adamw(model: nn.Module, lr: float):
+    return adamw(model, lr, fused=True)
+
+
+def measure(
+    *, width: int = 1024, tokens: int = 2048, rank: int = 32, rounds: int = 30, device: str = "cpu", dtype: str = "float32"
+) -> dict[str, Any]:
     """Median milliseconds of one step of one Linear, and its ratio to plain forward + backward.
 
     Every round runs each method once, in an order of its own, so that a slow moment of the machine or what the one before left
     in the caches meets all of them; the ratio is the median of the rounds' ratios.
     """
-    contenders = methods(rank)
-    steps = [_make_step(contender, width, tokens, device) for contender in contenders]
-    times = _interleaved(steps, rounds, device)
+    contenders = linear_methods(rank)
+    steps = [_linear_step(contender, width, tokens, device, getattr(torch, dtype)) for contender in contenders]
+    workload = {"model": "linear", "width": width, "tokens": tokens, "rank": rank, "rounds": rounds, "dtype": dtype}
+    return _report(contenders, _interleaved(steps, rounds, device), workload, device)
+
+
+def measure_transformer(
+    *,
+    width: int = 1024,
+    depth: int = 2,
+    tokens: int = 2048,
+    rank: int = 32,
+    rounds: int = 15,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> dict[str, Any]:
+    """Median milliseconds of one whole training step of a byte transformer on real text, and its ratio to SGD's.
+
+    Four sequences of a quarter of the tokens each; heads of 64; embeddings, attention and tied head included.
+    """
+    contenders = transformer_methods(rank, device)
+    sizes = (width, depth, tokens // SEQUENCES, device, getattr(torch, dtype))
+    steps = [_transformer_step(contender, *sizes) for contender in contenders]
+    workload = {"model": "transformer", "width": width, "depth": depth, "tokens": tokens, "rank": rank, "rounds": rounds}
+    return _report(contenders, _interleaved(steps, rounds, device), {**workload, "dtype": dtype}, device)
+
+
+def measure_crossover(
+    *, width: int = 1024, tokens: int = 2048, ranks: tuple[int, ...] = (), rounds: int = 15, device: str = "cpu"
+) -> dict[str, Any]:
+    """Time of one Linear's step by rank, with hooks and without weight gradient, as ratios to SGD."""
     results = []
-    for index, contender in enumerate(contenders):
-        ratio = statistics.median(row[index] / row[0] for row in times)
-        median = statistics.median(row[index] for row in times)
-        results.append({"name": contender.name, "label": contender.label, "ms": round(1e3 * median, 2), "ratio": round(ratio, 3)})
-    workload = {"width": width, "tokens": tokens, "rank": rank, "rounds": rounds}
+    for rank in ranks or [width // 32, width // 16, width // 8, width // 4, 3 * width // 8]:
+        hook = Contender("hook", "hook", gradlr(rank=rank, rule=rules.TrackedMomentum(residual=0)), ())
+        contenders = [Contender("sgd", "SGD", sgd, ()), hook, *adaptors(rank)]
+        steps = [_linear_step(contender, width, tokens, device, torch.float32) for contender in contenders]
+        found = _rows(contenders, _interleaved(steps, rounds, device))
+        work = {"adaptor": 4 * rank * width / width**2, "one_sided": 2 * rank * width / width**2}
+        results.append({"rank": rank, "work": work, **{row["name"]: row["ratio"] for row in found}})
+    workload = {"model": "linear", "width": width, "tokens": tokens, "rounds": rounds}
     return {"environment": environment(device), "workload": workload, "results": results}
 
 
-def _make_step(contender: Contender, width: int, tokens: int, device: str) -> Callable[[], None]:
+def _report(contenders: list[Contender], times: list[list[float]], workload: dict[str, Any], device: str) -> dict[str, Any]:
+    return {"environment": environment(device), "workload": workload, "results": _rows(contenders, times)}
+
+
+def _rows(contenders: list[Contender], times: list[list[float]]) -> list[dict[str, Any]]:
+    rows = []
+    for index, contender in enumerate(contenders):
+        ratio = statistics.median(row[index] / row[0] for row in times)
+        median = statistics.median(row[index] for row in times)
+        rows.append({"name": contender.name, "label": contender.label, "ms": round(1e3 * median, 2), "ratio": round(ratio, 3)})
+    return rows
+
+
+def _linear_step(contender: Contender, width: int, tokens: int, device: str, dtype: torch.dtype) -> Callable[[], None]:
     torch.manual_seed(0)
-    layer = nn.Linear(width, width, bias=False, device=device)
-    x = torch.randn(tokens, width, device=device, requires_grad=True)
-    stepper = contender.make(layer, 1e-3)
+    layer = nn.Linear(width, width, bias=False, device=device, dtype=dtype)
+    x = torch.randn(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    stepper = contender.make(layer, _RATE)
 
     def step() -> None:
         stepper.step(lambda: layer(x).square().mean())
         x.grad = None
+
+    return step
+
+
+def _transformer_step(
+    contender: Contender, width: int, depth: int, length: int, device: str, dtype: torch.dtype
+) -> Callable[[], None]:
+    torch.manual_seed(0)
+    model = ByteTransformer(width, depth, max(1, width // 64), context=length).to(device, dtype)
+    text = batches(documentation().train, batch_size=SEQUENCES, length=length, steps=8, seed=0)
+    windows = [(inputs.to(device), targets.to(device)) for inputs, targets in text]
+    stepper, count = contender.make(model, _RATE), 0
+
+    def step() -> None:
+        nonlocal count
+        inputs, targets = windows[count % len(windows)]
+        stepper.step(lambda: language_model_loss(model, inputs, targets))
+        count += 1
 
     return step
 
@@ -86,6 +180,16 @@ def _timed(step: Callable[[], None], device: str) -> float:
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
+    if "rank" in report["results"][0]:
+        return _crossover_table(report)
     lines = ["| step | ms | ratio |", "|---|---|---|"]
     lines += [f"| {row['label']} | {row['ms']:.1f} | {row['ratio']:.3f} |" for row in report["results"]]
+    return "\n".join(lines)
+
+
+def _crossover_table(report: dict[str, Any]) -> str:
+    lines = ["| rank | 2r(m + n) / mn | hook | adaptor | adaptor, `apply=\"step\"` | one_sided |", "|---|---|---|---|---|---|"]
+    for row in report["results"]:
+        ratios = " | ".join(f"{row[name]:.3f}" for name in ("hook", "adaptor", "adaptor_step", "one_sided"))
+        lines.append(f"| {row['rank']} | {row['work']['adaptor']:.2f} | {ratios} |")
     return "\n".join(lines)

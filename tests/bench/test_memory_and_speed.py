@@ -41,15 +41,31 @@ def test_the_peaks_are_in_the_order_that_their_buffers_demand():
         assert found[name][1] == 4 * DEPTH * 4 * 2 * WIDTH  # k(m + n) float32, k = 4
 
 
-@pytest.mark.parametrize(("bench", "module"), [("memory", memory), ("speed", speed)])
-def test_the_commands_write_json_and_a_table(bench, module, tmp_path, capsys, monkeypatch):
-    real = module.measure
-    small = {"width": 64, "tokens": 8, "rank": 4} | ({"depth": 2} if bench == "memory" else {"rounds": 3})
-    monkeypatch.setattr(module, "measure", lambda **options: real(**(options | small)))
+SMALL = {"width": 64, "tokens": 8}
+COMMANDS = {
+    "memory": (["memory"], memory, "measure", SMALL | {"rank": 4, "depth": 2}),
+    "linear": (["speed"], speed, "measure", SMALL | {"rank": 4, "rounds": 2}),
+    "half precision": (["speed", "--dtype", "bfloat16"], speed, "measure", SMALL | {"rank": 4, "rounds": 2}),
+    "transformer": (["speed", "--model", "transformer"], speed, "measure_transformer", SMALL | {"rank": 4, "rounds": 2}),
+    "crossover": (["crossover", "--ranks", "2", "40"], speed, "measure_crossover", SMALL | {"rounds": 2}),
+}
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_the_commands_write_json_and_a_table(command, tmp_path, capsys, monkeypatch):
+    words, module, function, small = COMMANDS[command]
+    real = getattr(module, function)
+    monkeypatch.setattr(module, function, lambda **options: real(**(options | small)))
     out = tmp_path / "report.json"
-    assert main(["bench", bench, "--out", str(out)]) == 0
+    assert main(["bench", *words, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
-    assert report["bench"] == bench
+    assert report["bench"] == words[0]
     assert report["environment"]["python"]
-    assert {row["name"] for row in report["results"]} == {contender.name for contender in module.methods(4)}
+    assert report["workload"]["width"] == 64
     assert module.table(report) in capsys.readouterr().out
+
+
+def test_the_reference_of_a_ratio_is_the_first_row():
+    report = speed.measure_transformer(**SMALL, rank=4, rounds=2, depth=1)
+    assert report["results"][0]["name"] == "sgd" and report["results"][0]["ratio"] == 1
+    assert {"adamw", "hook", "adaptor", "one_sided"} <= {row["name"] for row in report["results"]}
