@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from .errors import ArgumentError, AttachError, GradlrWarning
+from .gauge import NormLimit
 from .gradient import release_abandoned
 from .optimizer import GradLR
 from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, with_kind
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
 from .rules import Rule, resolve
-from .rules.base import require_fraction, require_number
+from .rules.base import require_fraction, require_number, require_positive
 from .slots import ParameterGroup
 from .tracker import LossTracker
 
@@ -59,6 +61,9 @@ def attach(
     groups: Sequence[dict[str, Any]] = (),
     apply: str = "backward",
     capture: str = "hook",
+    max_grad_norm: float | None = None,
+    max_norm_growth: float | None = None,
+    state_dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> GradLR:
     """Update every trainable weight of `model` inside backward; no gradient is left over.
@@ -83,9 +88,16 @@ def attach(
         apply: "backward" updates inside backward. "step" keeps a sketch of (2r + k)(m + n) numbers per matrix until
             `opt.step()` (the gradient itself where that is smaller, and for tables and vectors), which makes accumulation,
             several backwards and scaled losses right.
-        capture: "hook" takes each gradient when it is complete. "adaptor" never forms the weight gradient of a plain `nn.Linear`:
-            its backward hands over input and output gradient, from which the rule takes its products of rank r. Exact, without
-            the residual; a layer that is used twice in one loss needs `apply="step"` then. "auto" does so where it costs less.
+        capture: "hook" takes each gradient when it is complete. "adaptor" never forms the weight gradient of a Linear,
+            transformers' Conv1D or ungrouped convolution: its backward hands over input and output gradient, from which the
+            rule takes its products of rank r, exact, without the residual; embeddings hand over rows. "one_sided" also saves
+            r numbers a token for backward instead of the layer's input; the gradient is projected. "auto" is "adaptor" where
+            that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
+        max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. `opt.grad_norm` tells
+            the norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients),
+            that of the projected gradients under accumulation and with "one_sided" capture.
+        max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
+        state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
 
     Returns:
@@ -97,11 +109,16 @@ def attach(
             attached already.
 
     Warns:
-        GradlrWarning: several processes form a group; gradlr does not synchronize them yet.
+        GradlrWarning: several processes form a group; gradlr does not synchronize them yet. With `capture`: ranks are so large
+            that hooks would be faster.
     """
     _require_plain_model(model)
     if not isinstance(loss_tracker, LossTracker):
         raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
+    if apply not in ("backward", "step"):
+        raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
     defaults = {
@@ -118,7 +135,23 @@ def attach(
         for (label, options), members in matched
         for group in _by_kind(label, _merged(defaults, options), members, given=options)
     ]  # fmt: skip
-    return GradLR(model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture)
+    limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
+    return GradLR(
+        model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture, limit=limit, state_dtype=state_dtype
+    )
+
+
+def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> NormLimit:
+    if max_norm is not None:
+        max_norm = require_positive("max_grad_norm", max_norm)
+    if max_growth is not None and require_number("max_norm_growth", max_growth) <= 1:
+        raise ArgumentError(f"max_norm_growth={max_growth!r}: it must be above 1, such as 1.01")
+    limit = NormLimit(max_norm, max_growth)
+    if limit.is_active and apply == "backward":
+        raise ArgumentError(
+            'a limit on the global norm needs all gradients before the first update: attach with apply="step", call opt.step()'
+        )
+    return limit
 
 
 def _require_plain_model(model: nn.Module) -> None:

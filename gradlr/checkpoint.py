@@ -18,7 +18,7 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
         raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
     if state_dict["gradlr"].get("version") != 1:
         raise CheckpointError(f"the checkpoint has format {state_dict['gradlr'].get('version')!r}, this gradlr reads format 1")
-    if len(state_dict["gradlr"]["ranks"]) != sum(len(group["params"]) for group in groups):
+    if len(state_dict["gradlr"]["ranks"]) != sum(len(group["param_names"]) for group in groups):
         raise CheckpointError(f"the checkpoint holds {len(state_dict['gradlr']['ranks'])} ranks, not one per parameter")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):

@@ -54,10 +54,20 @@ def unsupported_gradient(name: str, layout: object, dtype: object, changed: Sequ
 
 def non_finite(name: str, loss_number: int, loss: float | None, changed: Sequence[str]) -> NonFiniteError:
     """NaN or infinity in a gradient, or in what a rule made of it."""
-    return NonFiniteError(
+    return NonFiniteError(f"{bad_gradient(name, loss_number, loss)}. {tale_of(changed)}. {SKIP_ADVICE}")
+
+
+def bad_gradient(name: str, loss_number: int, loss: float | None) -> str:
+    """Why a step is left out: a gradient."""
+    return (
         f"the gradient of {name!r} holds NaN or infinity, or is too large for its update to be finite, at loss number "
-        f"{loss_number} (loss {loss}). {tale_of(changed)}. {SKIP_ADVICE}"
+        f"{loss_number} (loss {loss})"
     )
+
+
+def bad_loss(loss_number: int, loss: float) -> str:
+    """Why a step is left out: a loss."""
+    return f"loss number {loss_number} is {loss}"
 
 
 def non_finite_before(name: str, loss_number: int) -> NonFiniteError:
@@ -73,8 +83,8 @@ def scaled_loss(scale: float, tale: str) -> BackwardError:
     """Backward started from another scalar than the loss that was shown."""
     return BackwardError(
         f"the loss shown to the tracker enters this backward multiplied by {scale:g}. An update inside backward would be wrong. "
-        'For a division by accumulation steps attach with apply="step" and call opt.step(); a GradScaler is not supported yet, '
-        f"train in bfloat16 instead; otherwise show the tracker the very scalar that you call backward on. {tale}"
+        'For a GradScaler, or a division by accumulation steps, attach with apply="step" and call opt.step(); '
+        f"otherwise show the tracker the very scalar that you call backward on. {tale}"
     )
 
 

@@ -1,7 +1,8 @@
-"""GradLR: the optimizer behind `attach`. Gradients arrive as operators, may wait as `pending`, are prepared and applied."""
+"""GradLR: the optimizer behind `attach`. It owns the captures, hears the tracker, and says what belongs together."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,55 +10,76 @@ import torch
 from torch import Tensor, nn
 
 from . import guards
-from .captures import as_dense, captured_layers, compact, operator_of, waits_as_it_is
-from .checkpoint import check_groups, fitted_state
+from .captures import captured_layers, operator_of
 from .describe import describe
 from .errors import ArgumentError, AttachError, GradlrError
+from .gauge import NormLimit
 from .gradient import AdaptorCapture, GradientOperator, HookCapture
 from .membership import Membership
-from .rules import Settings, Update
-from .slots import Noise, ParameterGroup, Slot, follow_loss, initial_state, make_slots, torch_group, working_form
+from .slots import ParameterGroup, follow_loss, working_form
 from .tracker import LossTracker
-from .watch import BackwardWatch
-from .write import all_finite, checked, full_precision, keep_where, write
+from .updates import Updates
+from .write import full_precision
 
 
-class GradLR(torch.optim.Optimizer):
+class GradLR(Updates):
     """A `torch.optim.Optimizer` whose parameters are updated by hooks in backward, or by `step()` from sketches.
 
     Made by `gradlr.attach`, which documents the arguments. `param_groups` hold lr, beta and weight_decay, which any scheduler
-    may change; everything else is fixed. Held weakly by its hooks: keep it in a variable as long as you train.
+    may change; everything else is fixed. With `apply="step"`, the last group holds one parameter more, whose `.grad` is the
+    global norm of what waits: there `GradScaler` and `clip_grad_norm_` over these parameters find it. Held weakly by its hooks:
+    keep it in a variable as long as you train.
 
     Attributes:
         tracker: The tracker that shows it the losses.
         apply: "backward" or "step".
         seed: Seed of all random numbers, with each parameter's index and step count.
+        limit: The largest norm of a step's gradients, and growth of that norm; may be changed between steps.
     """
 
     def __init__(
-        self, model: nn.Module, groups: list[ParameterGroup], tracker: LossTracker, *, apply: str, seed: int, capture: str
+        self,
+        model: nn.Module,
+        groups: list[ParameterGroup],
+        tracker: LossTracker,
+        *,
+        apply: str,
+        seed: int,
+        capture: str,
+        limit: NormLimit,
+        state_dtype: torch.dtype,
     ) -> None:
-        if apply not in ("backward", "step"):
-            raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
-        self.tracker, self.apply, self.seed = tracker, apply, seed
-        self._is_built = False
-        super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
-        self._is_built = True
-        self._slots = {id(slot.plan.parameter): slot for slot in make_slots(groups)}
-        layers = captured_layers(model, self._slots.values(), capture, is_immediate=apply == "backward")
-        self._noise = Noise()
-        self._membership = Membership(model, [slot.plan for slot in self._slots.values()])
-        self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=apply == "backward")
-        for slot in self._slots.values():
-            self.state[slot.plan.parameter] = initial_state(slot, self._settings(slot, slot.largest_rank))
-        self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self._slots.values()], self._take)
+        is_immediate = apply == "backward"
+        super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, is_immediate=is_immediate, limit=limit)
+        self.apply = apply
+        self._dropped_serial: int | None = None
+        layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
+        self._membership = Membership(model, [slot.plan for slot in self.slots])
+        self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
         self._adaptors = AdaptorCapture(layers, self)
         self._is_detached = False
         tracker.subscribe(self)
 
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm of the last step's gradients, unscaled, before `max_grad_norm`; None before the first, and where backward
+        updates. Exact where one backward made the step, that of the projected gradients where several did."""
+        return None if self._grad_norm is None else float(self._grad_norm)
+
+    @property
+    def skipped(self) -> int:
+        """Number of steps left out whole because a loss, a gradient or a norm was not finite. On CUDA known one loss late."""
+        return self._skips.count
+
+    @property
+    def interrupted(self) -> tuple[str, ...]:
+        """Names of the parameters that the last backward has updated, where it did not come to its end; else empty."""
+        return self._watch.interrupted
+
     @torch.no_grad()
     def before_backward(self, tracker: LossTracker) -> None:
         """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
+        self._skips.read()
         self._watch.loss_shown(pending=len(self._waiting()))
         if tracker.is_open:
             self._give_up()
@@ -70,6 +92,12 @@ class GradLR(torch.optim.Optimizer):
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
         self._watch.backward_begins(scale)
+        if self.tracker.is_current and not math.isfinite(self.tracker.value):
+            # Everything that this backward brings is left out.
+            self._skips.reason = guards.bad_loss(self.tracker.count, self.tracker.value)
+            if self.apply == "backward":
+                self._dropped_serial = self.tracker.serial
+                self._skips.skip(is_quiet=False)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
         plan = self._slots[id(parameter)].plan
@@ -104,7 +132,8 @@ class GradLR(torch.optim.Optimizer):
             ArgumentError: the parameter is not attached.
             LossError: the tracker was never shown a loss.
             BackwardError: a second gradient for one loss, with `apply="backward"`.
-            NonFiniteError: NaN or infinity. On CUDA told at the next loss; the parameter keeps value and state, its count aside.
+            NonFiniteError: NaN or infinity, with `apply="backward"` and a finite loss. On CUDA told at the next loss; the
+                parameter keeps value and state, its count aside.
         """
         slot = self._slots.get(id(parameter))
         if slot is None:
@@ -112,60 +141,21 @@ class GradLR(torch.optim.Optimizer):
         try:
             self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
             with full_precision(gradient.device):
-                if self.apply == "backward":
-                    self._apply(slot, *self._prepare(slot, gradient))
-                else:
+                if self.apply == "step":
                     self._accumulate(slot, gradient)
+                elif self._dropped_serial != self.tracker.serial:
+                    self._update(slot, gradient)
         except GradlrError:
             self._give_up()
             raise
         slot.last_loss = self.tracker.serial
 
-    def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
-        self._watch.checked_gradient(slot.plan.name, gradient.is_finite())
-        if slot.pending is not None:
-            slot.pending = slot.pending.add_(gradient)
-        elif waits_as_it_is(slot, gradient):
-            slot.pending = compact(gradient)
-        else:
-            slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
-
-    def _prepare(self, slot: Slot, gradient: GradientOperator) -> tuple[Update, dict[str, Tensor], Settings, Tensor]:
-        """What the rule makes of a gradient, found finite; nothing has changed yet."""
-        settings, old_state = self._settings(slot), self._rule_state(slot)
-        if slot.rule.needs_dense and not slot.rule.takes_factors:
-            gradient = as_dense(gradient)
-        is_finite = self._watch.checked_gradient(slot.plan.name, gradient.is_finite())  # before the rule consumes it
-        try:
-            update, new_state = checked(slot.rule, slot.rule.update(gradient, old_state, settings), gradient.shape)
-        except torch.linalg.LinAlgError as error:  # products of huge entries have overflowed
-            raise guards.non_finite(slot.plan.name, self.tracker.count, self.tracker.value, self._watch.changed) from error
-        is_finite = is_finite & all_finite([*update.parts(), *new_state.values()])
-        self._watch.require_finite(slot.plan.name, is_finite)
-        if is_finite.is_cuda:
-            update, new_state = keep_where(is_finite, update, new_state, old_state)
-        return update, new_state, settings, is_finite
-
-    def _apply(self, slot: Slot, update: Update, new_state: dict[str, Tensor], settings: Settings, is_finite: Tensor) -> None:
-        """Write an update and its state. The only place where a weight changes."""
-        group, parameter = self.param_groups[slot.group_index], slot.plan.parameter
-        decay = group["weight_decay"]
-        if decay and is_finite.is_cuda:
-            decay = decay * is_finite
-        # A stream of its own: in step() the rules of other parameters have drawn since.
-        generator = self._noise.at(parameter.device, self.seed, slot.index, -settings.step)
-        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
-        state = self.state[parameter]
-        state.update(new_state, step=state["step"] + 1)
-        slot.basis = None
-        if slot.schedule.needs_spectrum and update.spectrum is not None:
-            state["spectrum"] = update.spectrum
-        self._watch.changed.append(slot.plan.name)
-        self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
+
+        A step is taken whole or not at all: where a loss, a gradient or an update is not finite, nothing changes, what was
+        pending is dropped, and `skipped` counts.
 
         Args:
             closure: Re-evaluates the model, calls backward and returns the loss.
@@ -176,7 +166,9 @@ class GradLR(torch.optim.Optimizer):
         Raises:
             AttachError: a loss was shown and backward ran, but no parameter's hook fired; or the optimizer is detached.
             BackwardError: the last backward was interrupted; what was pending is dropped.
-            NonFiniteError: an update overflows; nothing was changed, and what was pending is dropped. On CUDA, see `receive`.
+
+        Warns:
+            GradlrWarning: the step was left out; not where the loss was scaled, as by GradScaler, which expects that.
         """
         result = None
         if closure is not None:
@@ -186,23 +178,24 @@ class GradLR(torch.optim.Optimizer):
             raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
         try:
             self._watch.step_begins(pending=len(self._waiting()))
-            with full_precision(self.param_groups[0]["params"][0].device):
-                self._write_pending()
+            if self.apply == "step" and (self._waiting() or self._skips.reason):
+                with full_precision(self._gauge.parameter.device):
+                    self._take_step(is_quiet=self.tracker.is_scaled)
         except GradlrError:
             self._give_up()
             raise
         return result
 
-    def _write_pending(self) -> None:
-        # All are prepared before the first is written: a step is taken whole or not at all.
-        for slot, parts in [(slot, self._prepare(slot, slot.pending)) for slot in self._waiting()]:
-            slot.pending = None
-            self._apply(slot, *parts)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already."""
+        """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already.
+
+        Where a gradient was not finite, the step that this ends counts as skipped: so it is after `GradScaler.step`.
+        """
+        if self._skips.reason:
+            self._skips.skip(is_quiet=True)
+        self._drop_waiting()
         for slot in self._slots.values():
-            slot.pending, slot.plan.parameter.grad = None, None
+            slot.plan.parameter.grad = None
         if self.apply == "step":
             self._watch.gradients_dropped()
 
@@ -219,28 +212,6 @@ class GradLR(torch.optim.Optimizer):
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Groups are fixed once attached.
-
-        Raises:
-            ArgumentError: always, after construction.
-        """
-        if self._is_built:
-            raise ArgumentError("groups are fixed once attached: call opt.detach() and attach again with groups=[...]")
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise AttachError("an optimizer with hooks cannot be copied or pickled: save opt.state_dict() instead")
-
-    @property
-    def slots(self) -> list[Slot]:
-        """One entry per attached parameter, in the order of `param_groups`."""
-        return list(self._slots.values())
-
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors, step counters left out."""
-        return sum(value.nbytes for slot in self._slots.values() for value in self._rule_state(slot).values())
-
     def __repr__(self) -> str:
         return describe(self) if self._is_built else object.__repr__(self)
 
@@ -253,10 +224,11 @@ class GradLR(torch.optim.Optimizer):
         """
         if waiting := self._waiting():
             raise guards.unfinished_step([slot.plan.name for slot in waiting])
+        self._skips.read()
         self._watch.raise_unread()
-        state = super().state_dict()
-        ranks = [slot.rank for slot in self._slots.values()]
-        return {**state, "gradlr": {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict()}}
+        last = None if self.limit.last is None else float(self.limit.last)
+        saved = self._saved()
+        return {**saved, "gradlr": {**saved["gradlr"], "skipped": self.skipped, "last_norm": last}}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -265,36 +237,16 @@ class GradLR(torch.optim.Optimizer):
         Raises:
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
         """
-        check_groups(state_dict, self.param_groups)
-        extra, slots = state_dict["gradlr"], self.slots
-        ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], slots, strict=True)]
-        states = [
-            fitted_state(slot, state_dict["state"].get(slot.index), self.state[slot.plan.parameter], self._settings(slot, rank))
-            for slot, rank in zip(slots, ranks, strict=True)
-        ]
-        self.tracker.load_state_dict(extra["tracker"])
-        # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
-        self.seed = extra["seed"]
+        self._restore(state_dict)
+        last = state_dict["gradlr"].get("last_norm")
+        self.limit.last = None if last is None else torch.tensor(last, **working_form(self._gauge.parameter))
+        self._skips.count = state_dict["gradlr"].get("skipped", 0)
+        self._gauge.clear()
+        self._skips.clear()
         self._watch.forget()
-        for slot, rank, state in zip(slots, ranks, states, strict=True):
-            slot.restart(rank)
-            self.state[slot.plan.parameter] = state
-
-    def _rule_state(self, slot: Slot) -> dict[str, Tensor]:
-        return {key: value for key, value in self.state[slot.plan.parameter].items() if key not in ("step", "spectrum")}
-
-    def _settings(self, slot: Slot, rank: int | None = None) -> Settings:
-        parameter = slot.plan.parameter
-        step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
-        generator = self._noise.at(parameter.device, self.seed, slot.index, step)
-        beta = self.param_groups[slot.group_index]["beta"]
-        return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
-
-    def _waiting(self) -> list[Slot]:
-        return [slot for slot in self._slots.values() if slot.pending is not None]
 
     def _give_up(self) -> None:
         # The error or warning at hand says what happened; the next loss begins afresh.
+        self._skips.clear()
         self.zero_grad()
         self._watch.gradients_dropped()

@@ -34,6 +34,7 @@ class BackwardWatch:
         self._has_warned = False
         self._handled: int | None = None
         self.changed: list[str] = []
+        self._interrupted: tuple[str, ...] = ()
         self.forget()
 
     def forget(self) -> None:
@@ -45,6 +46,11 @@ class BackwardWatch:
     def is_interrupted(self) -> bool:
         """Whether an exception has ended the last backward, and nobody has told or dropped anything since."""
         return self._tracker.is_open and self._handled != self._open_serial()
+
+    @property
+    def interrupted(self) -> tuple[str, ...]:
+        """What the last backward had updated when an exception ended it; empty where it came to its end."""
+        return tuple(self.changed) if self._tracker.is_open else self._interrupted
 
     def gradients_dropped(self) -> None:
         """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
@@ -71,6 +77,7 @@ class BackwardWatch:
             GradlrWarning: the last backward did not end, or reached no attached parameter; or gradients wait for a step() that
                 256 losses have not brought.
         """
+        self._interrupted = self.interrupted
         self.raise_unread()
         last = self._tracker.count - 1
         if self.is_interrupted:
@@ -137,16 +144,6 @@ class BackwardWatch:
         if self._is_immediate and losses > 1 and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.accumulated(losses), GradlrWarning, stacklevel=5)
-
-    def checked_gradient(self, name: str, is_finite: Tensor) -> Tensor:
-        """The flag of a gradient; on a CUDA device it is told later, together with its update's.
-
-        Raises:
-            NonFiniteError: the flag is False.
-        """
-        if not is_finite.is_cuda:
-            self.require_finite(name, is_finite)
-        return is_finite
 
     def require_finite(self, name: str, is_finite: Tensor) -> None:
         """Raise now where the flag can be read without waiting, at the next loss where it lies on a CUDA device.

@@ -106,26 +106,49 @@ def test_parameters_replaced_since_attaching(replace):
         tracker(loss_of(model))
 
 
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_gradient_changes_nothing(apply, bad):
-    model, tracker, opt = attached(apply=apply)
+def test_a_loss_that_is_not_finite_leaves_the_whole_step_out(apply, bad, capture):
+    model, tracker, opt = attached(apply=apply, capture=capture)
     train(model, opt, tracker, 2)
     before, state = weights(model), copy.deepcopy(opt.state_dict())
-    with pytest.raises(NonFiniteError, match=r"'4\.(weight|bias)' holds NaN or infinity.*Nothing was changed"):
-        (tracker(loss_of(model) * bad)).backward()
+
+    def one_step():
+        tracker(loss_of(model) * bad).backward()
+        opt.step()
+
+    with pytest.warns(GradlrWarning, match=r"left out whole: loss number 3 is (nan|inf)"):
+        one_step()
     assert is_unchanged(model, before)
+    assert opt.skipped == 1
     torch.testing.assert_close(state["state"], opt.state_dict()["state"], rtol=0, atol=0)
+    train(model, opt, tracker, 1)
+    assert not is_unchanged(model, before)
+    assert opt.skipped == 1
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_an_error_where_backward_updates(bad, capture):
+    model, tracker, opt = attached(capture=capture)
+    before = weights(model)
+    loss = loss_of(model)
+    loss.register_hook(lambda gradient: gradient * bad)  # behind the tracker's own look at the loss
+    with pytest.raises(NonFiniteError, match=r"'4\.(weight|bias)' holds NaN or infinity.*Nothing was changed"):
+        tracker(loss.clone()).backward()
+    assert is_unchanged(model, before)
     train(model, opt, tracker, 1)
     assert not is_unchanged(model, before)
 
 
 def test_a_gradient_that_explodes_on_its_way_names_what_was_changed():
-    model, tracker, _ = attached()
+    model, tracker, opt = attached()
     before = weights(model)
     model[2].weight.register_hook(lambda gradient: gradient * float("inf"))
     with pytest.raises(NonFiniteError, match=r"'2\.weight'.*(parameters were|parameter was) updated before it"):
         tracker(loss_of(model)).backward()
+    assert set(opt.interrupted) == {"4.weight", "4.bias", "2.bias"}
     assert not torch.equal(before[4], model[4].weight)
     assert torch.equal(before[2], model[2].weight)
 
@@ -148,7 +171,8 @@ def test_a_gradient_too_large_to_be_squared_does_not_silence_adam_for_ever(apply
         tracker(loss_of(model) * 1e34).backward()
         opt.step()
 
-    with pytest.raises(NonFiniteError, match=r"'\d\.bias'.*too large for its update"):
+    is_told = pytest.raises if apply == "backward" else pytest.warns
+    with is_told(NonFiniteError if apply == "backward" else GradlrWarning, match=r"'\d\.bias'.*too large for its update"):
         one_step()
     assert all(value.isfinite().all() for state in opt.state.values() for value in state.values())
     assert torch.equal(before[5], model[4].bias)

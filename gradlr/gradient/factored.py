@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..linalg.normalize import widen
 from .linear_maps import LinearMap, TokenMap
-from .operator import Dense, GradientOperator, all_entries_finite
+from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
 _BLOCK_NUMBERS = 2**22
@@ -44,6 +44,11 @@ class Factored(GradientOperator):
     def matrix(self) -> Tensor:
         """G itself, (m, n)."""
         return self._map.gradient(widen(self._delta), widen(self._x))
+
+    def squared_norm(self) -> Tensor:
+        if isinstance(self._map, TokenMap):
+            return self.row_energies().double().sum()
+        return squared_norm(self.matrix)
 
     def row_energies(self) -> Tensor:
         """Squared lengths of the rows, (m, 1), of a Linear's gradient: a block of rows at a time, each made and dropped."""
@@ -107,6 +112,12 @@ class Rows(GradientOperator):
     def matrix(self) -> Tensor:
         """G itself, (m, n)."""
         return self.values.new_zeros(self.shape).index_add_(0, self.rows, self.values)
+
+    def squared_norm(self) -> Tensor:
+        return squared_norm(self.values)
+
+    def scaled(self, factor: Tensor) -> Rows:
+        return Rows(self.rows, self.values * factor, self.shape[0])
 
     def row_energies(self) -> Tensor:
         """Squared lengths of the rows, (m, 1)."""

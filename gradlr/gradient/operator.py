@@ -32,6 +32,14 @@ class GradientOperator:
         """0-dim boolean on the operator's device: whether nothing known of G is NaN or infinite, without synchronizing."""
         raise NotImplementedError
 
+    def squared_norm(self) -> Tensor:
+        """Squared Frobenius norm of the operator, summed over a batch, 0-dim float64."""
+        return squared_norm(self.matrix)
+
+    def scaled(self, factor: Tensor) -> GradientOperator:
+        """The operator times a 0-dim factor; this one is spent afterwards."""
+        raise NotImplementedError
+
     def __matmul__(self, x: Tensor) -> Tensor:
         return self.times(x)
 
@@ -44,6 +52,11 @@ class GradientOperator:
     def matrix(self) -> Tensor:
         """G itself, (..., m, n): for those who cannot do without it."""
         return self.times(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
+
+
+def squared_norm(x: Tensor) -> Tensor:
+    """Sum of squares, 0-dim float64."""
+    return torch.linalg.vector_norm(x).double().square()
 
 
 def all_entries_finite(x: Tensor) -> Tensor:
@@ -112,6 +125,9 @@ class Dense(GradientOperator):
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
         """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
         return {"dense": self.consume().mul_(scale)}
+
+    def scaled(self, factor: Tensor) -> Dense:
+        return Dense(self.consume().mul_(factor), is_owned=True)
 
     def consume(self) -> Tensor:
         """G in a buffer that the caller may overwrite; the operator is spent afterwards."""
@@ -184,6 +200,17 @@ class Sketched(GradientOperator):
     def is_finite(self) -> Tensor:
         finite = self.right_sketch.isfinite().all()
         return finite if self.left is None else finite & self.left_sketch.isfinite().all()
+
+    def squared_norm(self) -> Tensor:
+        energy = squared_norm(self.right_sketch)
+        if self.left is None:
+            return energy
+        # L Lᵀ G and (1 − L Lᵀ) G X Xᵀ are orthogonal to each other.
+        return squared_norm(self.left_sketch) + energy - squared_norm(self.left.mT @ self.right_sketch)
+
+    def scaled(self, factor: Tensor) -> Sketched:
+        left_sketch = None if self.left is None else self.left_sketch * factor
+        return Sketched(self.right, self.right_sketch * factor, self.left, left_sketch)
 
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""

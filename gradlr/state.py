@@ -1,0 +1,109 @@
+"""What the optimizer keeps: a slot and a state per parameter, in torch's own layout; saved, loaded and counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import check_groups, fitted_state
+from .errors import ArgumentError, AttachError
+from .linalg import stochastic_round
+from .rules import Settings
+from .slots import Noise, ParameterGroup, Slot, initial_state, make_slots, torch_group
+from .tracker import LossTracker
+
+
+class KeptState(torch.optim.Optimizer):
+    """A `torch.optim.Optimizer` over the attached parameters, whose state is plain tensors made at once.
+
+    Args:
+        groups: Parameters and their options.
+        tracker: Saved and loaded with the state.
+        seed: Seed of all random numbers, with each parameter's index and step count.
+        state_dtype: In which dtype state that is computed in float32 is kept; narrower ones are rounded stochastically.
+    """
+
+    def __init__(self, groups: list[ParameterGroup], tracker: LossTracker, seed: int, state_dtype: torch.dtype) -> None:
+        self.tracker, self.seed, self._state_dtype = tracker, seed, state_dtype
+        self._is_built = False
+        super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
+        self._is_built = True
+        self._noise = Noise()
+        self._slots = {id(slot.plan.parameter): slot for slot in make_slots(groups)}
+        for slot in self._slots.values():
+            self.state[slot.plan.parameter] = self._narrowed(initial_state(slot, self._settings(slot, slot.largest_rank)))
+
+    @property
+    def slots(self) -> list[Slot]:
+        """One entry per attached parameter, in the order of `param_groups`."""
+        return list(self._slots.values())
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors, step counters left out."""
+        return sum(value.nbytes for slot in self.slots for value in _rule_entries(self.state[slot.plan.parameter]).values())
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are fixed once attached.
+
+        Raises:
+            ArgumentError: always, after construction.
+        """
+        if self._is_built:
+            raise ArgumentError("groups are fixed once attached: call opt.detach() and attach again with groups=[...]")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise AttachError("an optimizer with hooks cannot be copied or pickled: save opt.state_dict() instead")
+
+    def _saved(self) -> dict[str, Any]:
+        state = super().state_dict()
+        for group, packed in zip(self.param_groups, state["param_groups"], strict=True):
+            packed["params"] = packed["params"][: len(group["param_names"])]
+        ranks = [slot.rank for slot in self.slots]
+        return {**state, "gradlr": {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict()}}
+
+    def _restore(self, state_dict: dict[str, Any]) -> None:
+        check_groups(state_dict, self.param_groups)
+        extra, slots = state_dict["gradlr"], self.slots
+        ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], slots, strict=True)]
+        states = [
+            fitted_state(slot, state_dict["state"].get(slot.index), self.state[slot.plan.parameter], self._settings(slot, rank))
+            for slot, rank in zip(slots, ranks, strict=True)
+        ]
+        self.tracker.load_state_dict(extra["tracker"])
+        # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
+        groups = [
+            {**saved, "params": list(range(len(group["params"])))}
+            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
+        ]
+        super().load_state_dict({"state": {}, "param_groups": groups})
+        self.seed = extra["seed"]
+        for slot, rank, state in zip(slots, ranks, states, strict=True):
+            slot.restart(rank)
+            self.state[slot.plan.parameter] = state
+
+    def _rule_state(self, slot: Slot) -> dict[str, Tensor]:
+        entries = _rule_entries(self.state[slot.plan.parameter])
+        return {key: value.float() if value.dtype == self._state_dtype else value for key, value in entries.items()}
+
+    def _narrowed(self, entries: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """State as it is kept: float32 in the state's dtype, everything else as it is."""
+        if self._state_dtype == torch.float32:
+            return entries
+        return {
+            key: stochastic_round(value, self._state_dtype, generator=generator) if value.dtype == torch.float32 else value
+            for key, value in entries.items()
+        }
+
+    def _settings(self, slot: Slot, rank: int | None = None) -> Settings:
+        parameter = slot.plan.parameter
+        step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
+        generator = self._noise.at(parameter.device, self.seed, slot.index, step)
+        beta = self.param_groups[slot.group_index]["beta"]
+        return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
+
+
+def _rule_entries(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in state.items() if key not in ("step", "spectrum")}

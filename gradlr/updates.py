@@ -1,0 +1,165 @@
+"""From gradients to weights: what waits for `step()`, what a rule makes of it, and the one place where a weight changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import guards
+from .captures import as_dense, compact, waits_as_it_is
+from .gauge import Gauge, NormLimit
+from .gradient import Factored, GradientOperator
+from .rules import Settings, State, Update
+from .skips import Skips
+from .slots import ParameterGroup, Slot, working_form
+from .state import KeptState
+from .tracker import LossTracker
+from .watch import BackwardWatch
+from .write import all_finite, checked, keep_where, write
+
+
+@dataclass
+class Prepared:
+    """What a rule has made of one gradient; nothing has changed yet. No update where the host knows that it is not finite."""
+
+    slot: Slot
+    settings: Settings
+    is_finite: Tensor
+    update: Update | None = None
+    new_state: State | None = None
+
+
+class Updates(KeptState):
+    """Turns gradients into updates: each at once, or all together in a step that is taken whole or not at all.
+
+    Args:
+        groups, tracker, seed, state_dtype: As for `KeptState`.
+        is_immediate: Whether weights change inside backward.
+        limit: On the global norm of a step's gradients.
+    """
+
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        tracker: LossTracker,
+        *,
+        seed: int,
+        state_dtype: torch.dtype,
+        is_immediate: bool,
+        limit: NormLimit,
+    ) -> None:
+        super().__init__(groups, tracker, seed, state_dtype)
+        self.limit = limit
+        self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=is_immediate)
+        self._skips = Skips()
+        self._grad_norm: Tensor | None = None
+        self._gauge = Gauge(**working_form(self.slots[0].plan.parameter))
+        if not is_immediate:
+            self.param_groups[-1]["params"].append(self._gauge.parameter)
+
+    def _update(self, slot: Slot, gradient: GradientOperator) -> None:
+        """Update one weight at once."""
+        is_finite = gradient.is_finite()
+        if not is_finite.is_cuda:
+            self._watch.require_finite(slot.plan.name, is_finite)
+        prepared = self._prepare(slot, gradient, is_finite)
+        self._watch.require_finite(slot.plan.name, prepared.is_finite)
+        self._apply(prepared)
+
+    def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
+        """Add a gradient to what waits."""
+        if not self._skips.look(gradient.is_finite(), self._blame(slot)):
+            self._gauge.record(slot.index, torch.full((), torch.nan, dtype=torch.float64, device=gradient.device))
+            return
+        # The norm of a gradient that was never formed costs as much as forming it: its sketch's will do, unless it matters.
+        is_known = slot.pending is None and (self.limit.is_active or not isinstance(gradient, Factored))
+        energy = gradient.squared_norm() if is_known else None
+        if slot.pending is not None:
+            slot.pending = slot.pending.add_(gradient)
+        elif waits_as_it_is(slot, gradient):
+            slot.pending = compact(gradient)
+        else:
+            slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
+        self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
+
+    def _take_step(self, *, is_quiet: bool) -> None:
+        """Write all that waits, or nothing: all is prepared before the first weight is written."""
+        prepared = [] if self._skips.reason else self._prepare_waiting()
+        if self._skips.reason:
+            self._drop_waiting()
+            self._skips.skip(is_quiet=is_quiet)
+            return
+        verdict = self._skips.verdict()
+        for one in prepared:
+            one.is_finite = one.is_finite if verdict is None else verdict
+            self._apply(one)
+        if verdict is not None:
+            self._skips.await_verdict(verdict, lambda: self._uncount([one.slot for one in prepared]))
+        self._gauge.clear()
+
+    def _prepare_waiting(self) -> list[Prepared]:
+        norm, factor = self._gauge.norm(), self._gauge.factor()
+        if self.limit.is_active:
+            self._skips.look(norm.isfinite(), f"the norm of all gradients is not finite at loss number {self.tracker.count}")
+            limiting = self.limit.factor(norm)
+            factor = factor * limiting
+        is_scaled = factor.is_cuda or factor != 1
+        prepared = []
+        for slot in self._waiting():
+            if self._skips.reason:
+                break
+            gradient, slot.pending = slot.pending, None
+            gradient = gradient.scaled(factor.to(gradient.dtype)) if is_scaled else gradient
+            prepared.append(self._prepare(slot, gradient, gradient.is_finite()))
+            self._skips.look(prepared[-1].is_finite, self._blame(slot))
+        if not self._skips.reason:
+            self._grad_norm = norm
+            self.limit.last = norm * limiting if self.limit.is_active else None
+        return prepared
+
+    def _prepare(self, slot: Slot, gradient: GradientOperator, is_finite: Tensor) -> Prepared:
+        # `is_finite` was asked for before the rule consumes the gradient.
+        settings, old_state = self._settings(slot), self._rule_state(slot)
+        if slot.rule.needs_dense and not slot.rule.takes_factors:
+            gradient = as_dense(gradient)
+        try:
+            update, new_state = checked(slot.rule, slot.rule.update(gradient, old_state, settings), gradient.shape)
+        except torch.linalg.LinAlgError:  # products of huge entries have overflowed
+            return Prepared(slot, settings, torch.zeros_like(is_finite))
+        return Prepared(slot, settings, is_finite & all_finite([*update.parts(), *new_state.values()]), update, new_state)
+
+    def _apply(self, prepared: Prepared) -> None:
+        """Write an update and its state, on CUDA only where the flag says so. The only place where a weight changes."""
+        slot, update, is_finite = prepared.slot, prepared.update, prepared.is_finite
+        group, parameter = self.param_groups[slot.group_index], slot.plan.parameter
+        # A stream of its own: in step() the rules of other parameters have drawn since.
+        generator = self._noise.at(parameter.device, self.seed, slot.index, -prepared.settings.step)
+        new_state, decay = self._narrowed(prepared.new_state, generator), group["weight_decay"]
+        if is_finite.is_cuda:
+            update, new_state = keep_where(is_finite, update, new_state, self.state[parameter])
+            decay = decay * is_finite if decay else decay
+        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
+        state = self.state[parameter]
+        state.update(new_state, step=state["step"] + 1)
+        slot.basis = None
+        if slot.schedule.needs_spectrum and update.spectrum is not None:
+            state["spectrum"] = update.spectrum
+        self._watch.changed.append(slot.plan.name)
+        self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
+
+    def _waiting(self) -> list[Slot]:
+        return [slot for slot in self._slots.values() if slot.pending is not None]
+
+    def _drop_waiting(self) -> None:
+        for slot in self._slots.values():
+            slot.pending = None
+        self._gauge.clear()
+
+    def _uncount(self, slots: list[Slot]) -> None:
+        for slot in slots:
+            self.state[slot.plan.parameter]["step"] -= 1
+
+    def _blame(self, slot: Slot) -> str:
+        return guards.bad_gradient(slot.plan.name, self.tracker.count, self.tracker.value)
