@@ -12,9 +12,11 @@ from torch import distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
+from . import guards
 from .errors import ArgumentError, AttachError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import release_abandoned
+from .membership import is_compiled_whole
 from .optimizer import GradLR
 from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, with_kind
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
@@ -109,8 +111,8 @@ def attach(
             attached already.
 
     Warns:
-        GradlrWarning: several processes form a group; gradlr does not synchronize them yet. With `capture`: ranks are so large
-            that hooks would be faster.
+        GradlrWarning: several processes form a group; gradlr does not synchronize them yet. The model is compiled as a whole.
+            With `capture`: ranks are so large that hooks would be faster.
     """
     _require_plain_model(model)
     if not isinstance(loss_tracker, LossTracker):
@@ -129,6 +131,8 @@ def attach(
     plans = plan_parameters(model)
     _require_trainable(model, plans)
     _warn_of_processes()
+    if is_compiled_whole(model):
+        warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=2)
     matched = _match(plans, groups)
     parameter_groups = [
         group

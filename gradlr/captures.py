@@ -77,23 +77,27 @@ def _suits(found: LinearMap, slot: Slot) -> bool:
     return not slot.rule.needs_dense or (slot.rule.takes_factors and isinstance(found, TokenMap))
 
 
-def is_slower_than_hook(slot: Slot, is_one_sided: bool) -> bool:
-    """Whether products of rank r cost more than the gradient: multiplications per token, 2r(m + n), or half of it, against mn."""
-    if slot.rule.needs_dense:
-        return False
+def work_per_token(slot: Slot, is_one_sided: bool) -> int:
+    """Multiplications a token that capture without a gradient takes: 2r(m + n), or r(m + 3n) with a power step on the inputs."""
     m, n = slot.plan.shape[-2:]
-    return (1 if is_one_sided else 2) * slot.largest_rank * (m + n) > m * n
+    return slot.largest_rank * (m + 3 * n if is_one_sided else 2 * (m + n))
+
+
+def is_slower_than_hook(slot: Slot, is_one_sided: bool) -> bool:
+    """Whether that is more than the gradient's own mn; the tables' rules take the gradient by factors at any price."""
+    m, n = slot.plan.shape[-2:]
+    return not slot.rule.needs_dense and work_per_token(slot, is_one_sided) > m * n
 
 
 def _advice(slow: list[Slot], capture: str) -> str:
-    slot = slow[0]
+    slot, is_one_sided = slow[0], capture == "one_sided"
     m, n = slot.plan.shape[-2:]
-    share, factor = ("", 1) if capture == "one_sided" else ("2", 2)
-    limit = max(1, m * n // (factor * (m + n)))
+    work, formula = work_per_token(slot, is_one_sided), "r(m + 3n)" if is_one_sided else "2r(m + n)"
+    limit = max(1, m * n * slot.largest_rank // work)
     return (
         f'capture="{capture}" costs more than hooks would for {len(slow)} of the layers: {slot.plan.name!r} ({m} x {n}) with '
-        f"rank {slot.largest_rank} takes {share}r(m + n) = {factor * slot.largest_rank * (m + n):,} multiplications a token, its "
-        f'whole gradient mn = {m * n:,}. Use a rank of {limit} at most there, or capture="auto", which leaves them to hooks'
+        f"rank {slot.largest_rank} takes {formula} = {work:,} multiplications a token, its whole gradient mn = {m * n:,}. Use a "
+        f'rank of {limit} at most there, or capture="auto", which leaves them to hooks'
     )
 
 

@@ -150,3 +150,11 @@ def accumulated(count: int) -> str:
         f"{count} backward passes have each updated the weights since the last opt.step(). If they were meant to accumulate into "
         'one step, attach with apply="step"'
     )
+
+
+def compiled_whole() -> str:
+    """The model is compiled as one graph."""
+    return (
+        "the model is compiled as a whole: its backward makes all gradients at once, so that all are in memory before the first "
+        "is taken. The updates are right; for the memory, compile block by block (for block in model.blocks: block.compile())"
+    )

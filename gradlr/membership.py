@@ -29,6 +29,7 @@ class Membership:
         self._owners = _owners(model, self._plans)
         self._forms = {key: _form(plan.parameter) for key, plan in self._plans.items()}
         self._has_warned = False
+        self._was_compiled = is_compiled_whole(model)
 
     def check(self) -> None:
         """Look at every parameter of the model.
@@ -37,7 +38,7 @@ class Membership:
             AttachError: attached parameters are not the model's any more, or have another shape or dtype.
 
         Warns:
-            GradlrWarning: the model has trainable parameters that are not attached (once).
+            GradlrWarning: the model has trainable parameters that are not attached, or is compiled as a whole (once each).
         """
         lost = [self._plans[key].name for owner, keys in self._owners for key in _missing(owner(), keys)]
         if lost:
@@ -45,6 +46,10 @@ class Membership:
         for key, plan in self._plans.items():
             if _form(plan.parameter) != self._forms[key]:
                 raise guards.changed_form(plan.name, self._forms[key], _form(plan.parameter))
+        model = self._model()
+        if model is not None and not self._was_compiled and is_compiled_whole(model):
+            self._was_compiled = True
+            warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=5)
         strangers = [name for name, parameter in self._trainable() if id(parameter) not in self._plans]
         if strangers and not self._has_warned:
             self._has_warned = True
@@ -54,6 +59,14 @@ class Membership:
         model = self._model()
         pairs = [] if model is None else model.named_parameters()
         return ((name, parameter) for name, parameter in pairs if parameter.requires_grad)
+
+
+def is_compiled_whole(model: nn.Module) -> bool:
+    """Whether several layers are compiled as one graph: `torch.compile(model)`, or `model.compile()`."""
+    # By name: asking torch._dynamo would import it, which takes a second.
+    is_compiled = type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None
+    layers = sum(1 for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
+    return is_compiled and layers > 1
 
 
 def _missing(owner: nn.Module | None, keys: list[int]) -> list[int]:

@@ -113,12 +113,15 @@ class GradLR(Updates):
         Made in the first forward after an update, of the inputs there; its rank follows the loss shown before that forward.
         """
         slot = self._slots[id(parameter)]
-        if slot.basis is None:
+        # A backward that is open and not under way has failed: what it used is of no further use.
+        has_failed = self.tracker.is_open and torch._C._current_graph_task_id() == -1
+        basis = None if has_failed else slot.basis
+        if basis is None:
             follow_loss(slot, self.tracker.ratio, self.state[parameter])
             known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
             with full_precision(parameter.device):
-                slot.basis = slot.rule.right_basis(*known, **like, covariance_times=covariance_times)
-        return slot.basis
+                slot.basis = basis = slot.rule.right_basis(*known, **like, covariance_times=covariance_times)
+        return basis
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -145,6 +148,8 @@ class GradLR(Updates):
                     self._accumulate(slot, gradient)
                 elif self._dropped_serial != self.tracker.serial:
                     self._update(slot, gradient)
+                else:
+                    slot.basis = None
         except GradlrError:
             self._give_up()
             raise

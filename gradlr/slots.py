@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,6 @@ class Slot:
         momentum_rank: k.
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
-        basis: X, in which forward has projected the layer's input since the last update; None where it has not.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
     """
 
@@ -54,8 +54,17 @@ class Slot:
     momentum_rank: int
     last_loss: int | None = None
     pending: GradientOperator | None = None
-    basis: Tensor | None = None
     capture: str = "hook"
+    _basis: weakref.ref[Tensor] | None = None
+
+    @property
+    def basis(self) -> Tensor | None:
+        """X, on which a forward since the last update has projected the layer's input, while a graph or a sketch holds it."""
+        return None if self._basis is None else self._basis()
+
+    @basis.setter
+    def basis(self, basis: Tensor | None) -> None:
+        self._basis = None if basis is None else weakref.ref(basis)
 
     def restart(self, rank: int) -> None:
         """After a checkpoint was loaded: nothing has happened yet."""

@@ -89,6 +89,8 @@ class Updates(KeptState):
         prepared = [] if self._skips.reason else self._prepare_waiting()
         if self._skips.reason:
             self._drop_waiting()
+            for slot in self._slots.values():
+                slot.basis = None
             self._skips.skip(is_quiet=is_quiet)
             return
         verdict = self._skips.verdict()

@@ -50,7 +50,9 @@ class BackwardWatch:
     @property
     def interrupted(self) -> tuple[str, ...]:
         """What the last backward had updated when an exception ended it; empty where it came to its end."""
-        return tuple(self.changed) if self._tracker.is_open else self._interrupted
+        if self._tracker.is_open:
+            return tuple(self.changed)
+        return () if self._tracker.has_begun else self._interrupted
 
     def gradients_dropped(self) -> None:
         """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""

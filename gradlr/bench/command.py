@@ -14,7 +14,7 @@ import torch
 from ..errors import ArgumentError
 from ..files import write_atomically
 from . import memory, quality, speed
-from .contenders import CONTENDERS
+from .contenders import CAPTURE_CONTENDERS, CONTENDERS
 from .environment import require_device
 
 
@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks and their options."""
     benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover")
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
-    one.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), metavar="NAME",
-                     help=f"any of {', '.join(CONTENDERS)}; all by default")  # fmt: skip
+    default = [name for name in CONTENDERS if name not in CAPTURE_CONTENDERS]
+    one.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=default, metavar="NAME",
+                     help=f"any of {', '.join(CONTENDERS)}; default: all but {', '.join(CAPTURE_CONTENDERS)}")  # fmt: skip
     one.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     one.add_argument("--steps", type=int, default=quality.Workload.steps, help="optimizer steps a run")
     one.add_argument("--batch-size", type=int, default=quality.Workload.batch_size, help="windows of 128 bytes a step")

@@ -114,13 +114,14 @@ class _WithoutWeightGradient(torch.autograd.Function):
             with torch.autocast(x.device.type, enabled=False):
                 kept = capture.linear_map.project(widen(x), basis)
         # Under checkpointing the saved weight comes back as another object: `owner` is the parameter itself.
-        ctx.save_for_backward(kept, weight, basis)
-        ctx.owner, ctx.capture, ctx.x_shape = owner, capture, x.shape
+        ctx.save_for_backward(kept, weight)
+        # The basis lives as long as the graph, also where checkpointing has packed what was saved.
+        ctx.owner, ctx.capture, ctx.x_shape, ctx.basis = owner, capture, x.shape, basis
         return capture.linear_map.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, delta):
-        kept, weight, basis = _saved(ctx)
+        (kept, weight), basis = _saved(ctx), ctx.basis
         linear_map = ctx.capture.linear_map
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         # The input's gradient first: with updates in backward, the weight is another one after `receive`.
