@@ -173,7 +173,7 @@ class GradLR(Updates):
             BackwardError: the last backward was interrupted; what was pending is dropped.
 
         Warns:
-            GradlrWarning: the step was left out; not where the loss was scaled, as by GradScaler, which expects that.
+            GradlrWarning: the step was left out. Not with GradScaler, which expects that and does not call `step` then.
         """
         result = None
         if closure is not None:
@@ -185,7 +185,7 @@ class GradLR(Updates):
             self._watch.step_begins(pending=len(self._waiting()))
             if self.apply == "step" and (self._waiting() or self._skips.reason):
                 with full_precision(self._gauge.parameter.device):
-                    self._take_step(is_quiet=self.tracker.is_scaled)
+                    self._take_step()
         except GradlrError:
             self._give_up()
             raise

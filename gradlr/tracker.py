@@ -109,11 +109,6 @@ class LossTracker:
         return self._in_flight is None and bool(self._history)
 
     @property
-    def is_scaled(self) -> bool:
-        """Whether the latest backward began with another number than 1. On CUDA this waits for the device."""
-        return self.scale is not None and bool(self.scale != 1)
-
-    @property
     def max_loss(self) -> float | None:
         """The given maximum, or the largest finite loss so far; None before the first."""
         return self._running_max if self._fixed_max is None else self._fixed_max

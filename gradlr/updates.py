@@ -84,14 +84,14 @@ class Updates(KeptState):
             slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
         self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
 
-    def _take_step(self, *, is_quiet: bool) -> None:
+    def _take_step(self) -> None:
         """Write all that waits, or nothing: all is prepared before the first weight is written."""
         prepared = [] if self._skips.reason else self._prepare_waiting()
         if self._skips.reason:
             self._drop_waiting()
             for slot in self._slots.values():
                 slot.basis = None
-            self._skips.skip(is_quiet=is_quiet)
+            self._skips.skip(is_quiet=False)
             return
         verdict = self._skips.verdict()
         for one in prepared:
