@@ -162,3 +162,35 @@ def test_the_lengths_of_a_heads_rows_are_those_of_the_explicit_gradient(monkeypa
     delta, x = torch.randn(7, 9, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     factored = Factored(delta, x)
     torch.testing.assert_close(factored.row_energies(), factored.matrix.square().sum(1, keepdim=True))
+
+
+# -- what every operator can ------------------------------------------------------------------------------------------
+
+
+def operators():
+    torch.manual_seed(0)
+    gradient = torch.randn(9, 5, dtype=torch.float64)
+    right, left = (torch.linalg.qr(torch.randn(size, 3, dtype=torch.float64)).Q for size in (5, 9))
+    delta, x = torch.randn(7, 9, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    convolution = traced("conv2d", torch.float64)
+    return {
+        "dense": Dense(gradient.clone()),
+        "one_sided": Sketched.of(Dense(gradient), right),
+        "two_sided": Sketched.of(Dense(gradient), right, left),
+        "rows": rows_and_dense([4, 1, 4, 8])[0],
+        "factored": Factored(delta, x),
+        "convolution": Factored(convolution[3], convolution[4], convolution[0]),
+    }
+
+
+@pytest.mark.parametrize("name", list(operators()))
+def test_its_norm_is_that_of_its_matrix(name):
+    operator = operators()[name]
+    torch.testing.assert_close(operator.squared_norm(), operator.matrix.square().sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["dense", "one_sided", "two_sided", "rows"])
+def test_what_may_wait_can_be_scaled(name):
+    operator = operators()[name]
+    expected = 0.25 * operator.matrix
+    torch.testing.assert_close(operator.scaled(torch.tensor(0.25, dtype=torch.float64)).matrix, expected)

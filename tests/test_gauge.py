@@ -1,0 +1,73 @@
+"""The norm of what waits, where stock tools look for it, and its limits."""
+
+import pytest
+import torch
+
+from gradlr.gauge import Gauge, NormLimit
+
+FORM = {"dtype": torch.float64, "device": torch.device("cpu")}
+
+
+def number(value):
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def gauge_of(*energies):
+    gauge = Gauge(**FORM)
+    for key, energy in enumerate(energies):
+        gauge.record(key, number(energy))
+    return gauge
+
+
+def test_the_gradient_of_its_parameter_is_the_global_norm():
+    gauge = gauge_of(9.0, 16.0)
+    assert gauge.parameter.grad.tolist() == [5.0]
+    gauge.record(1, number(72.0))  # more has come for the second: its whole energy anew
+    assert gauge.norm().item() == 9.0 and gauge.factor().item() == 1.0
+    gauge.clear()
+    assert gauge.parameter.grad is None and gauge.factor().item() == 1.0
+
+
+@pytest.mark.parametrize("factor", [0.25, 2.0**-16, 3.0])
+def test_what_was_done_to_it_is_read_off(factor):
+    gauge = gauge_of(9.0, 16.0)
+    gauge.parameter.grad.mul_(factor)
+    assert gauge.factor().item() == factor
+    assert gauge.norm().item() == 5.0 * factor
+
+
+@pytest.mark.parametrize("energy", [0.0, float("inf")])
+def test_a_norm_that_tells_nothing_changes_nothing(energy):
+    gauge = gauge_of(energy)
+    gauge.parameter.grad.mul_(0.5)
+    assert gauge.factor().item() == 1.0
+
+
+def test_a_gradient_that_is_not_finite_stays_visible():
+    gauge = gauge_of(1.0, float("nan"))
+    gauge.record(1, number(4.0))
+    assert gauge.norm().isnan()
+
+
+@pytest.mark.parametrize(("norm", "expected"), [(0.5, 1.0), (2.0, 0.5), (0.0, 1.0)])
+def test_the_norm_is_limited_as_torch_does(norm, expected):
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+    weight.grad = number([norm])
+    torch.nn.utils.clip_grad_norm_([weight], 1.0)
+    factor = NormLimit(max_norm=1.0).factor(number(norm)).item()
+    assert factor == pytest.approx(expected, rel=2e-6)
+    assert factor * norm == pytest.approx(weight.grad.item(), rel=1e-15)
+
+
+GROWTH = [(None, 8.0, 1.0), (2.0, 2.5, 1.0), (2.0, 8.0, 0.375), (0.0, 8.0, 1.0), (2.0, 0.0, 1.0)]
+
+
+@pytest.mark.parametrize(("last", "norm", "expected"), GROWTH)
+def test_growth_is_limited_from_the_second_step_on(last, norm, expected):
+    limit = NormLimit(max_growth=1.5, last=None if last is None else number(last))
+    assert limit.factor(number(norm)).item() == expected
+
+
+def test_both_limits_together_give_the_smaller_norm():
+    limit = NormLimit(max_norm=1.0, max_growth=1.5, last=number(0.1))
+    assert (limit.factor(number(8.0)) * 8.0).item() == pytest.approx(0.15, rel=1e-6)
