@@ -53,6 +53,7 @@ class GradLR(Updates):
         super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, is_immediate=is_immediate, limit=limit)
         self.apply = apply
         self._dropped_serial: int | None = None
+        self._failed_serial: int | None = None
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
@@ -112,16 +113,23 @@ class GradLR(Updates):
 
         Made in the first forward after an update, of the inputs there; its rank follows the loss shown before that forward.
         """
+        self._forget_failed_backward()
         slot = self._slots[id(parameter)]
-        # A backward that is open and not under way has failed: what it used is of no further use.
-        has_failed = self.tracker.is_open and torch._C._current_graph_task_id() == -1
-        basis = None if has_failed else slot.basis
+        basis = slot.basis
         if basis is None:
             follow_loss(slot, self.tracker.ratio, self.state[parameter])
             known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
             with full_precision(parameter.device):
                 slot.basis = basis = slot.rule.right_basis(*known, **like, covariance_times=covariance_times)
         return basis
+
+    def _forget_failed_backward(self) -> None:
+        # A backward that is open and not under way has failed: the bases that its graph may still hold are of no further use.
+        serial = self.tracker.begun_serial
+        if self.tracker.is_open and serial != self._failed_serial and torch._C._current_graph_task_id() == -1:
+            self._failed_serial = serial
+            for slot in self._slots.values():
+                slot.basis = None
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:

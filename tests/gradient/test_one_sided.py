@@ -96,6 +96,35 @@ def test_a_shared_layer_adds_up_in_step_mode():
     torch.testing.assert_close(pending.matrix, expected @ pending.right @ pending.right.mT, rtol=0, atol=1e-12)
 
 
+def test_a_shared_layer_has_one_basis_also_after_a_backward_that_failed():
+    class Failing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise MemoryError
+
+    layer, x = nn.Linear(16, 16, bias=False, dtype=torch.float64), torch.randn(8, 16, dtype=torch.float64)
+    _, tracker, opt = attached(layer, capture="one_sided", apply="step", **PLAIN)
+    loss = tracker(Failing.apply(layer(x)).square().mean())
+    with pytest.raises(MemoryError):
+        loss.backward()
+    failed = opt.slots[0].basis  # the graph of `loss` still holds it
+    other = layer(torch.tanh(layer(x))).square().mean()
+    basis = opt.slots[0].basis
+    assert basis is not failed
+    with pytest.warns(gradlr.GradlrWarning, match="did not come to its end"):
+        tracker(other)
+    other.backward()
+    assert opt.slots[0].pending.right is basis
+    plain = nn.Linear(16, 16, bias=False, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    plain(torch.tanh(plain(x))).square().mean().backward()
+    torch.testing.assert_close(opt.slots[0].pending.matrix, plain.weight.grad @ basis @ basis.mT, rtol=0, atol=1e-12)
+
+
 def test_the_rank_follows_the_loss_one_step_late():
     """The basis is wanted in forward, before its loss is known."""
     layer = nn.Linear(16, 16)
