@@ -115,8 +115,8 @@ def attach(
 
     Warns:
         GradlrWarning: several processes form a group; gradlr does not synchronize them yet. With `capture`: ranks are so large
-            that hooks would be faster. Parameters of no layer known have four axes or more, three with one in front, or names that
-            speak of a table ("embed", "position", "table"): what was assumed, and how to overrule it.
+            that hooks would be faster. Parameters of no known layer have four axes or more, three with one in front, or names
+            that speak of a table ("embed", "position", "table"): what was assumed, and how to overrule it.
     """
     _require_plain_model(model)
     if not isinstance(loss_tracker, LossTracker):
