@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,7 +18,7 @@ from .gauge import NormLimit
 from .gradient import release_abandoned
 from .membership import is_compiled_whole
 from .optimizer import GradLR
-from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, with_kind
+from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, tale_of_guesses, with_kind, with_views
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
 from .rules import Rule, resolve
 from .rules.base import require_fraction, require_number, require_positive
@@ -61,6 +61,7 @@ def attach(
     vector_rule: str | Rule = "adam",
     table_rule: str | Rule = "rowwise_rmsprop",
     groups: Sequence[dict[str, Any]] = (),
+    views: Mapping[str, str | tuple[str, Mapping[str, int]]] | None = None,
     apply: str = "backward",
     capture: str = "hook",
     max_grad_norm: float | None = None,
@@ -87,6 +88,10 @@ def attach(
         table_rule: For tables.
         groups: Dicts of "match" (a glob on parameter names, or a list of them) and any of the options above that should differ
             there, or "kind" ("matrix", "table", "vector") to overrule what was found. The first match wins.
+        views: Glob on parameter names → einops expression "parameter axes -> [batch axes] m n": what matches becomes a matrix,
+            or a batch of them, seen so: `{"*.qkv.weight": "(three o) i -> three o i"}`. Axes named two, three and four have that
+            size; others that the shape leaves open come in a pair: `("(heads d) i -> heads d i", {"heads": 8})`. The first match
+            wins. A view other than the layer's own is captured by hooks.
         apply: "backward" updates inside backward. "step" keeps a sketch of (2r + k)(m + n) numbers per matrix until
             `opt.step()` (the gradient itself where that is smaller, and for tables and vectors), which makes accumulation,
             several backwards and scaled losses right.
@@ -112,7 +117,9 @@ def attach(
 
     Warns:
         GradlrWarning: several processes form a group; gradlr does not synchronize them yet. The model is compiled as a whole.
-            With `capture`: ranks are so large that hooks would be faster.
+            With `capture`: ranks are so large that hooks would be faster. Parameters of no known layer have four axes or more,
+            three with one in front, or names that speak of a table ("embed", "position", "table"): what was assumed, and how
+            to overrule it.
     """
     _require_plain_model(model)
     if not isinstance(loss_tracker, LossTracker):
@@ -133,13 +140,15 @@ def attach(
     _warn_of_processes()
     if is_compiled_whole(model):
         warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=2)
-    matched = _match(plans, groups)
+    matched = _match(with_views(plans, {} if views is None else views), groups)
     parameter_groups = [
         group
         for (label, options), members in matched
         for group in _by_kind(label, _merged(defaults, options), members, given=options)
     ]  # fmt: skip
     limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
+    if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
+        warnings.warn(tale_of_guesses(guesses), GradlrWarning, stacklevel=2)
     return GradLR(
         model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture, limit=limit, state_dtype=state_dtype
     )

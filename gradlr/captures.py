@@ -44,7 +44,7 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
     uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     layers, slow = [], []
     for module in model.modules():
-        slot = by_weight.get(id(getattr(module, "weight", None)))
+        slot = by_weight.get(id(module._parameters.get("weight")))
         layer = None if slot is None else _layer(module, slot, capture)
         if layer is None:
             continue
@@ -66,6 +66,7 @@ def _layer(module: nn.Module, slot: Slot, capture: str) -> CapturedLayer | None:
     rule = slot.rule
     if type(module) is nn.Embedding:
         is_plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+        is_plain = is_plain and slot.plan.view.pattern is None
         return CapturedLayer(module, None) if is_plain and rule.takes_factors else None
     found = linear_map(module)
     if found is None or found.pattern != slot.plan.view.pattern or not _suits(found, slot):

@@ -2,66 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import ArgumentError
 from .gradient import is_transposed_linear
+from .views import View, checked_view, given_view
 
 MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
 KINDS = (MATRIX, TABLE, VECTOR)
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_TABLE_WORDS = ("embed", "position", "table")
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
-
-
-@dataclass(frozen=True)
-class View:
-    """A parameter seen as (a batch of) matrices.
-
-    Attributes:
-        pattern: An einops expression "parameter axes -> [batch axes] m n", e.g. "o i h w -> o (i h w)"; None for as it is.
-    """
-
-    pattern: str | None = None
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The view (..., m, n); shares memory with `tensor` wherever strides allow."""
-        if self.pattern is None:
-            return tensor
-        return rearrange(tensor, self.pattern, **self._sizes())
-
-    def back(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `of`, for a parameter of the given shape."""
-        if self.pattern is None:
-            return matrix
-        before, after = self.pattern.split("->")
-        axes = _axis_sizes(before, shape)
-        return rearrange(matrix, f"{after} -> {before}", **(axes | self._sizes()))
-
-    def _sizes(self) -> dict[str, int]:
-        return {"three": 3} if self.pattern and "three" in self.pattern.split("->")[0] else {}
-
-
-def _axis_sizes(axes: str, shape: torch.Size) -> dict[str, int]:
-    # Sizes of the parameter's plain axes; composed ones are found by einops from these and from the named sizes.
-    names = axes.replace("(", " ( ").replace(")", " ) ").split()
-    sizes, depth, index = {}, 0, 0
-    for name in names:
-        if name == "(":
-            depth += 1
-        elif name == ")":
-            depth -= 1
-            index += 1
-        elif depth == 0:
-            sizes[name] = shape[index]
-            index += 1
-    return sizes
 
 
 @dataclass(frozen=True)
@@ -73,12 +35,14 @@ class ParameterPlan:
         parameter: The parameter itself.
         kind: "matrix", "table" or "vector".
         view: How it becomes (a batch of) matrices; the identity for vectors.
+        is_guess: Whether neither a layer, nor its shape, nor the user says what it is.
     """
 
     name: str
     parameter: nn.Parameter
     kind: str
     view: View
+    is_guess: bool = False
 
     @property
     def shape(self) -> torch.Size:
@@ -89,35 +53,49 @@ class ParameterPlan:
 def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     """What every trainable parameter of the model is, in the order of `model.named_parameters()`.
 
-    Embeddings and a head of the same shape at the end of the model are tables; weights of norms, everything one-dimensional
-    and everything with one row or one column are vectors; convolutions are folded to (o, i·h·w), transformers' Conv1D is turned
-    to (fan_out, fan_in); other parameters with two axes or more are matrices, leading axes a batch.
+    Embeddings and a head of the same shape at the end of the model are tables; weights of norms, biases, everything
+    one-dimensional and everything with one row or one column are vectors. Convolutions are folded to (o, i·h·w) and transposed
+    ones to (o·h·w, i), a batch of them where grouped; transformers' Conv1D is turned to (fan_out, fan_in); other parameters with
+    two axes or more are matrices, leading axes a batch. A parametrized weight (weight_norm, orthogonal) is what its layer's is.
     """
-    owners = _owners(model)
-    table_ids = _tables(model)
+    uses = _uses(model)
+    # The first layer with a parameter owns it; a parametrized layer comes before its parametrizations.
+    owners = {id(parameter): (layer, name) for parameter, layer, name in reversed(uses)}
+    table_ids = _tables(uses)
     plans = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and isinstance(parameter, UninitializedParameter):
             plans.append(ParameterPlan(name, parameter, VECTOR, View()))
         elif parameter.requires_grad:
-            kind, view = _classify(parameter, *owners[id(parameter)], table_ids)
-            plans.append(ParameterPlan(name, parameter, kind, view))
+            owner, own_name = owners[id(parameter)]
+            kind, view = _classify(parameter, owner, own_name, table_ids)
+            is_guess = kind == MATRIX and _is_guess(parameter, owner, own_name)
+            plans.append(ParameterPlan(name, parameter, kind, view, is_guess))
     return plans
 
 
-def _owners(model: nn.Module) -> dict[int, tuple[nn.Module, str]]:
-    owners: dict[int, tuple[nn.Module, str]] = {}
+Use = tuple[Tensor, nn.Module, str]
+
+
+def _uses(model: nn.Module) -> list[Use]:
+    """Each parameter with each layer that it belongs to and its name there, in the order of the modules."""
+    uses: list[Use] = []
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), (module, name))
-    return owners
+        uses += [(parameter, module, name) for name, parameter in module.named_parameters(recurse=False)]
+        if is_parametrized(module):
+            # Asking for module.weight would run the parametrization, and spectral_norm iterates at each run.
+            for name, parametrizations in module.parametrizations.items():
+                uses += [(parameter, module, name) for parameter in parametrizations.parameters(recurse=False)]
+    return uses
 
 
-def _tables(model: nn.Module) -> set[int]:
-    embeddings = [module.weight for module in model.modules() if isinstance(module, _EMBEDDINGS)]
+def _tables(uses: list[Use]) -> set[int]:
+    weights = [(weight, layer) for weight, layer, name in uses if name == "weight" and weight.ndim == 2]
+    lookups = [(weight, layer) for weight, layer in weights if isinstance(layer, _EMBEDDINGS)]
+    embeddings = [weight for weight, layer in lookups if weight.shape[1] == layer.embedding_dim]
     tables = {id(weight) for weight in embeddings}
     # An untied head is the last Linear of the model and mirrors the embedding's shape (vocabulary, width).
-    linears = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    linears = [weight for weight, layer in weights if isinstance(layer, nn.Linear)]
     if linears and any(linears[-1].shape == weight.shape for weight in embeddings):
         tables.add(id(linears[-1]))
     return tables
@@ -126,7 +104,7 @@ def _tables(model: nn.Module) -> set[int]:
 def _classify(parameter: Tensor, owner: nn.Module, name: str, table_ids: set[int]) -> tuple[str, View]:
     if id(parameter) in table_ids:
         return TABLE, View()
-    if parameter.ndim < 2 or parameter.numel() == 0 or isinstance(owner, _NORMS):
+    if parameter.ndim < 2 or parameter.numel() == 0 or isinstance(owner, _NORMS) or name == "bias" or name.endswith("_bias"):
         return VECTOR, View()
     view = _natural_view(parameter, owner, name)
     if min(view.of(parameter.detach()).shape[-2:]) == 1:
@@ -137,15 +115,70 @@ def _classify(parameter: Tensor, owner: nn.Module, name: str, table_ids: set[int
 def _natural_view(parameter: Tensor, owner: nn.Module, name: str) -> View:
     if name == "weight" and is_transposed_linear(owner):
         return View("i o -> o i")
-    if isinstance(owner, _CONVOLUTIONS):
-        axes = " ".join("hwd"[: parameter.ndim - 2])
-        return View(f"o i {axes} -> o (i {axes})")
-    if isinstance(owner, nn.MultiheadAttention) and name == "in_proj_weight":
+    if isinstance(owner, _CONVOLUTIONS) and _are_filters(parameter, owner):
+        return _convolution_view(owner)
+    if isinstance(owner, nn.MultiheadAttention) and name == "in_proj_weight" and parameter.shape[0] == 3 * owner.embed_dim:
         return View("(three o) i -> three o i")
     if parameter.ndim > 3:
         axes = " ".join(f"b{index}" for index in range(parameter.ndim - 2))
         return View(f"{axes} m n -> ({axes}) m n")
     return View()
+
+
+def _are_filters(parameter: Tensor, layer: nn.Module) -> bool:
+    # What a parametrization is made of may have any shape: weight_norm's lengths have one row, or one column.
+    return parameter.ndim == len(layer.kernel_size) + 2 and parameter.shape[0] % layer.groups == 0
+
+
+def _convolution_view(layer: nn.Module) -> View:
+    # The gradient is a sum of outer products: at each output of a convolution, output gradient times a patch of the input; at
+    # each input of a transposed one, its adjoint, a patch of the output gradient times the input. Groups do not mix.
+    axes = " ".join("hwd"[: len(layer.kernel_size)])
+    is_grouped = layer.groups > 1
+    sizes = (("g", layer.groups),) if is_grouped else ()
+    if isinstance(layer, _TRANSPOSED):
+        return View(f"(g i) o {axes} -> g (o {axes}) i" if is_grouped else f"i o {axes} -> (o {axes}) i", sizes)
+    return View(f"(g o) i {axes} -> g o (i {axes})" if is_grouped else f"o i {axes} -> o (i {axes})", sizes)
+
+
+def _is_guess(parameter: Tensor, owner: nn.Module, name: str) -> bool:
+    # Two axes are a matrix and three are experts, unless there is one expert only or the name speaks of a table.
+    is_odd = parameter.ndim > 3 or (parameter.ndim == 3 and parameter.shape[0] == 1)
+    full_name = f"{type(owner).__name__}.{name}".lower()
+    return not _is_layer_of_torch(owner) and (is_odd or any(word in full_name for word in _TABLE_WORDS))
+
+
+def _is_layer_of_torch(module: nn.Module) -> bool:
+    homes = (base.__module__ for base in type(module).__mro__)
+    home = next(home for home in homes if home.startswith("torch.nn.modules."))
+    return home not in ("torch.nn.modules.module", "torch.nn.modules.container") or is_transposed_linear(module)
+
+
+def with_views(plans: list[ParameterPlan], views: Mapping[str, Any]) -> list[ParameterPlan]:
+    """The plans with the user's views; what a view matches becomes a matrix.
+
+    Args:
+        plans: Of all trainable parameters.
+        views: Glob on parameter names → expression, or pair of expression and sizes. The first match wins.
+
+    Raises:
+        ArgumentError: a view cannot be read, does not fit a parameter that it matches, or matches none.
+    """
+    if not isinstance(views, Mapping) or not all(isinstance(glob, str) for glob in views):
+        raise ArgumentError(f'views={views!r}: give a dict such as {{"*.qkv.weight": "(three o) i -> three o i"}}')
+    rest, viewed = list(plans), {}
+    for glob, value in views.items():
+        expression, sizes = given_view(glob, value)
+        members = [plan for plan in rest if fnmatchcase(plan.name, glob)]
+        if not members:
+            raise ArgumentError(
+                f"views: {glob!r} matches no trainable parameter that an earlier view left; names look like {plans[0].name!r}"
+            )
+        rest = [plan for plan in rest if plan not in members]
+        for plan in members:
+            view = checked_view(expression, sizes, plan.name, plan.parameter.shape)
+            viewed[plan.name] = replace(plan, kind=MATRIX, view=view, is_guess=False)
+    return [viewed.get(plan.name, plan) for plan in plans]
 
 
 def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
@@ -156,8 +189,22 @@ def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
     """
     if kind not in KINDS:
         raise ArgumentError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
-    if kind != VECTOR and (plan.parameter.ndim < 2 or plan.parameter.numel() == 0):
+    if kind != VECTOR and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
-    view = View() if kind == VECTOR else plan.view
-    return ParameterPlan(plan.name, plan.parameter, kind, view)
+    return replace(plan, kind=kind, view=View() if kind == VECTOR else plan.view, is_guess=False)
+
+
+def tale_of_guesses(plans: list[ParameterPlan]) -> str:
+    """What was assumed of parameters that could be anything, and how to overrule it."""
+    first = plans[0]
+    *batch, m, n = first.shape
+    what = f"a {m} x {n} matrix" if batch in ([], [1]) else f"{' x '.join(map(str, batch))} matrices of {m} x {n}"
+    others = f" (and {len(plans) - 1} more)" if len(plans) > 1 else ""
+    axes = " ".join("abcdefgh"[: first.parameter.ndim])
+    view = f"{axes} -> {axes[0]} ({axes[2:]})"
+    return (
+        f"parameter {first.name!r} {tuple(first.parameter.shape)}{others} belongs to no layer that gradlr knows, and was taken "
+        f'as {what}. Overrule it with groups=[{{"match": {first.name!r}, "kind": "table"}}] (rows that are looked up, such as '
+        f'positions) or "vector", or with views={{{first.name!r}: {view!r}}}; kind "matrix" confirms it'
+    )

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .errors import ArgumentError, ShapeError
 from .linalg import stochastic_round
-from .parameters import View
 from .rules import Rule, State, Update
+from .views import View
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 16 MiB in float32.
 _BLOCK_NUMBERS = 2**22

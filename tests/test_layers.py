@@ -10,7 +10,7 @@ import gradlr
 ROOT = Path(gradlr.__file__).parent
 # Each entry may import what stands before it. Rooms of one line do not import each other, except inside a folder.
 FLOW = (
-    "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "parameters", "tracker", "slots", "captures",
+    "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "slots", "captures",
     "guards", "gauge", "skips", "checkpoint", "describe", "write", "watch", "membership", "state", "updates", "optimizer",
     "attach", "__init__", "bench", "demo", "cli", "__main__",
 )  # fmt: skip
