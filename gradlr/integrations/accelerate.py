@@ -1,0 +1,91 @@
+"""accelerate: attach where an Accelerator trains, and clip through the optimizer; everything else works as it is.
+
+    accelerator = Accelerator(gradient_accumulation_steps=4)
+    opt = gradlr.integrations.accelerate.attach(accelerator, model, gradlr.LossTracker(), max_grad_norm=1.0)
+    model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            accelerator.backward(tracker(loss_fn(model(x), y)))   # the loss in its true size: accelerate divides it afterwards
+            opt.step()
+            scheduler.step()
+            opt.zero_grad()                                       # of the optimizer: model.zero_grad() finds no gradients
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedType
+from torch import Tensor, nn
+
+from ..attach import attach as attach_to
+from ..errors import ArgumentError, AttachError
+from ..optimizer import GradLR
+from ..tracker import LossTracker
+
+
+def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker, **options: Any) -> GradLR:
+    """Move `model` to the accelerator's device and attach to it, before `accelerator.prepare`.
+
+    Args:
+        accelerator: Of one process.
+        model: Moved in place.
+        loss_tracker: Shown each loss: `accelerator.backward(loss_tracker(loss))`.
+        options: Those of `gradlr.attach`; `apply` is "step" where it is left out.
+
+    Returns:
+        The optimizer, to be prepared with the model.
+
+    Raises:
+        AttachError: the accelerator trains on several devices or through another engine; or as `gradlr.attach`.
+        ArgumentError: as `gradlr.attach`.
+    """
+    require_one_device(accelerator)
+    return attach_to(model.to(accelerator.device), loss_tracker, **{"apply": "step", **options})
+
+
+def clip_grad_norm_(accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
+    """In place of `accelerator.clip_grad_norm_(model.parameters(), max_norm)`, which finds no gradients and clips nothing.
+
+    Not needed where `max_grad_norm` was given to `attach`, which is exact with every capture.
+
+    Args:
+        accelerator: Unscales the gradients first, where it uses a GradScaler.
+        optimizer: The attached one, prepared or not, with `apply="step"`.
+        max_norm: Largest global norm of the step's gradients.
+
+    Returns:
+        The norm before, 0-dim: with "adaptor" and "one_sided" capture, and under accumulation, that of the sketches.
+
+    Raises:
+        ArgumentError: no optimizer of gradlr, or one that updates in backward.
+    """
+    opt = unwrap(optimizer)
+    if opt.apply != "step":
+        raise ArgumentError('clip_grad_norm_: weights have changed in backward already; attach with apply="step"')
+    held = [parameter for group in opt.param_groups for parameter in group["params"]]
+    return accelerator.clip_grad_norm_(held, max_norm)
+
+
+def unwrap(optimizer: torch.optim.Optimizer) -> GradLR:
+    """The attached optimizer itself, with `tracker`, `grad_norm` and `skipped`, of one that `accelerator.prepare` has wrapped.
+
+    Raises:
+        ArgumentError: it is not gradlr's.
+    """
+    opt = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(opt, GradLR):
+        raise ArgumentError(f"the optimizer is a {type(opt).__name__}; make it with gradlr.attach")
+    return opt
+
+
+def require_one_device(accelerator: Accelerator) -> None:
+    """Refuse what would wrap or shard the model after attaching.
+
+    Raises:
+        AttachError: it would.
+    """
+    if accelerator.distributed_type != DistributedType.NO:
+        kind = f"{accelerator.distributed_type} with {accelerator.num_processes} processes"
+        raise AttachError(f"the accelerator trains with {kind}; gradlr trains in one process on one device: launch it so")

@@ -1,0 +1,100 @@
+"""transformers: a Trainer whose weights gradlr updates, with accumulation, clipping, logging and checkpoints as usual.
+
+    from gradlr.integrations.transformers import Trainer
+
+    trainer = Trainer(model=model, args=TrainingArguments(..., learning_rate=1.6e-2), train_dataset=data, gradlr={"rank": 64})
+    trainer.train()
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, AttachError
+from ..tracker import LossTracker
+from .accelerate import attach, clip_grad_norm_, require_one_device, unwrap
+
+
+class _DropGradients(transformers.TrainerCallback):
+    # Trainer calls model.zero_grad(), which sees no sketches: those of a step that a scaler has left out would stay.
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: torch.optim.Optimizer, **_: Any) -> None:
+        unwrap(optimizer).zero_grad()
+
+    on_train_begin = on_optimizer_step
+
+
+class Trainer(transformers.Trainer):
+    """`transformers.Trainer` with gradlr for an optimizer, made when training begins, or passed in `optimizers`.
+
+    Losses are shown to the tracker in their true size, as means over their own micro-batch; those of evaluations are not.
+
+    Args:
+        gradlr: Options of `gradlr.attach`, "loss_tracker" included. Left out, `apply` is "step", `max_grad_norm` is that of the
+            training arguments, and so are `weight_decay` and, where it is not transformers' own default, `lr`.
+        args, kwargs: As for `transformers.Trainer`; of `optimizers`, the first one must come from `gradlr.attach`, called when
+            the model was on its device.
+
+    Raises:
+        ArgumentError: both `gradlr` and an optimizer were given; `apply="backward"` together with `max_grad_norm`; or as
+            `gradlr.attach`.
+        AttachError: several devices.
+    """
+
+    def __init__(self, *args: Any, gradlr: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        self._options, self._share = gradlr, 1.0
+        super().__init__(*args, **kwargs)
+        if gradlr is not None and self.optimizer is not None:
+            raise ArgumentError("both gradlr=... and an optimizer were given: leave one out")
+        self.add_callback(_DropGradients)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        # Every loss passes here, whoever has computed it, and no other tensor does.
+        self.accelerator.backward = partial(self._backward, self.accelerator.backward)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        require_one_device(self.accelerator)
+        if self.args.n_gpu > 1:
+            raise AttachError(f"Trainer would wrap the model in DataParallel on {self.args.n_gpu} devices: show it one")
+        if self.optimizer is None:
+            options = {"loss_tracker": LossTracker(), "weight_decay": self.args.weight_decay}
+            if self.args.learning_rate != transformers.TrainingArguments.learning_rate:
+                options["lr"] = self.args.learning_rate
+            self.optimizer = attach(self.accelerator, self.model, **{**options, **(self._options or {})})
+        opt = unwrap(self.optimizer)
+        if self.args.max_grad_norm > 0 and opt.limit.max_norm is None:
+            if opt.apply == "backward":
+                raise ArgumentError('apply="backward" cannot clip: leave it out, or set TrainingArguments(max_grad_norm=0)')
+            opt.limit.max_norm = self.args.max_grad_norm
+        return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        self._share = self._share_of_step(inputs, num_items_in_batch)
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def _share_of_step(self, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor | float:
+        # What Trainer or the model have multiplied the micro-batch's mean loss with.
+        steps = self.current_gradient_accumulation_steps
+        if steps == 1 or count is None or self.loss_is_scaled_for_ga is False:
+            return 1 / steps
+        return self._get_num_items_in_batch([inputs], self.args.device).clamp(min=1) / count
+
+    def _backward(self, backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
+        tracker = unwrap(self.optimizer).tracker
+        is_whole = isinstance(self._share, float) and self._share == 1
+        backward(tracker(loss) if is_whole else tracker(loss / self._share) * self._share, **kwargs)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
+        # step() clips, by its own limit: the norm before that is what is asked for here.
+        return self._get_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
+        opt = unwrap(self.optimizer)
+        return clip_grad_norm_(self.accelerator, opt, math.inf) if grad_norm is None and opt.apply == "step" else grad_norm

@@ -1,0 +1,179 @@
+"""gradlr.integrations.accelerate: the loop of accelerate's documentation, on the CPU."""
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from models import mlp, regression
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import gradlr
+from gradlr import ArgumentError, AttachError
+from gradlr.integrations.accelerate import attach, clip_grad_norm_, unwrap
+from gradlr.rules import TrackedMomentum
+
+PLAIN = {"lr": 1e-2, "rank": 4, "momentum_rank": 2, "rule": TrackedMomentum(residual=0)}
+EXACT = {"lr": 1e-2, "rank": 1.0, "momentum_rank": 2}
+
+
+def forget_accelerate():
+    # Precision and accumulation are one for the process.
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate():
+    forget_accelerate()
+    yield
+    forget_accelerate()
+
+
+class Loop:
+    """A prepared model and its training loop."""
+
+    def __init__(self, *, options=PLAIN, batch=16, dtype=torch.float32, seed=0, **arguments):
+        self.accelerator = Accelerator(cpu=True, **arguments)
+        self.tracker = gradlr.LossTracker()
+        self.plain = mlp(16, 3, dtype=dtype, seed=seed)
+        self.opt = attach(self.accelerator, self.plain, self.tracker, **options)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(self.opt, lambda step: 1 / (1 + step))
+        loader = DataLoader(TensorDataset(*regression(16, dtype=dtype)), batch_size=batch)
+        self.model, self.prepared, self.loader, self.scheduler = self.accelerator.prepare(self.plain, self.opt, loader, scheduler)
+        self.norms, self.losses = [], []
+
+    def run(self, epochs=1, max_norm=None):
+        for _ in range(epochs):
+            for x, y in self.loader:
+                with self.accelerator.accumulate(self.model):
+                    loss = nn.functional.mse_loss(self.model(x), y)
+                    self.losses.append(loss.item())
+                    self.accelerator.backward(self.tracker(loss))
+                    if self.accelerator.sync_gradients and max_norm is not None:
+                        self.norms.append(clip_grad_norm_(self.accelerator, self.prepared, max_norm).item())
+                    self.prepared.step()
+                    self.scheduler.step()
+                    self.prepared.zero_grad()
+        return self
+
+    @property
+    def weights(self):
+        return [parameter.detach().clone() for parameter in self.plain.parameters()]
+
+
+def assert_same(one, other, atol=0.0):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+
+def by_hand(*, batch=16, dtype=torch.float32, options=PLAIN, **more):
+    model, tracker, norms = mlp(16, 3, dtype=dtype), gradlr.LossTracker(), []
+    opt = gradlr.attach(model, tracker, apply="step", **options, **more)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+    x, y = regression(16, dtype=dtype)
+    for rows in torch.arange(64).split(batch):
+        tracker(nn.functional.mse_loss(model(x[rows]), y[rows])).backward()
+        opt.step()
+        norms.append(opt.grad_norm)
+        scheduler.step()
+    return [parameter.detach() for parameter in model.parameters()], norms
+
+
+def test_a_prepared_loop_is_a_plain_one():
+    assert_same(Loop().run().weights, by_hand()[0])
+
+
+def test_accumulated_micro_batches_are_one_batch_and_losses_are_true():
+    small = Loop(options=EXACT, batch=4, dtype=torch.float64, gradient_accumulation_steps=4).run()
+    # Sums in another order, in float64.
+    assert_same(small.weights, by_hand(options=EXACT, dtype=torch.float64)[0], atol=1e-9)
+    assert small.tracker.history == pytest.approx(small.losses, rel=1e-12)
+    assert small.tracker.count == 16
+
+
+def test_clipping_through_the_optimizer_is_that_of_attach():
+    clipped = Loop(options=PLAIN, dtype=torch.float64).run(max_norm=1e-3)
+    expected, norms = by_hand(dtype=torch.float64, max_grad_norm=1e-3)
+    assert_same(clipped.weights, expected, atol=1e-12)  # the factor is read back from a quotient of norms
+    assert clipped.norms == pytest.approx(norms, rel=1e-12)
+    assert max(norms) > 1e-3
+    free = Loop(options=PLAIN, dtype=torch.float64).run()
+    assert not torch.equal(free.opt.state[free.plain[0].weight]["R"], clipped.opt.state[clipped.plain[0].weight]["R"])
+
+
+def test_stock_clipping_over_the_model_clips_nothing():
+    """What the helper is for; where this fails, it is not needed any more."""
+    loop = Loop()
+    x, y = regression(16)
+    loop.accelerator.backward(loop.tracker(nn.functional.mse_loss(loop.model(x), y)))
+    assert loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1e-3) == 0
+    assert clip_grad_norm_(loop.accelerator, loop.opt, 1e-3) > 1e-3
+
+
+def test_bfloat16_autocast_trains_and_state_stays_wide():
+    options = {**PLAIN, "lr": 5e-2}
+    loop = Loop(options=options, mixed_precision="bf16").run(epochs=5)
+    forget_accelerate()
+    wide = Loop(options=options).run(epochs=5)
+    assert loop.losses[-1] < 0.95 * loop.losses[0]
+    assert loop.losses != wide.losses
+    assert loop.losses == pytest.approx(wide.losses, rel=2e-2)  # autocast rounds to 8 bits
+    assert {value.dtype for state in loop.opt.state.values() for value in state.values()} == {torch.float32, torch.int64}
+
+
+def test_state_of_bfloat16_weights_survives_prepare():
+    """Accelerate loads the optimizer's own state once; torch's loader would narrow it."""
+    loop = Loop(dtype=torch.bfloat16)
+    assert {value.dtype for state in loop.opt.state.values() for value in state.values()} == {torch.float32, torch.int64}
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_save_state_resumes_bit_for_bit(tmp_path, precision):
+    arguments = {"mixed_precision": precision, "batch": 8, "gradient_accumulation_steps": 2}
+    whole = Loop(**arguments).run(epochs=2)
+    whole.accelerator.save_state(str(tmp_path / "state"))
+    whole.run()
+    resumed = Loop(seed=3, **arguments)
+    resumed.accelerator.load_state(str(tmp_path / "state"))
+    resumed.run()
+    assert_same(whole.weights, resumed.weights)
+    assert whole.losses[16:] == resumed.losses
+    assert whole.tracker.history == resumed.tracker.history
+
+
+def test_a_step_that_the_scaler_skips_leaves_nothing_over():
+    loop = Loop(dtype=torch.float64)
+    loop.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=10_000)
+    loop.prepared = type(loop.prepared)(loop.opt, scaler=loop.accelerator.scaler)
+    before = loop.weights
+    handle = loop.plain[0].weight.register_hook(lambda gradient: gradient * float("inf"))
+    x, y = regression(16, dtype=torch.float64)
+
+    def step():
+        loop.accelerator.backward(loop.tracker(nn.functional.mse_loss(loop.model(x), y)))
+        loop.prepared.step()
+        loop.prepared.zero_grad()
+
+    step()
+    handle.remove()
+    assert_same(before, loop.weights)
+    assert loop.opt.skipped == 1 and loop.opt.state_dict()  # nothing waits
+    step()
+    plain = Loop(dtype=torch.float64)
+    plain.tracker(nn.functional.mse_loss(plain.plain(x), y)).backward()
+    plain.opt.step()
+    assert_same(plain.weights, loop.weights, atol=1e-12)  # a power of two, but for the norm's own rounding
+
+
+def test_what_does_not_fit_is_refused():
+    accelerator = Accelerator(cpu=True)
+    model = mlp()
+    opt = attach(accelerator, model, gradlr.LossTracker(), apply="backward")
+    with pytest.raises(ArgumentError, match='apply="step"'):
+        clip_grad_norm_(accelerator, opt, 1.0)
+    with pytest.raises(ArgumentError, match="SGD; make it with gradlr"):
+        unwrap(torch.optim.SGD(model.parameters()))
+    accelerator.state.distributed_type = DistributedType.MULTI_CPU
+    with pytest.raises(AttachError, match="one process on one device"):
+        attach(accelerator, mlp(), gradlr.LossTracker())
