@@ -15,6 +15,7 @@ from .errors import (
 )
 from .optimizer import GradLR
 from .ranks import ByEnergy, ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
+from .storage import load, save
 from .tracker import LossTracker
 
 __version__ = "0.1.0"
@@ -39,5 +40,7 @@ __all__ = [
     "attach",
     "decide_rank",
     "linalg",
+    "load",
     "rules",
+    "save",
 ]

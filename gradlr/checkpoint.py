@@ -18,8 +18,6 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
         raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
     if state_dict["gradlr"].get("version") != 1:
         raise CheckpointError(f"the checkpoint has format {state_dict['gradlr'].get('version')!r}, this gradlr reads format 1")
-    if len(state_dict["gradlr"]["ranks"]) != sum(len(group["param_names"]) for group in groups):
-        raise CheckpointError(f"the checkpoint holds {len(state_dict['gradlr']['ranks'])} ranks, not one per parameter")
     saved_groups = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         counts = f"{len(saved_groups)} groups, this optimizer {len(groups)}"
@@ -36,6 +34,8 @@ def check_groups(state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> No
         for key in ("kind", "rule"):
             if saved[key] != group[key]:
                 raise CheckpointError(f"group {group['label']!r}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
+    if len(state_dict["gradlr"]["ranks"]) != sum(len(group["param_names"]) for group in groups):
+        raise CheckpointError(f"the checkpoint holds {len(state_dict['gradlr']['ranks'])} ranks, not one per parameter")
 
 
 def fitted_state(

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
+
+_SUFFIX = ".part"
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, then give it the name.
 
+    Killed at any moment, it leaves the old file or the new one. What killed processes of this machine have left beside `path` is
+    removed by the next call.
+
     Raises:
         OSError: the folder does not exist or cannot be written; `path` is as it was.
     """
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, suffix=".part", delete=False) as file:
+    _remove_leftovers(path)
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path, os.getpid()), suffix=_SUFFIX, delete=False) as file:
         try:
             write(file)
             file.flush()
@@ -25,3 +34,39 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             raise
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+    _sync_folder(path.parent)
+
+
+def _prefix(path: Path, process: int | str) -> str:
+    host = re.sub(r"\W", "_", socket.gethostname())
+    return f"{path.name}.{host}-{process}."
+
+
+def _remove_leftovers(path: Path) -> None:
+    # Another process, or another machine on a shared disk, may be writing the same file: only files of the dead go.
+    pattern = re.compile(re.escape(_prefix(path, "@")).replace("@", r"(\d+)") + r"[^.]*" + re.escape(_SUFFIX))
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        found = pattern.fullmatch(entry.name)
+        if found and not _is_alive(int(found[1])):
+            with suppress(FileNotFoundError):
+                entry.unlink()
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's process
+        return True
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    # The new name itself is on the disk only when its folder is. Where folders cannot be opened, nothing can be done.
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,289 @@
+"""save and load: one file, whole or not at all, and a run that goes on as if nothing had happened."""
+
+import copy
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from killed_writer import checkpointed
+from models import attached, mlp, regression
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import gradlr
+from gradlr import ArgumentError, CheckpointError
+from gradlr.files import _prefix
+
+WRITER = Path(__file__).with_name("killed_writer.py")
+pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_same(one, other):
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+# -- killed at any moment ----------------------------------------------------------------------------------------------
+
+
+def test_a_writer_killed_at_fifty_random_moments_leaves_the_old_or_the_new_checkpoint(tmp_path):
+    path, moments = tmp_path / "run.pt", random.Random(0)
+    model, opt = checkpointed()
+    gradlr.save(path, model=model, optimizer=opt, counter=0)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, str(WRITER), str(path)]
+    counters, leftovers = [0], 0
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        for _ in range(50):
+            process.stdin.write(f"{counters[-1]} {moments.uniform(0.01, 0.12)}\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "killed\n"
+            found = gradlr.load(path, model=model, optimizer=opt)
+            counters.append(found["counter"])
+            assert counters[-1] == 0 or {value.item() for p in model.parameters() for value in p.unique()} == {counters[-1]}
+            leftovers += any(entry.suffix == ".part" for entry in tmp_path.iterdir())
+            if found["counter"] == 0:
+                continue
+        process.stdin.close()
+    assert counters == sorted(counters) and counters[-1] > 10  # never back, and it did write
+    assert leftovers > 0  # some were killed in the middle of a file
+    gradlr.save(path, model=model, optimizer=opt)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_files_of_the_living_are_left_alone(tmp_path):
+    path = tmp_path / "run.pt"
+    mine, foreign = (tmp_path / f"{_prefix(path, process)}abc.part" for process in (os.getpid(), "x"))
+    for file in (mine, foreign):
+        file.touch()
+    model, _, opt = attached()
+    gradlr.save(path, model=model, optimizer=opt)
+    assert mine.exists() and foreign.exists()
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    model, _, opt = attached()
+    path = tmp_path / "run.pt"
+    gradlr.save(path, model=model, optimizer=opt, epoch=1)
+    before = path.read_bytes()
+
+    def full_disk(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        gradlr.save(path, model=model, optimizer=opt, epoch=2)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+# -- goes on bit for bit -----------------------------------------------------------------------------------------------
+
+RUNS = {
+    "backward": {},
+    "step": {"apply": "step"},
+    "adaptor": {"capture": "adaptor"},
+    "adaptor_step": {"capture": "adaptor", "apply": "step"},
+    "one_sided": {"capture": "one_sided"},
+    "one_sided_step": {"capture": "one_sided", "apply": "step"},
+    "clipped": {"apply": "step", "max_grad_norm": 1e-2, "max_norm_growth": 1.1},
+    "narrow_state": {"state_dtype": torch.bfloat16},
+    "factors": {"rule": "factor_moments"},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", list(RUNS))
+def test_an_interrupted_run_ends_as_the_uninterrupted_one(name, dtype, tmp_path):
+    def start(seed):
+        options = {"rank": gradlr.ByLoss(8), "weight_decay": 0.1, **RUNS[name]}
+        model, tracker, opt = attached(mlp(16, 3, dtype=dtype, seed=seed), seed=seed, **options)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(opt, T_max=10)
+        is_scaled = opt.apply == "step" and dtype == torch.float32
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2, enabled=is_scaled)
+        return model, tracker, opt, scheduler, scaler
+
+    def run(parts, steps):
+        model, tracker, opt, scheduler, scaler = parts
+        x, y = regression(16, dtype=dtype)
+        for step in steps:
+            opt.zero_grad()
+            rows = slice(16 * (step % 4), 16 * (step % 4) + 16)
+            scaler.scale(tracker(nn.functional.mse_loss(model(x[rows]), y[rows]))).backward()
+            scaler.step(opt)
+            scaler.update()
+            scheduler.step()
+
+    one = start(0)
+    run(one, range(4))
+    path = tmp_path / "run.pt"
+    gradlr.save(path, model=one[0], optimizer=one[2], scheduler=one[3], scaler=one[4], epoch=7)
+    run(one, range(4, 8))
+    other = start(5)
+    found = gradlr.load(path, model=other[0], optimizer=other[2], scheduler=other[3], scaler=other[4])
+    assert found == {"epoch": 7}
+    run(other, range(4, 8))
+    assert_same(weights(one[0]), weights(other[0]))
+    assert str(one[2].state_dict()["gradlr"]) == str(other[2].state_dict()["gradlr"])
+    assert one[4].state_dict() == other[4].state_dict()
+
+
+CHANGES = [{"rank": 8}, {"momentum_rank": 4}, {"momentum_rank": 1}, {"state_dtype": torch.bfloat16}]
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_other_ranks_and_dtypes_go_on(changes, tmp_path):
+    model, tracker, opt = attached(mlp(16, 3))
+    x, y = regression(16)
+    tracker(nn.functional.mse_loss(model(x), y)).backward()
+    gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt)
+    for dtype in (torch.float32, torch.bfloat16):
+        other, other_tracker, other_opt = attached(mlp(16, 3, dtype=dtype, seed=1), **changes)
+        gradlr.load(tmp_path / "run.pt", model=other, optimizer=other_opt)
+        assert_same([value.to(dtype) for value in weights(model)], weights(other))
+        kept = min(changes.get("momentum_rank", 2), 2)
+        for slot in other_opt.slots:
+            if slot.plan.kind == "matrix":
+                old = dict(zip([s.plan.name for s in opt.slots], opt.slots, strict=True))[slot.plan.name].plan.parameter
+                new_r, old_r = other_opt.state[slot.plan.parameter]["R"], opt.state[old]["R"]
+                torch.testing.assert_close(new_r[:, :kept], old_r[:, :kept].to(new_r.dtype), rtol=0, atol=0)
+                assert not new_r[:, kept:].any()
+        other_tracker(nn.functional.mse_loss(other(x.to(dtype)), y.to(dtype))).backward()
+
+
+# -- what is in it -----------------------------------------------------------------------------------------------------
+
+
+def leaves(value):
+    if isinstance(value, dict):
+        for key, part in value.items():
+            yield from (*leaves(key), *leaves(part))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves(part)
+    else:
+        yield value
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_state_dict_is_plain_and_its_tensors_fit_into_safetensors(name, tmp_path):
+    model, tracker, opt = attached(mlp(16, 2), **RUNS[name])
+    x, y = regression(16)
+    tracker(nn.functional.mse_loss(model(x), y)).backward()
+    opt.step()
+    state = opt.state_dict()
+    assert {type(leaf) for leaf in leaves(state)} <= {torch.Tensor, int, float, str, bool, type(None)}
+    tensors = {f"{index}.{key}": value for index, entries in state["state"].items() for key, value in entries.items()}
+    save_file(tensors, tmp_path / "state.safetensors")
+    read = load_file(tmp_path / "state.safetensors")
+    assert all(torch.equal(read[key], value) for key, value in tensors.items())
+    torch.save(state, tmp_path / "state.pt")
+    opt.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+
+
+def test_plain_values_come_back_and_others_are_refused(tmp_path):
+    model, _, opt = attached()
+    values = {"epoch": 3, "name": "run", "best": 0.5, "order": torch.arange(3), "nested": {"a": [1, (2, None)]}}
+    gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, **values)
+    found = gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt)
+    assert torch.equal(found.pop("order"), values.pop("order")) and found == values
+    with pytest.raises(ArgumentError, match="'where' holds a PosixPath"):
+        gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, where=Path("/"))
+
+
+# -- refusals, and nothing changed -------------------------------------------------------------------------------------
+
+
+def test_gradients_that_wait_are_refused(tmp_path):
+    model, tracker, opt = attached(apply="step")
+    x, y = regression(16)
+    tracker(nn.functional.mse_loss(model(x), y)).backward()
+    with pytest.raises(CheckpointError, match=r"6 gradients wait for step\(\) \('0.weight' first\)"):
+        gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt)
+    assert not list(tmp_path.iterdir())
+
+
+def spoil_nothing(path):
+    path.unlink()
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def replace_by_text(path):
+    path.write_text("hello")
+
+
+def replace_by_weights(path):
+    torch.save(mlp().state_dict(), path)
+
+
+FILES = {
+    "missing": (spoil_nothing, "there is no such file"),
+    "cut off": (cut_off, "cut off"),
+    "text": (replace_by_text, "cut off, or no file of torch.save"),
+    "weights alone": (replace_by_weights, "no checkpoint of gradlr.save"),
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_files_that_are_no_checkpoint_are_named(name, tmp_path):
+    spoil, message = FILES[name]
+    model, _, opt = attached()
+    path = tmp_path / "run.pt"
+    gradlr.save(path, model=model, optimizer=opt)
+    spoil(path)
+    with pytest.raises(CheckpointError, match=f"run.pt: {message}"):
+        gradlr.load(path, model=model, optimizer=opt)
+
+
+
+
+OTHERS = {
+    "fewer parameters": (lambda: (mlp(16, 2), {}), r"has, unlike the model, '4.bias' \(2 in all\)"),
+    "more parameters": (lambda: (mlp(16, 4), {}), r"lacks '6.bias' \(2 in all\)"),
+    "another shape": (lambda: (mlp(8, 3), {}), r"'0.weight' has shape \(16, 16\), the model's is \(8, 8\)"),
+    "another rule": (lambda: (mlp(16, 3), {"rule": "factor_moments"}), "saved with rule 'tracked_momentum', attached with"),
+    "another kind": (lambda: (mlp(16, 3), {"groups": [{"match": "*.weight", "kind": "table"}]}), "group"),
+    "a frozen layer": (lambda: (frozen(), {}), "'0.weight' for one"),
+}
+
+
+def frozen():
+    model = mlp(16, 3)
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_what_does_not_fit_is_named_and_nothing_is_changed(name, tmp_path):
+    model, tracker, opt = attached(mlp(16, 3, seed=1))
+    x, y = regression(16)
+    scheduler = torch.optim.lr_scheduler.StepLR(opt, 1)
+    tracker(nn.functional.mse_loss(model(x), y)).backward()
+    scheduler.step()
+    gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, scheduler=scheduler)
+
+    make, message = OTHERS[name]
+    other, options = make()
+    _, _, other_opt = attached(other, **options)
+    other_scheduler = torch.optim.lr_scheduler.StepLR(other_opt, 1)
+    before = copy.deepcopy((weights(other), other_opt.state_dict(), other_scheduler.state_dict()))
+    with pytest.raises(CheckpointError, match=f"run.pt: .*({message})"):
+        gradlr.load(tmp_path / "run.pt", model=other, optimizer=other_opt, scheduler=other_scheduler)
+    assert_same(before[0], weights(other))
+    assert str(before[1:]) == str((other_opt.state_dict(), other_scheduler.state_dict()))
+
+
+def test_an_object_that_was_not_saved_is_named(tmp_path):
+    model, _, opt = attached()
+    gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, epoch=1)
+    with pytest.raises(CheckpointError, match="no object was saved as 'scheduler'; there is epoch"):
+        gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt, scheduler=torch.optim.lr_scheduler.StepLR(opt, 1))
