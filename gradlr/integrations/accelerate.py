@@ -1,7 +1,7 @@
 """accelerate: attach where an Accelerator trains, and clip through the optimizer; everything else works as it is.
 
-    accelerator = Accelerator(gradient_accumulation_steps=4)
-    opt = gradlr.integrations.accelerate.attach(accelerator, model, gradlr.LossTracker(), max_grad_norm=1.0)
+    accelerator, tracker = Accelerator(gradient_accumulation_steps=4), gradlr.LossTracker()
+    opt = gradlr.integrations.accelerate.attach(accelerator, model, tracker, max_grad_norm=1.0)
     model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
     for x, y in loader:
         with accelerator.accumulate(model):

@@ -81,14 +81,13 @@ class Trainer(transformers.Trainer):
 
     def _share_of_step(self, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor | float:
         # What Trainer or the model have multiplied the micro-batch's mean loss with.
-        steps = self.current_gradient_accumulation_steps
-        if steps == 1 or count is None or self.loss_is_scaled_for_ga is False:
-            return 1 / steps
+        if count is None or self.loss_is_scaled_for_ga is False:
+            return 1 / self.current_gradient_accumulation_steps
         return self._get_num_items_in_batch([inputs], self.args.device).clamp(min=1) / count
 
     def _backward(self, backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
         tracker = unwrap(self.optimizer).tracker
-        is_whole = isinstance(self._share, float) and self._share == 1
+        is_whole = self.current_gradient_accumulation_steps == 1
         backward(tracker(loss) if is_whole else tracker(loss / self._share) * self._share, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
@@ -96,5 +95,5 @@ class Trainer(transformers.Trainer):
         return self._get_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
-        opt = unwrap(self.optimizer)
-        return clip_grad_norm_(self.accelerator, opt, math.inf) if grad_norm is None and opt.apply == "step" else grad_norm
+        is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward"
+        return grad_norm if is_known else clip_grad_norm_(self.accelerator, self.optimizer, math.inf)

@@ -118,9 +118,24 @@ def test_four_micro_batches_are_one_batch(tmp_path):
         )  # fmt: skip
         trainer.train()
         results.append((weights(trainer.model), logged(trainer, "loss")))
-    # Sums in another order, in float32; the polar factor enlarges their rounding where singular values are small.
-    assert_same(results[0][0], results[1][0], atol=1e-4)
-    assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
+    # Sums in another order, in float32; the polar factor enlarges their rounding where singular values are small:
+    # 2e-7 was measured, of weights that move by 1e-2 a step.
+    assert_same(results[0][0], results[1][0], atol=1e-5)
+    assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
+
+
+def test_a_micro_batch_without_labels_counts_for_nothing(tmp_path):
+    data = texts()
+    for row in data[1::2]:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    trainer = trainer_of(
+        tmp_path, data=data, per_device_train_batch_size=1, gradient_accumulation_steps=2, train_sampling_strategy="sequential"
+    )
+    trainer.train()
+    history = tracker_of(trainer).history
+    assert history[1::2] == [0.0] * 4 and min(history[::2]) > 1
+    assert history[::2] == pytest.approx(logged(trainer, "loss"), rel=1e-5)
+    assert unwrap(trainer.optimizer).skipped == 0
 
 
 def by_hand(model, opt, steps, batch=8):
