@@ -119,10 +119,12 @@ def _natural_view(parameter: Tensor, owner: nn.Module, name: str) -> View:
         return _convolution_view(owner)
     if isinstance(owner, nn.MultiheadAttention) and name == "in_proj_weight" and parameter.shape[0] == 3 * owner.embed_dim:
         return View("(three o) i -> three o i")
-    if parameter.ndim > 3:
-        axes = " ".join(f"b{index}" for index in range(parameter.ndim - 2))
-        return View(f"{axes} m n -> ({axes}) m n")
-    return View()
+    return _leading_batch(parameter.ndim)
+
+
+def _leading_batch(ndim: int) -> View:
+    axes = " ".join(f"b{index}" for index in range(ndim - 2))
+    return View(f"{axes} m n -> ({axes}) m n") if ndim > 3 else View()
 
 
 def _are_filters(parameter: Tensor, layer: nn.Module) -> bool:
@@ -192,7 +194,10 @@ def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
     if kind != VECTOR and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
-    return replace(plan, kind=kind, view=View() if kind == VECTOR else plan.view, is_guess=False)
+    view = View() if kind == VECTOR else plan.view
+    if kind != VECTOR and view.pattern is None:
+        view = _leading_batch(plan.parameter.ndim)
+    return replace(plan, kind=kind, view=view, is_guess=False)
 
 
 def tale_of_guesses(plans: list[ParameterPlan]) -> str:

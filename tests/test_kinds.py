@@ -516,6 +516,13 @@ def test_a_view_of_the_users_own_is_captured_by_hooks():
         assert captures["words.weight"] == "hook"
 
 
+def test_a_vector_of_many_axes_becomes_one_batch_of_matrices_where_a_group_says_so():
+    depthwise = nn.Conv2d(6, 6, 3, groups=6)
+    assert plans(depthwise)["weight"].kind == "vector"
+    found = plans(depthwise, groups=[{"match": "weight", "kind": "matrix"}])["weight"]
+    assert tuple(found.shape) == (6, 3, 3)
+
+
 # -- parameters that could be anything ---------------------------------------------------------------------------------------
 
 
