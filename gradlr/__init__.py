@@ -13,6 +13,7 @@ from .errors import (
     NonFiniteError,
     ShapeError,
 )
+from .lora import LoraLayer, LoraReport, export_lora
 from .optimizer import GradLR
 from .ranks import ByEnergy, ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
 from .storage import load, save
@@ -31,6 +32,8 @@ __all__ = [
     "GradLR",
     "GradlrError",
     "GradlrWarning",
+    "LoraLayer",
+    "LoraReport",
     "LossError",
     "LossTracker",
     "NonFiniteError",
@@ -39,6 +42,7 @@ __all__ = [
     "ShapeError",
     "attach",
     "decide_rank",
+    "export_lora",
     "linalg",
     "load",
     "rules",

@@ -88,16 +88,16 @@ class TokenMap(LinearMap):
         return "i o -> o i" if self.is_transposed else None
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, self._matrix(weight), bias)
+        return F.linear(x, self.oriented(weight), bias)
 
     def input_gradient(self, delta: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
-        return delta @ self._matrix(weight)
+        return delta @ self.oriented(weight)
 
     def gradient(self, delta: Tensor, x: Tensor) -> Tensor:
         return _rows(delta).mT @ _rows(x)
 
     def weight_gradient(self, delta: Tensor, x: Tensor) -> Tensor:
-        return self._matrix(self.gradient(delta, x))
+        return self.oriented(self.gradient(delta, x))
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
         return _rows(delta).sum(0)
@@ -115,7 +115,8 @@ class TokenMap(LinearMap):
     def transposed_times(self, delta: Tensor, x: Tensor, left: Tensor) -> Tensor:
         return self.correlate(x, self.project(delta, left))
 
-    def _matrix(self, weight: Tensor) -> Tensor:
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A weight of the layer as (fan_out, fan_in)."""
         return weight.mT if self.is_transposed else weight
 
 
@@ -183,23 +184,29 @@ class ConvolutionMap(LinearMap):
 def linear_map(module: nn.Module) -> LinearMap | None:
     """What the module computes; None where it is no plain Linear, transformers' Conv1D or ungrouped convolution.
 
-    Subclasses may compute anything, so none is taken: the class must be the very one.
+    Subclasses may compute anything, so none is taken: the class must be the very one, or one that capture has put over it.
     """
-    if type(module) is nn.Linear:
+    kind = _kind(module)
+    if kind is nn.Linear:
         return TokenMap()
     if is_transposed_linear(module):
         return TokenMap(is_transposed=True)
-    if type(module) in _CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros":
+    if kind in _CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros":
         padding = _symmetric_padding(module)
         if padding is not None:
             sizes = (module.kernel_size, module.stride, padding, module.dilation)
-            return ConvolutionMap(type(module), module.in_channels, *sizes)
+            return ConvolutionMap(kind, module.in_channels, *sizes)
     return None
 
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether the module is transformers' Conv1D: a Linear that stores its weight as (fan_in, fan_out)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__.split(".")[0] == "transformers"
+    kind = _kind(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
+
+
+def _kind(module: nn.Module) -> type[nn.Module]:
+    return getattr(type(module), "original", type(module))
 
 
 def _symmetric_padding(module: nn.Module) -> tuple[int, ...] | None:
