@@ -23,7 +23,8 @@ LOOPS = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("text", [README, LOOPS], ids=["README.md", "loops.md"])
-def test_its_python_runs_from_top_to_bottom(text):
+def test_its_python_runs_from_top_to_bottom(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) >= 2
     exec("\n".join(blocks), {})
