@@ -110,9 +110,10 @@ def lost_parameters(lost: Sequence[str], count: int) -> AttachError:
 
 
 def changed_form(name: str, before: Any, now: Any) -> AttachError:
-    """An attached parameter has another shape or dtype."""
-    forms = f"was {tuple(before[0])} {before[1]} when it was attached and is {tuple(now[0])} {now[1]} now"
-    return AttachError(f"parameter {name!r} {forms}: convert the model before attaching, or call opt.detach() and attach again")
+    """An attached parameter has another shape, dtype or device: each a triple of the three."""
+    forms = " when it was attached and is ".join(f"{tuple(shape)} {dtype} on {device}" for shape, dtype, device in (before, now))
+    way_out = "convert and move the model before attaching, or call opt.detach() and attach again"
+    return AttachError(f"parameter {name!r} was {forms} now: {way_out}")
 
 
 def strangers(names: Sequence[str]) -> str:

@@ -35,7 +35,7 @@ class Membership:
         """Look at every parameter of the model.
 
         Raises:
-            AttachError: attached parameters are not the model's any more, or have another shape or dtype.
+            AttachError: attached parameters are not the model's any more, or have another shape, dtype or device.
 
         Warns:
             GradlrWarning: the model has trainable parameters that are not attached, or is compiled as a whole (once each).
@@ -84,5 +84,5 @@ def _owners(model: nn.Module, plans: dict[int, ParameterPlan]) -> list[tuple[wea
     return found
 
 
-def _form(parameter: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return parameter.shape, parameter.dtype
+def _form(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return parameter.shape, parameter.dtype, parameter.device

@@ -468,7 +468,7 @@ def test_no_loss_was_shown_since_a_checkpoint_was_loaded():
 def test_another_dtype_since_attaching(change):
     model, tracker, _ = attached()
     change(model)
-    with pytest.raises(AttachError, match=r"'0\.weight' was \(16, 16\) torch.float32 when it was attached and is"):
+    with pytest.raises(AttachError, match=r"'0\.weight' was \(16, 16\) torch.float32 on cpu when it was attached and is"):
         tracker(1.0)
 
 
