@@ -94,6 +94,14 @@ def interrupted(loss_number: int, changed: Sequence[str], dropped: int) -> str:
     return f"the backward of loss number {loss_number} did not come to its end (an exception in a layer?). {tale}"
 
 
+def half_step(changed: Sequence[str], count: int) -> str:
+    """A step that ended in an exception while it wrote."""
+    return (
+        f"opt.step() did not come to its end: {len(changed)} of {count} parameters were updated ({changed[0]!r} first), the "
+        "others were not, and what waited for them is dropped. Load the last checkpoint, or go on with a step half taken"
+    )
+
+
 def unfinished_step(waiting: Sequence[str]) -> CheckpointError:
     """A checkpoint is asked for while gradients wait."""
     tale = f"{len(waiting)} gradients wait for step() ({waiting[0]!r} first)"

@@ -74,7 +74,7 @@ class GradLR(Updates):
 
     @property
     def interrupted(self) -> tuple[str, ...]:
-        """Names of the parameters that the last backward has updated, where it did not come to its end; else empty."""
+        """Names of the parameters that the last backward or step has updated, where it did not come to its end; else empty."""
         return self._watch.interrupted
 
     @torch.no_grad()
@@ -194,8 +194,10 @@ class GradLR(Updates):
             if self.apply == "step" and (self._waiting() or self._skips.reason):
                 with full_precision(self._gauge.parameter.device):
                     self._take_step()
-        except GradlrError:
+        except BaseException:  # out of memory, Ctrl-C: nothing of this step may join the next one
+            changed = tuple(self._watch.changed)
             self._give_up()
+            self._watch.step_broke(changed)
             raise
         return result
 

@@ -35,6 +35,7 @@ class BackwardWatch:
         self._handled: int | None = None
         self.changed: list[str] = []
         self._interrupted: tuple[str, ...] = ()
+        self._broken: tuple[str, ...] = ()
         self.forget()
 
     def forget(self) -> None:
@@ -49,7 +50,9 @@ class BackwardWatch:
 
     @property
     def interrupted(self) -> tuple[str, ...]:
-        """What the last backward had updated when an exception ended it; empty where it came to its end."""
+        """What the last backward or step had updated when an exception ended it; empty where it came to its end."""
+        if self._broken:
+            return self._broken
         if self._tracker.is_open:
             return tuple(self.changed)
         return () if self._tracker.has_begun else self._interrupted
@@ -79,7 +82,7 @@ class BackwardWatch:
             GradlrWarning: the last backward did not end, or reached no attached parameter; or gradients wait for a step() that
                 256 losses have not brought.
         """
-        self._interrupted = self.interrupted
+        self._interrupted, self._broken = self.interrupted, ()
         self.raise_unread()
         last = self._tracker.count - 1
         if self.is_interrupted:
@@ -146,6 +149,16 @@ class BackwardWatch:
         if self._is_immediate and losses > 1 and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.accumulated(losses), GradlrWarning, stacklevel=5)
+
+    def step_broke(self, changed: tuple[str, ...]) -> None:
+        """An exception has ended a step; `changed` are the parameters that it had written.
+
+        Warns:
+            GradlrWarning: there are some, and others were not written.
+        """
+        self._broken = changed
+        if changed:
+            warnings.warn(guards.half_step(changed, self._count), GradlrWarning, stacklevel=4)
 
     def require_finite(self, name: str, is_finite: Tensor) -> None:
         """Raise now where the flag can be read without waiting, at the next loss where it lies on a CUDA device.

@@ -72,8 +72,8 @@ def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor,
     if isinstance(decay, Tensor) or decay != 1:
         for rows in _row_blocks(table, is_whole=not _is_narrow(table)):
             _write_block(table[rows], Update(), lr, decay, generator)
-    if not _is_narrow(table):
-        table.index_add_(0, update.rows, update.dense, alpha=-lr)
+    if not _is_narrow(table) or not len(update.rows):
+        table.index_add_(0, update.rows, update.dense.to(table.dtype), alpha=-lr)
         return
     wide = table[update.rows].float().add_(update.dense, alpha=-lr)
     rounded = stochastic_round(wide, table.dtype, generator=generator)

@@ -133,3 +133,63 @@ def test_a_step_that_is_half_taken_is_told(capture):
         was_interrupted = [warning for warning in told if "did not come to its end" in str(warning.message)]
         assert len(was_interrupted) <= 1
     assert halves > 50
+
+
+class Running(gradlr.rules.TrackedMomentum):
+    """The default rule, until it runs out of memory."""
+
+    is_failing = False
+
+    def update(self, gradient, state, settings):
+        if self.is_failing and gradient.shape[0] == WIDTH + 1:
+            raise MemoryError("injected")
+        return super().update(gradient, state, settings)
+
+
+def test_a_step_whose_rule_fails_leaves_nothing_for_the_next_one():
+    def start():
+        torch.manual_seed(0)
+        model, rule = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH + 1)), Running()
+        return rule, *attached(model, apply="step", rule=rule, rank=4)
+
+    def backward(model, tracker, seed):
+        x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(seed))
+        tracker(model(x).square().mean()).backward()
+
+    (rule, model, tracker, opt), (_, shadow, shadow_tracker, shadow_opt) = start(), start()
+    before = everything(model, opt)
+    backward(model, tracker, 0)
+    rule.is_failing = True
+    with pytest.raises(MemoryError):
+        opt.step()
+    rule.is_failing = False
+    assert is_same(before, everything(model, opt)) and opt.interrupted == ()
+    backward(model, tracker, 1)
+    opt.step()
+    backward(shadow, shadow_tracker, 1)
+    shadow_opt.step()
+    assert is_same(everything(model, opt), everything(shadow, shadow_opt))
+
+
+def test_a_step_that_fails_while_it_writes_names_what_it_has_written(monkeypatch):
+    model, tracker, opt = attached(network(), apply="step", rank=4)
+    tracker(loss_of(model, 0)).backward()
+    real, calls = gradlr.updates.write, []
+
+    def failing(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(*arguments, **options)
+
+    monkeypatch.setattr("gradlr.updates.write", failing)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.warns(gradlr.GradlrWarning, match="2 of 8 parameters were updated"), pytest.raises(KeyboardInterrupt):
+        opt.step()
+    names = [name for name, _ in model.named_parameters()]
+    changed = {name for name, old, new in zip(names, before, model.parameters(), strict=True) if not torch.equal(old, new)}
+    assert set(opt.interrupted) == changed and len(changed) == 2
+    monkeypatch.undo()
+    tracker(loss_of(model, 1)).backward()
+    opt.step()
+    assert opt.interrupted == ()
