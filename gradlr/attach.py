@@ -100,8 +100,9 @@ def attach(
             rule takes its products of rank r, exact, without the residual; embeddings hand over rows. "one_sided" also saves
             r numbers a token for backward instead of the layer's input; the gradient is projected. "auto" is "adaptor" where
             that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
-        max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. `opt.grad_norm` tells
-            the norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients),
+        max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. It decides what a
+            spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
+            norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients),
             that of the projected gradients under accumulation and with "one_sided" capture.
         max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
@@ -118,7 +119,7 @@ def attach(
     Warns:
         GradlrWarning: several processes form a group; gradlr does not synchronize them yet. The model is compiled as a whole.
             With `capture`: ranks are so large that hooks would be faster. Parameters of no known layer have four axes or more,
-            three with one in front, or names that speak of a table ("embed", "position", "table"): what was assumed, and how
+            three with one in front, or names that speak of a table ("emb...", "pos...", "table"): what was assumed, and how
             to overrule it.
     """
     _require_plain_model(model)

@@ -148,6 +148,14 @@ def no_gradient_known(count: int) -> str:
     )
 
 
+def unshown_losses(count: int) -> str:
+    """Gradients of losses that the tracker did not see."""
+    return (
+        f"opt.step() writes gradients of a loss that the tracker was not shown; the last one it saw was number {count}, so the "
+        "rank follows that. Write tracker(loss).backward() for every loss"
+    )
+
+
 def never_stepped(count: int) -> str:
     """Gradients wait, and nobody calls step()."""
     return f'the gradients of {count} losses wait and no weight has changed: with apply="step", call opt.step() after backward'
@@ -158,6 +166,14 @@ def accumulated(count: int) -> str:
     return (
         f"{count} backward passes have each updated the weights since the last opt.step(). If they were meant to accumulate into "
         'one step, attach with apply="step"'
+    )
+
+
+def foreign_default_rate() -> str:
+    """A trainer's own default learning rate, which was not passed on."""
+    return (
+        "learning_rate is transformers' default of 5e-5, which is AdamW's: gradlr trains with its own default instead. Give "
+        'TrainingArguments another one, or gradlr={"lr": ...}'
     )
 
 

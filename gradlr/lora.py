@@ -87,7 +87,7 @@ def export_lora(
 
     Args:
         model: The trained model, itself, without peft around it.
-        base_state: The base model's `state_dict()`.
+        base_state: The base model's `state_dict()`: a copy from before training, or that of another model.
         path: A folder, made where missing; it may hold an earlier adapter, and nothing else.
         rank: r, an int (cut where a layer is smaller) or a fraction of min(m, n).
         others: What to do with changed parameters that a LoRA cannot hold: "save" puts them into the file whole (peft loads them
@@ -99,7 +99,8 @@ def export_lora(
         Layers, ranks, captured energy and sizes; `print` shows them.
 
     Raises:
-        ArgumentError: an option is out of range, safetensors is missing, or the folder holds other files.
+        ArgumentError: an option is out of range, `base_state` is no copy, safetensors is missing, or the folder holds other
+            files.
         CheckpointError: `base_state` lacks a parameter or has it in another shape. Nothing was written.
 
     Source: Eckart and Young 1936, the best approximation of rank r; LoRA, arXiv 2106.09685, for the format.
@@ -148,6 +149,8 @@ def _require_free(folder: Path) -> None:
 
 def _changes(model: nn.Module, base_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # In float32 or wider; a tied weight under its first name only.
+    if not isinstance(base_state, Mapping):
+        raise ArgumentError(f"base_state is a {type(base_state).__name__}; give the state_dict() of the model before training")
     changes = {}
     for name, parameter in model.named_parameters():
         base = base_state.get(name)
@@ -156,6 +159,11 @@ def _changes(model: nn.Module, base_state: Mapping[str, Tensor]) -> dict[str, Te
         if base.shape != parameter.shape:
             shapes = f"{tuple(base.shape)}, the trained model's {tuple(parameter.shape)}"
             raise CheckpointError(f"parameter {name!r} has shape {shapes} in base_state")
+        if base.numel() and base.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr():
+            raise ArgumentError(
+                f"base_state shares its memory with the model ({name!r}), so it has been trained along: keep a copy from before "
+                "training, such as copy.deepcopy(model.state_dict())"
+            )
         wide = torch.promote_types(parameter.dtype, torch.float32)
         change = parameter.detach().to(wide) - base.to(parameter.device, wide)
         if change.any():

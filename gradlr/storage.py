@@ -35,18 +35,21 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
         ArgumentError: something in `more` is neither.
         OSError: the folder is not there, or the disk is full. The old file is as it was.
     """
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"save: there is no folder {path.absolute().parent}; make it first")
     entries = {name: _state_of(name, value) for name, value in more.items()}
     checkpoint = {"gradlr": _FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": entries}
-    write_atomically(Path(path), lambda file: torch.save(checkpoint, file))
+    write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **more: Any) -> dict[str, Any]:
+def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | None = None, **more: Any) -> dict[str, Any]:
     """Go on from a checkpoint of `gradlr.save`. All is checked before anything is changed.
 
     Args:
         path: The file.
         model: The attached model; weights are copied into its parameters.
-        optimizer: Its optimizer; rank, momentum rank and dtypes may differ from the saved ones.
+        optimizer: Its optimizer; rank, momentum rank and dtypes may differ from the saved ones. None for the weights alone.
         more: The objects that were saved under these names.
 
     Returns:
@@ -64,7 +67,8 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
     try:
         for name, value in more.items():
             value.load_state_dict(checkpoint["more"][name]["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])  # checks all before it changes anything
+        if optimizer is not None:
+            optimizer.load_state_dict(checkpoint["optimizer"])  # checks all before it changes anything
     except Exception as error:
         for name, value in more.items():
             value.load_state_dict(before[name])

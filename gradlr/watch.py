@@ -132,11 +132,12 @@ class BackwardWatch:
             AttachError: the backward of a shown loss ran, and no hook fired.
 
         Warns:
-            GradlrWarning: losses without a graph were shown and no hook fired since the last step; or several backwards have
-                each updated the weights since then (each told once or at its step).
+            GradlrWarning: losses without a graph were shown and no hook fired since the last step; several backwards have each
+                updated the weights since then; or gradients wait and no loss was shown (each told once or at its step).
         """
         tracker, losses = self._tracker, self._loss_count
         is_missing = not losses and not tracker.has_gradient
+        is_unshown = bool(pending) and tracker.serial == self._stepped_serial
         is_blind = tracker.serial != self._stepped_serial and not tracker.has_graph
         self.forget()
         self.changed = []
@@ -146,6 +147,9 @@ class BackwardWatch:
             raise guards.no_gradient(tracker.count, self._count)
         if is_missing and is_blind:
             warnings.warn(guards.no_gradient_known(self._count), GradlrWarning, stacklevel=5)
+        if is_unshown and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(guards.unshown_losses(tracker.count), GradlrWarning, stacklevel=5)
         if self._is_immediate and losses > 1 and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.accumulated(losses), GradlrWarning, stacklevel=5)

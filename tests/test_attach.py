@@ -131,6 +131,7 @@ def test_repr_shows_what_each_parameter_became():
 
 
 BAD_ARGUMENTS = [
+    ({"rule": gradlr.rules.TrackedMomentum}, "class: pass an object"),
     ({"lr": -1e-3}, "lr"),
     ({"lr": math.nan}, "lr"),
     ({"lr": math.inf}, "lr"),

@@ -167,6 +167,14 @@ def test_another_base_is_named_before_anything_is_written(tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+def test_a_state_dict_that_was_trained_along_is_refused(tmp_path):
+    _, model = trained("llama", steps=1)
+    with pytest.raises(ArgumentError, match="shares its memory with the model.*deepcopy"):
+        gradlr.export_lora(model, model.state_dict(), tmp_path / "adapter")
+    with pytest.raises(ArgumentError, match="base_state is a LlamaForCausalLM"):
+        gradlr.export_lora(model, model, tmp_path / "adapter")
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path):
     base, model = trained("llama", steps=1)
     (tmp_path / "model.safetensors").touch()

@@ -197,6 +197,16 @@ def test_plain_values_come_back_and_others_are_refused(tmp_path):
         gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, where=Path("/"))
 
 
+def test_the_weights_alone_are_loaded_without_an_optimizer(tmp_path):
+    model, _, opt = attached()
+    gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt)
+    other = mlp(seed=3)
+    gradlr.load(tmp_path / "run.pt", model=other)
+    assert_same(weights(model), weights(other))
+    with pytest.raises(FileNotFoundError, match="no folder .*missing; make it first"):
+        gradlr.save(tmp_path / "missing" / "run.pt", model=model, optimizer=opt)
+
+
 # -- refusals, and nothing changed -------------------------------------------------------------------------------------
 
 

@@ -61,6 +61,17 @@ def test_a_scaled_loss_is_welcome_in_step_mode():
     opt.step()
 
 
+def test_losses_that_are_not_shown_any_more_are_told_once_where_gradients_wait():
+    model, tracker, opt = attached(apply="step")
+    tracker(loss_of(model)).backward()
+    opt.step()
+    loss_of(model).backward()
+    with pytest.warns(GradlrWarning, match=r"was not shown; the last one it saw was number 1.*tracker\(loss\)"):
+        opt.step()
+    loss_of(model).backward()
+    opt.step()
+
+
 def test_step_after_a_backward_that_reached_nothing():
     model, tracker, opt = attached()
     copied = copy.deepcopy(model)

@@ -3,12 +3,12 @@
     from gradlr.integrations.transformers import Trainer
 
     trainer = Trainer(model=model, args=TrainingArguments(..., learning_rate=1.6e-2), train_dataset=data, gradlr={"rank": 64})
-    trainer.train()
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +17,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, AttachError
+from .. import guards
+from ..errors import ArgumentError, AttachError, GradlrWarning
 from ..tracker import LossTracker
 from .accelerate import attach, clip_grad_norm_, require_one_device, unwrap
 
@@ -33,17 +34,15 @@ class _DropGradients(transformers.TrainerCallback):
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` with gradlr for an optimizer, made when training begins, or passed in `optimizers`.
 
-    Losses are shown to the tracker in their true size, as means over their own micro-batch; those of evaluations are not.
+    Losses are shown to the tracker in true size, as means over their own micro-batch; those of evaluations are not.
 
     Args:
-        gradlr: Options of `gradlr.attach`, "loss_tracker" included. Left out, `apply` is "step", `max_grad_norm` is that of the
-            training arguments, and so are `weight_decay` and, where it is not transformers' own default, `lr`.
-        args, kwargs: As for `transformers.Trainer`; of `optimizers`, the first one must come from `gradlr.attach`, called when
-            the model was on its device.
+        gradlr: Options of `gradlr.attach`. Left out, `apply` is "step"; `max_grad_norm`, `weight_decay` and, where it is not
+            transformers' own default, `lr` are those of the training arguments.
+        args, kwargs: As for `transformers.Trainer`; an optimizer must come from `gradlr.attach`, called on the model's device.
 
     Raises:
-        ArgumentError: both `gradlr` and an optimizer were given; `apply="backward"` together with `max_grad_norm`; or as
-            `gradlr.attach`.
+        ArgumentError: `gradlr` and an optimizer; `apply="backward"` and `max_grad_norm`; or as `gradlr.attach`.
         AttachError: several devices.
     """
 
@@ -67,11 +66,13 @@ class Trainer(transformers.Trainer):
             options = {"loss_tracker": LossTracker(), "weight_decay": self.args.weight_decay}
             if self.args.learning_rate != transformers.TrainingArguments.learning_rate:
                 options["lr"] = self.args.learning_rate
+            elif "lr" not in (self._options or {}):
+                warnings.warn(guards.foreign_default_rate(), GradlrWarning, stacklevel=2)
             self.optimizer = attach(self.accelerator, self.model, **{**options, **(self._options or {})})
         opt = unwrap(self.optimizer)
         if self.args.max_grad_norm > 0 and opt.limit.max_norm is None:
             if opt.apply == "backward":
-                raise ArgumentError('apply="backward" cannot clip: leave it out, or set TrainingArguments(max_grad_norm=0)')
+                raise ArgumentError('apply="backward" cannot clip: use "step", or TrainingArguments(max_grad_norm=0)')
             opt.limit.max_norm = self.args.max_grad_norm
         return self.optimizer
 

@@ -24,5 +24,7 @@ def resolve(rule: str | Rule) -> Rule:
         return rule
     if isinstance(rule, str) and rule in BUILT_IN:
         return BUILT_IN[rule]()
+    if isinstance(rule, type) and issubclass(rule, Rule):
+        raise ArgumentError(f"rule {rule.__name__} is a class: pass an object, {rule.__name__}()")
     names = ", ".join(BUILT_IN)
     raise ArgumentError(f"rule {rule!r} is unknown: use one of {names}, or an object of a subclass of gradlr.rules.Rule")

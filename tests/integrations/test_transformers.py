@@ -320,3 +320,11 @@ def test_a_gradient_that_is_not_finite_is_told(tmp_path):
     with pytest.warns(GradlrWarning, match="left out whole: loss number 2 is nan"):
         trainer.train()
     assert unwrap(trainer.optimizer).skipped == 1
+
+
+def test_transformers_own_default_rate_is_not_passed_on_and_that_is_told(tmp_path):
+    trainer = trainer_of(tmp_path, learning_rate=5e-5, max_steps=1)
+    with pytest.warns(GradlrWarning, match="default of 5e-5, which is AdamW's"):
+        trainer.train()
+    assert unwrap(trainer.optimizer).param_groups[0]["initial_lr"] == 1.6e-2
+    trainer_of(tmp_path, options={"lr": 5e-5}, learning_rate=5e-5, max_steps=1).train()
