@@ -1,0 +1,6 @@
+"""Train all weights, ship megabytes: the difference between fine-tuned and base weights as a peft LoRA adapter."""
+
+from .export import export_lora
+from .report import LoraLayer, LoraReport, SavedModule
+
+__all__ = ["LoraLayer", "LoraReport", "SavedModule", "export_lora"]
