@@ -91,7 +91,7 @@ def attach(
         views: Glob on parameter names → einops expression "parameter axes -> [batch axes] m n": what matches becomes a matrix,
             or a batch of them, seen so: `{"*.qkv.weight": "(three o) i -> three o i"}`. Axes named two, three and four have that
             size; others that the shape leaves open come in a pair: `("(heads d) i -> heads d i", {"heads": 8})`. The first match
-            wins. A view other than the layer's own is captured by hooks.
+            wins. What has a view of yours is captured by hooks.
         apply: "backward" updates inside backward. "step" keeps a sketch of (2r + k)(m + n) numbers per matrix until
             `opt.step()` (the gradient itself where that is smaller, and for tables and vectors), which makes accumulation,
             several backwards and scaled losses right.

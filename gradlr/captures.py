@@ -21,7 +21,8 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
     """The layers whose weight gradient is not to be formed; marks their slots.
 
     Linears, transformers' Conv1D and ungrouped convolutions under a matrix rule hand over output gradient and input ("adaptor"),
-    or output gradient and the projected input ("one_sided"); heads (tables) always the former; embeddings their rows.
+    or output gradient and the projected input ("one_sided"); heads (tables) always the former; embeddings their rows. Where
+    somebody has registered a hook on the weight, the gradient is formed for it.
 
     Args:
         model: What is attached to.
@@ -50,6 +51,8 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
             continue
         is_shared = uses[id(module.weight)] > 1
         if layer.linear_map is not None and is_shared and (is_immediate or slot.rule.needs_dense):
+            continue
+        if module.weight._backward_hooks:
             continue
         if is_slower_than_hook(slot, layer.is_one_sided):
             if capture == "auto":

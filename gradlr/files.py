@@ -29,11 +29,11 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+            os.chmod(file.name, path.stat().st_mode & 0o777 if path.is_file() else 0o644)
+            os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)
             raise
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
     _sync_folder(path.parent)
 
 

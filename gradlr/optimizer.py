@@ -63,13 +63,17 @@ class GradLR(Updates):
 
     @property
     def grad_norm(self) -> float | None:
-        """Global norm of the last step's gradients, unscaled, before `max_grad_norm`; None before the first, and where backward
-        updates. Exact where one backward made the step, that of the projected gradients where several did."""
+        """Global norm of the last step's gradients, unscaled, before `max_grad_norm` and after `clip_grad_norm_`.
+
+        None before the first step, and where backward updates. Exact where one backward made the step, that of the projected
+        gradients where several did.
+        """
         return None if self._grad_norm is None else float(self._grad_norm)
 
     @property
     def skipped(self) -> int:
-        """Number of steps left out whole because a loss, a gradient or a norm was not finite. On CUDA known one loss late."""
+        """Number of steps left out whole because a loss, a gradient or a norm was not finite. On CUDA known one loss late, and
+        with `apply="backward"` not counted there: each gradient is a NonFiniteError of its own."""
         return self._skips.count
 
     @property

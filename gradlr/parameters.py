@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -37,6 +37,7 @@ class ParameterPlan:
         kind: "matrix", "table" or "vector".
         view: How it becomes (a batch of) matrices; the identity for vectors.
         is_guess: Whether neither a layer, nor its shape, nor the user says what it is.
+        natural: The view that its layer suggests, which a vector does without.
     """
 
     name: str
@@ -44,6 +45,7 @@ class ParameterPlan:
     kind: str
     view: View
     is_guess: bool = False
+    natural: View = field(default_factory=View)
 
     @property
     def shape(self) -> torch.Size:
@@ -71,7 +73,8 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
             owner, own_name = owners[id(parameter)]
             kind, view = _classify(parameter, owner, own_name, table_ids)
             is_guess = kind == MATRIX and _is_guess(parameter, owner, own_name)
-            plans.append(ParameterPlan(name, parameter, kind, view, is_guess))
+            natural = _natural_view(parameter, owner, own_name) if parameter.ndim > 1 else View()
+            plans.append(ParameterPlan(name, parameter, kind, view, is_guess, natural))
     return plans
 
 
@@ -197,7 +200,7 @@ def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
     if kind != VECTOR and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
-    view = View() if kind == VECTOR else plan.view
+    view = View() if kind == VECTOR else plan.natural if plan.kind == VECTOR else plan.view
     if kind != VECTOR and view.pattern is None:
         view = _leading_batch(plan.parameter.ndim)
     return replace(plan, kind=kind, view=view, is_guess=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from .files import write_atomically
 from .optimizer import GradLR
 
 _FORMAT = 1
-_PLAIN = (bool, int, float, str, bytes, type(None), Tensor)
+# What torch.load(weights_only=True) builds: subclasses and named tuples are code to it.
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_TABLES, _SEQUENCES = (dict, OrderedDict), (list, tuple, torch.Size)
 
 
 def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **more: Any) -> None:
@@ -32,19 +35,21 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
 
     Raises:
         CheckpointError: gradients wait for `opt.step()`.
-        ArgumentError: something in `more` is neither.
+        ArgumentError: something in `more`, or in the model's extra state, is neither.
         OSError: the folder is not there, or the disk is full. The old file is as it was.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.absolute().parent}; make it first")
     entries = {name: _state_of(name, value) for name, value in more.items()}
-    checkpoint = {"gradlr": _FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "more": entries}
+    weights = model.state_dict()
+    _require_plain("model", weights)
+    checkpoint = {"gradlr": _FORMAT, "model": weights, "optimizer": optimizer.state_dict(), "more": entries}
     write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
 def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | None = None, **more: Any) -> dict[str, Any]:
-    """Go on from a checkpoint of `gradlr.save`. All is checked before anything is changed.
+    """Go on from a checkpoint of `gradlr.save`. Names and shapes are checked before anything is changed.
 
     Args:
         path: The file.
@@ -63,35 +68,48 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
     checkpoint = _read(path)
     _check_model(path, checkpoint["model"], model)
     _check_objects(path, checkpoint["more"], more)
-    before = {name: copy.deepcopy(value.state_dict()) for name, value in more.items()}
-    try:
-        for name, value in more.items():
-            value.load_state_dict(checkpoint["more"][name]["state_dict"])
-        if optimizer is not None:
-            optimizer.load_state_dict(checkpoint["optimizer"])  # checks all before it changes anything
-    except Exception as error:
-        for name, value in more.items():
-            value.load_state_dict(before[name])
-        raise CheckpointError(f"{path}: {error}. Nothing was changed") from error
-    model.load_state_dict(checkpoint["model"])
+    loads = [(value, checkpoint["more"][name]["state_dict"]) for name, value in more.items()]
+    loads += [] if optimizer is None else [(optimizer, checkpoint["optimizer"])]
+    loads += [(model, checkpoint["model"])]
+    _load_all(path, loads)
     return {name: entry["value"] for name, entry in checkpoint["more"].items() if "value" in entry}
+
+
+def _load_all(path: Path, loads: list[tuple[Any, dict[str, Any]]]) -> None:
+    # The optimizer checks all before it changes anything. The model comes last: where its own code fails, the rest is as it was.
+    done = []
+    try:
+        for thing, state in loads:
+            before = None if thing is loads[-1][0] else copy.deepcopy(thing.state_dict())
+            thing.load_state_dict(state)
+            done.append((thing, before))
+    except BaseException as error:
+        for earlier, before in done:
+            earlier.load_state_dict(before)
+        if not isinstance(error, Exception) or isinstance(thing, nn.Module):
+            raise
+        raise CheckpointError(f"{path}: {error}. Nothing was changed") from error
 
 
 def _state_of(name: str, value: Any) -> dict[str, Any]:
     entry = {"state_dict": value.state_dict()} if hasattr(value, "state_dict") else {"value": value}
-    stranger = _first_stranger(entry)
+    _require_plain(name, entry)
+    return entry
+
+
+def _require_plain(name: str, value: Any) -> None:
+    stranger = _first_stranger(value)
     if stranger is not None:
         raise ArgumentError(
             f"save: {name!r} holds a {type(stranger).__name__}, which a file that loads without running code cannot hold: "
             "pass objects with state_dict(), or numbers, strings, tensors, and lists, tuples and dicts of these"
         )
-    return entry
 
 
 def _first_stranger(value: Any) -> Any:
-    if isinstance(value, dict):
+    if type(value) in _TABLES:
         parts = [*value.keys(), *value.values()]
-    elif isinstance(value, list | tuple):
+    elif type(value) in _SEQUENCES:
         parts = list(value)
     else:
         return None if type(value) in _PLAIN or isinstance(value, Tensor) else value
@@ -105,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cut off, or no file of torch.save: {reason}") from error
+        raise CheckpointError(f"{path}: cut off, or no checkpoint of gradlr.save: {reason}") from error
     if not isinstance(checkpoint, dict) or not {"gradlr", "model", "optimizer", "more"} <= checkpoint.keys():
         raise CheckpointError(f"{path}: no checkpoint of gradlr.save; load it with torch.load and load_state_dict")
     if checkpoint["gradlr"] != _FORMAT:
@@ -126,6 +144,8 @@ def _check_model(path: Path, saved: dict[str, Any], model: nn.Module) -> None:
 
 def _check_objects(path: Path, saved: dict[str, Any], objects: dict[str, Any]) -> None:
     for name in objects:
+        if "value" in saved.get(name, {}):
+            raise CheckpointError(f"{path}: {name!r} was saved as a plain value: leave it out, load returns it")
         if "state_dict" not in saved.get(name, {}):
             kept = ", ".join(sorted(saved)) or "nothing more"
             raise CheckpointError(f"{path}: no object was saved as {name!r}; there is {kept}. Nothing was changed")

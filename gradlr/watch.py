@@ -46,7 +46,7 @@ class BackwardWatch:
     @property
     def is_interrupted(self) -> bool:
         """Whether an exception has ended the last backward, and nobody has told or dropped anything since."""
-        return self._tracker.is_open and self._handled != self._open_serial()
+        return self._tracker.is_open and self._handled != self._tracker.begun_serial
 
     @property
     def interrupted(self) -> tuple[str, ...]:
@@ -60,14 +60,11 @@ class BackwardWatch:
     def gradients_dropped(self) -> None:
         """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
         self._discard_interrupted()
-        self._handled = self._open_serial()
+        self._handled = self._tracker.begun_serial
 
     def _discard_interrupted(self) -> None:
-        if self._last_serial == self._open_serial():
+        if self._last_serial == self._tracker.begun_serial:
             self._loss_count, self._last_serial = self._loss_count - 1, -1
-
-    def _open_serial(self) -> int:
-        return self._tracker.begun_serial
 
     def loss_shown(self, *, pending: int) -> None:
         """A new loss: tell what the last backward left unsaid.

@@ -103,6 +103,11 @@ def test_a_group_may_overrule_the_kind():
     assert kinds(opt)["head.weight"] == "matrix"
 
 
+def test_a_vector_that_becomes_a_matrix_is_seen_as_its_layer_suggests():
+    opt = gradlr.attach(nn.Conv2d(6, 1, 3), LossTracker(), groups=[{"match": "weight", "kind": "matrix"}])
+    assert next(slot.plan.shape for slot in opt.slots if slot.plan.name == "weight") == (1, 54)
+
+
 def test_rank_takes_an_int_a_fraction_and_a_schedule():
     def largest(rank):
         return attached(mlp(16, 1), rank=rank)[2].slots[0].largest_rank

@@ -88,7 +88,7 @@ def attempt(model, tracker, opt, step, place):
 
 @CAPTURES
 def test_a_step_is_whole_or_not_at_all(capture):
-    """With apply="step" a run with a thousand faults ends, bit for bit, as the run without the steps that failed."""
+    """With apply="step" a run with some 350 faults ends, bit for bit, as the run without the steps that failed."""
     options = {"apply": "step", "capture": capture, "rank": 4}
     (model, tracker, opt), (shadow, shadow_tracker, shadow_opt) = (attached(network(), **options) for _ in range(2))
     faults = 0

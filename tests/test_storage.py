@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import defaultdict, namedtuple
 from pathlib import Path
 
 import pytest
@@ -60,12 +61,25 @@ def test_a_writer_killed_at_fifty_random_moments_leaves_the_old_or_the_new_check
 
 def test_files_of_the_living_are_left_alone(tmp_path):
     path = tmp_path / "run.pt"
-    mine, foreign = (tmp_path / f"{_prefix(path, process)}abc.part" for process in (os.getpid(), "x"))
-    for file in (mine, foreign):
-        file.touch()
-    model, _, opt = attached()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        mine, living = (tmp_path / f"{_prefix(path, process)}abc.part" for process in (os.getpid(), other.pid))
+        elsewhere = tmp_path / f"{path.name}.another_host-{2**22 + 1}.abc.part"  # no such process here, but perhaps there
+        for file in (mine, living, elsewhere):
+            file.touch()
+        model, _, opt = attached()
+        gradlr.save(path, model=model, optimizer=opt)
+        assert mine.exists() and living.exists() and elsewhere.exists()
+        other.communicate(b"\n")
     gradlr.save(path, model=model, optimizer=opt)
-    assert mine.exists() and foreign.exists()
+    assert mine.exists() and not living.exists() and elsewhere.exists()
+
+
+def test_a_target_that_is_a_folder_leaves_nothing_behind(tmp_path):
+    model, _, opt = attached()
+    (tmp_path / "run.pt").mkdir()
+    with pytest.raises(OSError, match="run.pt"):
+        gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.pt"]
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
@@ -193,8 +207,32 @@ def test_plain_values_come_back_and_others_are_refused(tmp_path):
     gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, **values)
     found = gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt)
     assert torch.equal(found.pop("order"), values.pop("order")) and found == values
-    with pytest.raises(ArgumentError, match="'where' holds a PosixPath"):
-        gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, where=Path("/"))
+    class Table(dict):
+        pass
+
+    pair = namedtuple("Pair", "a b")(1, 2)
+    strangers = {"PosixPath": Path("/"), "Pair": pair, "defaultdict": defaultdict(int), "Table": Table()}
+    for name, value in strangers.items():
+        with pytest.raises(ArgumentError, match=f"'where' holds a {name}"):
+            gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, where=value)
+    with pytest.raises(CheckpointError, match="'epoch' was saved as a plain value"):
+        gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt, epoch=0)
+
+
+def test_a_model_that_fails_to_load_leaves_the_optimizer_as_it_was(tmp_path):
+    class Picky(nn.Linear):
+        def get_extra_state(self):
+            return 1
+
+        def set_extra_state(self, state):
+            raise ValueError("no")
+
+    model, tracker, opt = attached(Picky(16, 16))
+    gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt)
+    tracker(model(torch.randn(4, 16)).square().mean()).backward()
+    with pytest.raises(ValueError, match="no"):
+        gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt)
+    assert tracker.count == 1 and int(opt.state[model.weight]["step"]) == 1
 
 
 def test_the_weights_alone_are_loaded_without_an_optimizer(tmp_path):
@@ -219,7 +257,7 @@ def test_gradients_that_wait_are_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def spoil_nothing(path):
+def remove(path):
     path.unlink()
 
 
@@ -236,9 +274,9 @@ def replace_by_weights(path):
 
 
 FILES = {
-    "missing": (spoil_nothing, "there is no such file"),
+    "missing": (remove, "there is no such file"),
     "cut off": (cut_off, "cut off"),
-    "text": (replace_by_text, "cut off, or no file of torch.save"),
+    "text": (replace_by_text, "cut off, or no checkpoint of gradlr.save"),
     "weights alone": (replace_by_weights, "no checkpoint of gradlr.save"),
 }
 

@@ -111,6 +111,7 @@ def _check(arguments: argparse.Namespace) -> None:
     # Before minutes of measuring, not after.
     numbers = {key: value for key, value in vars(arguments).items() if isinstance(value, int)}
     small = [f"--{key.replace('_', '-')} {value}" for key, value in numbers.items() if value < 1]
+    small += [f"--ranks {rank}" for rank in getattr(arguments, "ranks", ()) if rank < 1]
     if small:
         raise ArgumentError(f"{small[0]}: it must be at least 1")
     if arguments.out is not None and not arguments.out.parent.is_dir():

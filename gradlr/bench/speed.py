@@ -103,6 +103,7 @@ def measure_crossover(
     """Time of one Linear's step by rank, with hooks and without weight gradient, as ratios to SGD."""
     results = []
     for rank in ranks or [width // 32, width // 16, width // 8, width // 4, 3 * width // 8]:
+        rank = max(rank, 1)
         hook = Contender("hook", "hook", gradlr(rank=rank, rule=rules.TrackedMomentum(residual=0)), ())
         contenders = [Contender("sgd", "SGD", sgd, ()), hook, *adaptors(rank)]
         steps = [_linear_step(contender, width, tokens, device, torch.float32) for contender in contenders]

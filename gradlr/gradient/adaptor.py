@@ -66,12 +66,14 @@ _captures: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class AdaptedLayer:
     """Mixed into a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
 
-    original: type[nn.Module]
+    _gradlr_original: type[nn.Module]
 
     @torch.compiler.disable  # the backward changes weights, which no compiler may move
     def forward(self, x: Tensor) -> Tensor:
         capture = _captures.get(self.weight)
-        if capture is None or not self.weight.requires_grad or not _is_ordinary_backward():
+        # A hook on the weight itself wants to see, or to change, the gradient.
+        is_hooked = bool(self.weight._backward_hooks)
+        if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
             return super().forward(x)
         if capture.linear_map is None:
             return _EmbeddingByRows.apply(x, self.weight, weakref.ref(self.weight), self.padding_idx)
@@ -84,7 +86,7 @@ class AdaptedLayer:
 
     def __reduce_ex__(self, protocol: int):
         # A copy or a pickle is of the original class: nothing of gradlr is in it.
-        return copyreg._reconstructor, (self.original, object, None), self.__dict__
+        return copyreg._reconstructor, (self._gradlr_original, object, None), self.__dict__
 
 
 def _basis(capture: _Capture, weight: Tensor, x: Tensor) -> Tensor:
@@ -97,7 +99,8 @@ def _basis(capture: _Capture, weight: Tensor, x: Tensor) -> Tensor:
 
 @functools.cache
 def _adapted(original: type[nn.Module]) -> type[nn.Module]:
-    return type(f"Adapted{original.__name__}", (AdaptedLayer, original), {"original": original, "__doc__": AdaptedLayer.__doc__})
+    contents = {"_gradlr_original": original, "__doc__": AdaptedLayer.__doc__}
+    return type(f"Adapted{original.__name__}", (AdaptedLayer, original), contents)
 
 
 def _is_ordinary_backward() -> bool:
@@ -158,7 +161,7 @@ class _EmbeddingByRows(torch.autograd.Function):
         (ids,) = ctx.saved_tensors
         rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
         if ctx.padding_index is not None:
-            values = values * (rows != ctx.padding_index).unsqueeze(-1)
+            values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
         if _destination(ctx.owner()) == "returned":
             return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None
         gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
@@ -209,7 +212,7 @@ def release_abandoned(model: nn.Module) -> None:
 
 def _release(module: AdaptedLayer) -> None:
     _captures.pop(module.weight, None)
-    module.__class__ = module.original
+    module.__class__ = module._gradlr_original
 
 
 class AdaptorCapture:

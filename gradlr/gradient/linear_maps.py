@@ -206,7 +206,7 @@ def is_transposed_linear(module: nn.Module) -> bool:
 
 
 def _kind(module: nn.Module) -> type[nn.Module]:
-    return getattr(type(module), "original", type(module))
+    return getattr(type(module), "_gradlr_original", type(module))
 
 
 def _symmetric_padding(module: nn.Module) -> tuple[int, ...] | None:

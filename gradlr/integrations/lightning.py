@@ -62,9 +62,17 @@ class ShowLosses(lightning.Callback):
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Give the module back as it was: its own `training_step`, and no hooks, so that it can be fitted again."""
         if stage == "fit":
-            pl_module.__dict__.pop("training_step", None)
-            for opt in _attached(trainer):
-                opt.detach()
+            _give_back(trainer, pl_module)
+
+    def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
+        """The same, where `fit` ends by an exception."""
+        _give_back(trainer, pl_module)
+
+
+def _give_back(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    pl_module.__dict__.pop("training_step", None)
+    for opt in _attached(trainer):
+        opt.detach()
 
 
 def _attached(trainer: lightning.Trainer) -> list[GradLR]:

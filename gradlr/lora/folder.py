@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder that is written beside its place and then given its name."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ def require_free(path: Path) -> None:
 
 def write_folder(path: Path, files: dict[str, bytes]) -> None:
     """Write the files into a new folder beside `path`, then give it the name; an earlier adapter goes when that is done.
+
+    Killed between the two renames, it leaves the earlier adapter in the hidden folder beside `path`, `.{name}.*.part/earlier`.
 
     Raises:
         OSError: the folder cannot be written; `path` is as it was.

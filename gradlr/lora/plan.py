@@ -85,8 +85,8 @@ def plan_adapter(model: nn.Module, changed: Iterable[str], save: tuple[str, ...]
 def transposed(module: nn.Module) -> bool | None:
     """Whether a layer that peft's LoRA takes stores (fan_in, fan_out); None where the module is no such layer."""
     if isinstance(module, AdaptedLayer):  # attached with a capture: its class is gradlr's
-        is_linear = module.weight.ndim == 2 and not issubclass(module.original, nn.Embedding)
-        return not issubclass(module.original, nn.Linear) if is_linear else None
+        is_linear = module.weight.ndim == 2 and not issubclass(module._gradlr_original, nn.Embedding)
+        return not issubclass(module._gradlr_original, nn.Linear) if is_linear else None
     found = linear_map(module)
     return found.is_transposed if isinstance(found, TokenMap) else None
 

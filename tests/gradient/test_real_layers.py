@@ -129,6 +129,38 @@ def test_transformers_own_checkpointing_gives_the_same_weights(use_reentrant, ca
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
+@QUIET
+@pytest.mark.parametrize("capture", ["adaptor", "one_sided"])
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_hook_on_a_weight_sees_and_changes_its_gradient(is_late, capture):
+    results = []
+    for kind in ("hook", capture):
+        torch.manual_seed(0)
+        layer, mask = nn.Linear(16, 8, dtype=torch.float64), torch.ones(8, 1, dtype=torch.float64)
+        mask[:4] = 0
+        if not is_late:
+            layer.weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+        _, tracker, opt = attached(layer, capture=kind, **PLAIN)
+        if is_late:
+            layer.weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+        before = layer.weight.detach().clone()
+        tracker(layer(torch.randn(5, 16, dtype=torch.float64)).square().mean()).backward()
+        assert (layer.weight - before)[:4].abs().max() < 1e-12 < (layer.weight - before)[4:].abs().max()
+        results.append(layer.weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
+
+
+def test_a_module_with_an_attribute_called_original_is_no_layer_of_ours():
+    class Odd(nn.Module):
+        original = True
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 8))
+
+    attached(Odd())[2].detach()
+
+
 def test_ranks_for_which_hooks_would_be_faster_are_told():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     with pytest.warns(gradlr.GradlrWarning, match=r"2 of the layers: '0.weight' \(64 x 64\) with rank 32.* rank of 16 at most"):

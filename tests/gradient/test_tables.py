@@ -186,3 +186,16 @@ def test_any_number_of_ids_will_do(dtype, ids):
         results.append(model.weight.detach().float())
     # bfloat16 rounds at random, by one unit in the last place at each of three steps, for each way in its own manner.
     torch.testing.assert_close(*results, rtol=0, atol=1e-6 if dtype == torch.float32 else 3 * 2**-7)
+
+
+def test_what_is_not_finite_at_padding_is_masked():
+    results = []
+    for capture in ("hook", "adaptor"):
+        torch.manual_seed(0)
+        model = nn.Embedding(9, 4, padding_idx=2).double()
+        _, tracker, opt = attached(model, capture=capture)
+        out = model(torch.tensor([1, 2, 5]))
+        out.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([1]), float("nan")))
+        tracker(out.square().sum()).backward()
+        results.append(model.weight.detach())
+    torch.testing.assert_close(*results, rtol=0, atol=1e-12)
