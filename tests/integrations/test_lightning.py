@@ -211,6 +211,24 @@ def test_a_module_can_be_fitted_again_and_is_left_as_it_was(tmp_path):
     assert second is not first and len(second.tracker.history) == 4
 
 
+def test_after_an_exception_a_module_is_given_back_too(tmp_path):
+    class Failing(Regression):
+        is_failing = True
+
+        def training_step(self, batch, index):
+            if self.is_failing:
+                raise MemoryError
+            return super().training_step(batch, index)
+
+    module = Failing()
+    with pytest.raises(MemoryError):
+        trainer_of(tmp_path).fit(module, loader())
+    assert "training_step" not in vars(module)
+    module.is_failing = False
+    trainer_of(tmp_path).fit(module, loader())
+    assert len(module.losses) == 4
+
+
 def test_what_does_not_fit_is_refused(tmp_path):
     class Adam(Regression):
         def configure_optimizers(self):
