@@ -112,11 +112,18 @@ def operator_of(plan: ParameterPlan, gradient: Tensor) -> GradientOperator | Non
         return Rows.summed(gradient._indices()[0], gradient._values(), plan.shape[0])
     if gradient.layout != torch.strided or gradient.is_complex():
         return None
+    is_shared = _is_storage_shared(gradient)
     matrix = plan.view.of(gradient.detach())
     is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
     # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
-    is_ours = not gradient.requires_grad and len(plan.parameter._post_accumulate_grad_hooks) == 1
+    is_ours = not (is_shared or gradient.requires_grad) and len(plan.parameter._post_accumulate_grad_hooks) == 1
     return Dense(matrix, is_owned=is_copy or is_ours)
+
+
+def _is_storage_shared(gradient: Tensor) -> bool:
+    # autograd hands over a view of a buffer that may still wait in other nodes, as of a sum of two parameters. Two hold the
+    # storage where nobody else does: the tensor, and the object that is asked here.
+    return torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2
 
 
 def waits_as_it_is(slot: Slot, gradient: GradientOperator) -> bool:

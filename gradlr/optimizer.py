@@ -120,7 +120,8 @@ class GradLR(Updates):
         self._forget_failed_backward()
         slot = self._slots[id(parameter)]
         basis = slot.basis
-        if basis is None:
+        # A basis of inputs that were not finite must not outlive their loss; the host looks where it need not wait.
+        if basis is None or (not basis.is_cuda and not basis.isfinite().all()):
             follow_loss(slot, self.tracker.ratio, self.state[parameter])
             known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
             with full_precision(parameter.device):
@@ -212,6 +213,8 @@ class GradLR(Updates):
         """
         if self._skips.reason:
             self._skips.skip(is_quiet=True)
+            for slot in self._slots.values():
+                slot.basis = None
         self._drop_waiting()
         for slot in self._slots.values():
             slot.plan.parameter.grad = None

@@ -589,3 +589,34 @@ def test_an_optimizer_is_not_copied_but_a_tracker_is():
 def test_parameters_that_cannot_be_written_are_refused(model, message):
     with pytest.raises(AttachError, match=message):
         gradlr.attach(model, gradlr.LossTracker())
+
+
+def test_a_gradient_that_other_nodes_still_need_is_not_overwritten():
+    """A sum hands the same buffer to both of its terms; the layer below must get its gradient whole."""
+    torch.manual_seed(0)
+    patch, position, head = nn.Linear(12, 16), nn.Embedding(9, 16), nn.Linear(16, 4)
+    model = nn.ModuleList([patch, position, head])
+    _, tracker, opt = attached(model, rank=2, momentum_rank=1)
+    hidden = patch(torch.randn(1, 9, 12))
+    loss = (head(torch.tanh(hidden + position.weight.unsqueeze(0))) ** 2).sum()
+    (expected,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    found = []
+    hidden.register_hook(lambda gradient: found.append(gradient.clone()))
+    tracker(loss).backward()
+    torch.testing.assert_close(found[0], expected)
+
+
+@pytest.mark.parametrize("rules", [("tracked_momentum", "adam"), ("adam", "tracked_momentum")])
+def test_gradients_that_share_a_buffer_wait_apart(rules):
+    results = []
+    for is_shared in (False, True):
+        torch.manual_seed(0)
+        model = nn.ParameterDict({"a": torch.randn(8, 8, dtype=torch.float64), "b": torch.randn(8, 8, dtype=torch.float64)})
+        groups = [{"match": name, "rule": rule} for name, rule in zip("ab", rules, strict=True)]
+        _, tracker, opt = attached(model, apply="step", groups=groups, max_grad_norm=0.5)
+        total = model["a"].view(-1) + model["b"].view(-1) if is_shared else (model["a"] * 1 + model["b"] * 1).view(-1)
+        tracker(total.square().sum()).backward()
+        opt.step()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

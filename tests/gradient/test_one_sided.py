@@ -208,3 +208,22 @@ def test_nothing_is_projected_where_nothing_is_trained():
     assert opt.slots[0].basis is None
     opt.detach()
     assert type(layer) is nn.Linear and not isinstance(layer, AdaptedLayer)
+
+
+@pytest.mark.parametrize("has_backward", [True, False])
+def test_one_bad_batch_spoils_no_other(has_backward):
+    """Its loss, and so its basis, is still held when the next batch comes."""
+    model, tracker, opt = attached(mlp(16, 2), capture="one_sided", apply="step")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4)
+    for step in range(5):
+        x = torch.randn(8, 16)
+        if step == 1:
+            x[0, 0] = float("nan")
+        opt.zero_grad()
+        loss = model(x).square().mean()
+        if has_backward or loss.isfinite():
+            scaler.scale(tracker(loss)).backward()
+            scaler.step(opt)
+            scaler.update()
+    assert opt.skipped == (1 if has_backward else 0)
+    assert int(opt.state[model[0].weight]["step"]) == 4
