@@ -50,7 +50,9 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
         if layer is None:
             continue
         is_shared = uses[id(module.weight)] > 1
-        if layer.linear_map is not None and is_shared and (is_immediate or slot.rule.needs_dense):
+        # Convolutions may share a weight and differ in stride or padding.
+        is_alike = isinstance(layer.linear_map, TokenMap) and not slot.rule.needs_dense
+        if layer.linear_map is not None and is_shared and (is_immediate or not is_alike):
             continue
         if module.weight._backward_hooks:
             continue

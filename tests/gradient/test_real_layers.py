@@ -204,3 +204,15 @@ def test_products_only_arithmetic_decomposes_nothing(apply, capture):
     assert not called["products"] & DECOMPOSITIONS
     assert {"linalg_cholesky_ex", "linalg_solve_triangular"} <= called["products"]
     assert called["decompose"] & DECOMPOSITIONS  # the check sees them
+
+
+@QUIET
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_convolutions_that_share_a_weight_keep_their_own_geometry(apply):
+    first, second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 3, padding=2, dilation=2)
+    second.weight = first.weight
+    model, x = nn.ModuleList([first, second]), torch.randn(2, 3, 7, 7)
+    with torch.no_grad():
+        expected = first(x) + second(x)
+    attached(model, capture="adaptor", apply=apply, rank=2)
+    torch.testing.assert_close(first(x) + second(x), expected)
