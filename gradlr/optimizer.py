@@ -133,8 +133,7 @@ class GradLR(Updates):
         serial = self.tracker.begun_serial
         if self.tracker.is_open and serial != self._failed_serial and torch._C._current_graph_task_id() == -1:
             self._failed_serial = serial
-            for slot in self._slots.values():
-                slot.basis = None
+            self._forget_bases()
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -213,8 +212,7 @@ class GradLR(Updates):
         """
         if self._skips.reason:
             self._skips.skip(is_quiet=True)
-            for slot in self._slots.values():
-                slot.basis = None
+            self._forget_bases()
         self._drop_waiting()
         for slot in self._slots.values():
             slot.plan.parameter.grad = None

@@ -89,8 +89,7 @@ class Updates(KeptState):
         prepared = [] if self._skips.reason else self._prepare_waiting()
         if self._skips.reason:
             self._drop_waiting()
-            for slot in self._slots.values():
-                slot.basis = None
+            self._forget_bases()
             self._skips.skip(is_quiet=False)
             return
         verdict = self._skips.verdict()
@@ -158,6 +157,10 @@ class Updates(KeptState):
         for slot in self._slots.values():
             slot.pending = None
         self._gauge.clear()
+
+    def _forget_bases(self) -> None:
+        for slot in self._slots.values():
+            slot.basis = None
 
     def _uncount(self, slots: list[Slot]) -> None:
         for slot in slots:
