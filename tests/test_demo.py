@@ -8,7 +8,7 @@ import torch
 
 import gradlr
 from gradlr.bench.pretrain import load_pretrained
-from gradlr.bench.quality import validation
+from gradlr.bench.language import FineTuning
 from gradlr.bench.transformer import evaluate
 from gradlr.cli import main
 from gradlr.demo import training
@@ -17,7 +17,7 @@ from gradlr.demo import training
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     """Validate on one batch and save every other step."""
-    few = validation(training.Workload())[:1]
+    few = FineTuning().validation()[:1]
     monkeypatch.setattr(training, "validation", lambda workload: few)
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
 

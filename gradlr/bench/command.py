@@ -14,7 +14,7 @@ import torch
 from ..errors import ArgumentError
 from ..files import write_atomically
 from . import memory, quality, speed
-from .contenders import CAPTURE_CONTENDERS, CONTENDERS
+from .contenders import CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 
 
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks and their options."""
     benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover")
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
-    default = [name for name in CONTENDERS if name not in CAPTURE_CONTENDERS]
-    one.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=default, metavar="NAME",
-                     help=f"any of {', '.join(CONTENDERS)}; default: all but {', '.join(CAPTURE_CONTENDERS)}")  # fmt: skip
+    one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
+    one.add_argument("--contenders", nargs="+", metavar="NAME",
+                     help=f"any of {', '.join(CONTENDERS)}, or {SPELLING}; default: every one listed, with all peers")  # fmt: skip
     one.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
-    one.add_argument("--steps", type=int, default=quality.Workload.steps, help="optimizer steps a run")
-    one.add_argument("--batch-size", type=int, default=quality.Workload.batch_size, help="windows of 128 bytes a step")
+    one.add_argument("--steps", type=int, help="optimizer steps a run (default: the workload's)")
+    one.add_argument("--batch-size", type=int, help="examples a step (default: the workload's)")
     one.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
     two = benches.add_parser("memory", help="peak memory above 100 MiB of parameters")
     two.add_argument("--tokens", type=int, default=64)
@@ -64,7 +64,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measure_quality(arguments: argparse.Namespace) -> dict[str, Any]:
-    workload = quality.Workload(steps=arguments.steps, batch_size=arguments.batch_size)
+    sizes = {key: getattr(arguments, key) for key in ("steps", "batch_size") if getattr(arguments, key) is not None}
+    workload = quality.WORKLOADS[arguments.workload](**sizes)
     seeds = list(range(arguments.seeds))
     return quality.measure(arguments.contenders, seeds, workload, device=arguments.device, jobs=arguments.jobs)
 
@@ -117,5 +118,5 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
     require_device(arguments.device)
-    if arguments.bench == "quality" and "muon" in arguments.contenders and not hasattr(torch.optim, "Muon"):
-        raise ArgumentError(f"torch {torch.__version__} has no Muon: install 2.9 or later, or leave muon out of --contenders")
+    if arguments.bench == "quality":
+        require_contenders(arguments.contenders or list(CONTENDERS))

@@ -14,8 +14,8 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from .. import rules
-from .contenders import Contender, Stepper, adamw, forward_backward, gradlr
 from .environment import environment
+from .steppers import Contender, Stepper, adamw, forward_backward, gradlr
 
 MIB = 2**20
 # The profiler's library prints its own start and stop to stderr; errors still come as exceptions.

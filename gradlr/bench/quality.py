@@ -1,174 +1,239 @@
-"""Fine-tuning side by side: validation loss of each optimizer at its own best learning rate, over several seeds."""
+"""Training side by side: validation loss of each optimizer at its own best learning rate, over several seeds."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import multiprocessing
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
-from .contenders import CONTENDERS, Contender, Stepper, split_parameters
+from ..errors import NonFiniteError
+from .classification import Digits, SourceClassification
+from .contenders import CONTENDERS, contender, suits
 from .environment import environment
-from .pretrain import load_pretrained
-from .text import batches, documentation, validation_batches
-from .transformer import evaluate, language_model_loss
+from .language import FineTuning, FromScratch, SmallBatches
+from .speed import interleaved
+from .steppers import Contender, split_by_axes, split_parameters
+from .workloads import Workload
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Fine-tuning the shipped byte transformer, pretrained on library sources, on documentation strings.
-
-    Attributes:
-        steps: Optimizer steps.
-        batch_size: Windows a step.
-        length: Bytes a window; the checkpoint knows 128 positions.
-        warmup: Steps of linear warm-up; linear decay to a tenth follows.
-        validation_windows: Windows of `length` bytes that the validation loss is the mean over.
-    """
-
-    steps: int = 200
-    batch_size: int = 8
-    length: int = 128
-    warmup: int = 10
-    validation_windows: int = 256
-
-    def rate_factor(self, step: int) -> float:
-        """Factor on the learning rate at a step counted from 0; the same schedule for every contender."""
-        return min(1.0, (step + 1) / self.warmup) * (1.0 - 0.9 * step / self.steps)
+WORKLOADS: dict[str, type[Workload]] = {
+    "pretrained": FineTuning,
+    "scratch": FromScratch,
+    "small-batches": SmallBatches,
+    "minilm": SourceClassification,
+    "digits": Digits,
+}
+LARGEST_SWEEP = 8
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training run: who, at which rate and seed, and what came of it (nats per byte, numbers of state).
+    """One training run: who, at which rate and seed, and what came of it.
 
-    No seconds: runs share the machine. `bench speed` measures time.
+    Attributes:
+        metrics: What the workload's validation gives; the loss is infinite where training diverged.
+        state_bytes: Bytes of all state at the end.
+        matrix_state_per_weight, state_per_weight: The same in float32 numbers per weight of the matrices, and of the model.
+        mean_rank: Mean over the steps and matrices; None but for gradlr.
     """
 
     contender: str
     lr: float
     seed: int
-    validation_loss: float
+    metrics: dict[str, float]
+    state_bytes: int
     matrix_state_per_weight: float
     state_per_weight: float
+    mean_rank: float | None
+
+    @property
+    def loss(self) -> float:
+        """Validation loss in nats."""
+        return self.metrics["loss"]
 
 
-def fine_tune(contender: Contender, lr: float, seed: int, workload: Workload, device: str = "cpu") -> Run:
-    """Fine-tune from the shipped checkpoint."""
-    torch.manual_seed(seed)
-    model = load_pretrained(device=device)
+def train(contender: Contender, lr: float, seed: int, workload: Workload, device: str = "cpu") -> Run:
+    """One run from the workload's own start; it ends where a loss or a gradient is no longer finite."""
+    model = workload.model(seed, device)
+    matrices, weights = split_parameters(model)[0], sum(p.numel() for p in model.parameters())
     stepper = contender.make(model, lr)
-    for step, (inputs, targets) in enumerate(_training_batches(workload, seed)):
-        stepper.set_rate(workload.rate_factor(step))
-        stepper.step(partial(language_model_loss, model, inputs.to(device), targets.to(device)))
-    loss = evaluate(model, validation(workload))
-    return Run(contender.name, lr, seed, loss, *_state_per_weight(model, stepper))
-
-
-def validation(workload: Workload) -> list[Any]:
-    """The fixed validation batches of the workload."""
-    count = max(1, workload.validation_windows // 16)
-    return list(validation_batches(documentation().validation, batch_size=16, length=workload.length, count=count))
-
-
-def _training_batches(workload: Workload, seed: int):
-    sizes = {"batch_size": workload.batch_size, "length": workload.length, "steps": workload.steps}
-    return batches(documentation().train, seed=seed, **sizes)
-
-
-def _state_per_weight(model: torch.nn.Module, stepper: Stepper) -> tuple[float, float]:
-    matrices, everything = split_parameters(model)[0], list(model.parameters())
-    return tuple(stepper.state_numbers(part) / sum(p.numel() for p in part) for part in (matrices, everything))
+    ranks, is_finite = [], True
+    try:
+        for step, compute in enumerate(workload.losses(model, seed)):
+            stepper.set_rate(workload.rate_factor(step))
+            is_finite = math.isfinite(stepper.step(compute).item())
+            ranks.append(stepper.mean_rank())
+            if not is_finite:
+                break
+    except NonFiniteError:
+        is_finite = False
+    metrics = workload.evaluate(model) if is_finite else {"loss": math.inf}
+    if not math.isfinite(metrics["loss"]):
+        metrics = {"loss": math.inf}
+    per_matrix_weight = stepper.state_bytes(matrices) / 4 / max(1, sum(p.numel() for p in matrices))
+    total = stepper.state_bytes()
+    mean_rank = None if None in ranks or not ranks else statistics.fmean(ranks)
+    return Run(contender.name, lr, seed, metrics, total, per_matrix_weight, total / 4 / weights, mean_rank)
 
 
 def measure(
-    names: Iterable[str],
+    names: Iterable[str] | None,
     seeds: Sequence[int],
     workload: Workload,
     *,
     device: str = "cpu",
     jobs: int = 1,
+    rounds: int = 6,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Sweep each contender's learning rate on the first seed, extend the grid while the best lies at its edge, then run
-    the best rate on the other seeds.
+    the best rate on the other seeds; at last time one step of each, interleaved.
+
+    Args:
+        names: Contenders; all of the list that suit the workload where None.
+        rounds: Rounds of the timing.
 
     Returns:
-        A JSON-able report: environment, workload, and per contender the sweep, the best rate, mean and spread over the seeds.
+        A JSON-able report: environment, workload, and per contender the sweep, the best rate, mean and spread over the seeds,
+        state, and the milliseconds of one step on one thread.
     """
-    contenders = [CONTENDERS[name] for name in names]
+    contenders = choose(names, workload)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        sweeps = {contender.name: {} for contender in contenders}
-        todo = [(contender, lr, seeds[0]) for contender in contenders for lr in contender.rates]
-        while todo:
-            for run in _run_all(pool, todo, workload, device, progress):
-                sweeps[run.contender][run.lr] = run
-            todo = [(c, lr, seeds[0]) for c in contenders for lr in _beyond_the_edge(sweeps[c.name])]
-        best = {name: min(runs.values(), key=lambda run: run.validation_loss) for name, runs in sweeps.items()}
-        others = [(c, best[c.name].lr, seed) for c in contenders for seed in seeds[1:]]
-        repeats = _run_all(pool, others, workload, device, progress)
-    results = [_summary(c, sweeps[c.name], best[c.name], [r for r in repeats if r.contender == c.name]) for c in contenders]
-    start_loss = evaluate(load_pretrained(device=device), validation(workload))
+
+        def run_all(todo: list[tuple[Contender, float, int]]) -> list[Run]:
+            return _run_all(pool, todo, workload, device, progress)
+
+        sweeps = _sweep(contenders, workload, seeds[0], run_all)
+        best = {name: min(runs.values(), key=lambda run: run.loss) for name, runs in sweeps.items()}
+        repeats = run_all([(c, best[c.name].lr, seed) for c in contenders for seed in seeds[1:]])
+        times = pool.submit(_step_times, [c.name for c in contenders], workload, rounds, device).result()
+    results = [
+        {**_summary(c, sweeps[c.name], best[c.name], [r for r in repeats if r.contender == c.name]), "step_ms": times[c.name]}
+        for c in contenders
+    ]
     return {
         "environment": {**environment(device), "threads": 1, "jobs": jobs},
-        "workload": asdict(workload),
+        "workload": {"name": _name_of(workload), **asdict(workload)},
         "seeds": list(seeds),
-        "validation_loss_before": start_loss,
+        "before": workload.evaluate(workload.model(seeds[0], device)),
         "results": results,
     }
+
+
+def choose(names: Iterable[str] | None, workload: Workload) -> list[Contender]:
+    """The named contenders, or all of the list; those that cannot train the workload are left out."""
+    has_folded = bool(split_by_axes(split_parameters(workload.model(0, "cpu"))[0])[1])
+    chosen = [contender(name) for name in (CONTENDERS if names is None else names)]
+    return [one for one in chosen if suits(one, workload, has_folded)]
+
+
+def _name_of(workload: Workload) -> str:
+    return next(name for name, kind in WORKLOADS.items() if type(workload) is kind)
+
+
+def _sweep(
+    contenders: list[Contender],
+    workload: Workload,
+    seed: int,
+    run_all: Callable[[list[tuple[Contender, float, int]]], list[Run]],
+) -> dict[str, dict[float, Run]]:
+    sweeps: dict[str, dict[float, Run]] = {one.name: {} for one in contenders}
+    todo = [(one, lr * workload.rate_scale, seed) for one in contenders for lr in one.rates]
+    while todo:
+        for run in run_all(todo):
+            sweeps[run.contender][run.lr] = run
+        todo = [(one, lr, seed) for one in contenders for lr in _beyond_the_edge(sweeps[one.name])]
+    return sweeps
 
 
 def _run_all(
     pool: ProcessPoolExecutor, todo: list[tuple[Contender, float, int]], workload: Workload, device: str, progress: bool
 ) -> list[Run]:
     # In the order asked for, so that a report does not depend on which run was the faster.
-    futures = [pool.submit(_fine_tune_by_name, contender.name, lr, seed, workload, device) for contender, lr, seed in todo]
+    futures = [pool.submit(_train_by_name, one.name, lr, seed, workload, device) for one, lr, seed in todo]
     runs = []
     for future in futures:
         runs.append(future.result())
         if progress:
             run = runs[-1]
-            print(f"{run.contender:26s} lr {run.lr:<8g} seed {run.seed}  loss {run.validation_loss:.4f}", flush=True)
+            print(f"{run.contender:26s} lr {run.lr:<8g} seed {run.seed}  loss {run.loss:.4f}", flush=True)
     return runs
 
 
-def _fine_tune_by_name(name: str, lr: float, seed: int, workload: Workload, device: str) -> Run:
-    return fine_tune(CONTENDERS[name], lr, seed, workload, device)
+def _train_by_name(name: str, lr: float, seed: int, workload: Workload, device: str) -> Run:
+    return train(contender(name), lr, seed, workload, device)
 
 
 def _beyond_the_edge(runs: dict[float, Run]) -> list[float]:
     rates = sorted(runs)
-    best = min(runs.values(), key=lambda run: run.validation_loss).lr
-    if len(rates) > 8:
+    best = min(runs.values(), key=lambda run: run.loss).lr
+    if len(rates) >= LARGEST_SWEEP:
         return []
     return [best / 2] if best == rates[0] else [best * 2] if best == rates[-1] else []
 
 
+def _step_times(names: list[str], workload: Workload, rounds: int, device: str) -> dict[str, float]:
+    """Median milliseconds of one training step of each, by rounds in which each has its turn."""
+    steps = [_step_of(contender(name), workload, device) for name in names]
+    rows = interleaved(steps, rounds, device)
+    return {name: round(1e3 * statistics.median(row[i] for row in rows), 2) for i, name in enumerate(names)}
+
+
+def _step_of(contender: Contender, workload: Workload, device: str) -> Callable[[], None]:
+    model = workload.model(0, device)
+    stepper = contender.make(model, contender.rates[0] * workload.rate_scale / 4)
+    computing = itertools.cycle(list(itertools.islice(workload.losses(model, 0), 4)))
+    return lambda: stepper.step(next(computing))
+
+
 def _summary(contender: Contender, sweep: dict[float, Run], best: Run, repeats: list[Run]) -> dict[str, Any]:
-    losses = [best.validation_loss, *(run.validation_loss for run in repeats)]
-    return {
+    runs = [best, *repeats]
+    losses = [run.loss for run in runs]
+    found = {
         "name": contender.name,
         "label": contender.label,
         "best_lr": best.lr,
-        "sweep": {f"{lr:g}": round(run.validation_loss, 5) for lr, run in sorted(sweep.items())},
-        "losses": [round(loss, 5) for loss in losses],
-        "mean": round(statistics.fmean(losses), 5),
-        "spread": round(statistics.stdev(losses), 5) if len(losses) > 1 else None,
-        "matrix_state_per_weight": round(best.matrix_state_per_weight, 5),
-        "state_per_weight": round(best.state_per_weight, 5),
+        "sweep": {f"{lr:g}": _finite(run.loss) for lr, run in sorted(sweep.items())},
+        "losses": [_finite(loss) for loss in losses],
+        "mean": _finite(statistics.fmean(losses)),
+        "spread": round(statistics.stdev(losses), 5) if len(losses) > 1 and math.isfinite(sum(losses)) else None,
     }
+    if all("accuracy" in run.metrics for run in runs):
+        found["accuracy"] = round(statistics.fmean(run.metrics["accuracy"] for run in runs), 4)
+    ranks = [run.mean_rank for run in runs if run.mean_rank is not None]
+    if ranks:
+        found["mean_rank"] = round(statistics.fmean(ranks), 2)
+    found["state_bytes"] = best.state_bytes
+    found["matrix_state_per_weight"] = round(best.matrix_state_per_weight, 5)
+    return {**found, "state_per_weight": round(best.state_per_weight, 5)}
+
+
+def _finite(loss: float) -> float | None:
+    # JSON knows no infinity.
+    return round(loss, 5) if math.isfinite(loss) else None
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table, best first."""
-    lines = ["| optimizer | state per matrix weight | best lr | validation loss |", "|---|---|---|---|"]
-    for row in sorted(report["results"], key=lambda row: row["mean"]):
-        spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
-        state = f"{row['matrix_state_per_weight']:.3g}"
-        lines.append(f"| {row['label']} | {state} | {row['best_lr']:g} | {row['mean']:.4f}{spread} |")
+    """The report as a Markdown table, best first; a run that diverged comes last."""
+    rows = sorted(report["results"], key=lambda row: math.inf if row["mean"] is None else row["mean"])
+    has_accuracy = any("accuracy" in row for row in rows)
+    heads = ["optimizer", "state per matrix weight", "state, MiB", "step, ms", "best lr", "validation loss"]
+    heads += ["accuracy"] * has_accuracy
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines += ["| " + " | ".join(_cells(row, has_accuracy)) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def _cells(row: dict[str, Any], has_accuracy: bool) -> list[str]:
+    spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
+    loss = "diverged" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
+    state = [f"{row['matrix_state_per_weight']:.3g}", f"{row['state_bytes'] / 2**20:.2f}"]
+    accuracy = [f"{row.get('accuracy', 0):.3f}"] * has_accuracy
+    return [row["label"], *state, f"{row['step_ms']:.1f}", f"{row['best_lr']:g}", loss, *accuracy]

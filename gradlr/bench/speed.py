@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .. import rules
-from .contenders import Contender, adamw, forward_backward, gradlr, muon, sgd
 from .environment import environment
+from .steppers import Contender, adamw, forward_backward, gradlr, muon, sgd
 from .text import batches, documentation
 from .transformer import ByteTransformer, language_model_loss
 
@@ -73,7 +73,7 @@ def measure(
     contenders = linear_methods(rank)
     steps = [_linear_step(contender, width, tokens, device, getattr(torch, dtype)) for contender in contenders]
     workload = {"model": "linear", "width": width, "tokens": tokens, "rank": rank, "rounds": rounds, "dtype": dtype}
-    return _report(contenders, _interleaved(steps, rounds, device), workload, device)
+    return _report(contenders, interleaved(steps, rounds, device), workload, device)
 
 
 def measure_transformer(
@@ -94,7 +94,7 @@ def measure_transformer(
     sizes = (width, depth, tokens // SEQUENCES, device, getattr(torch, dtype))
     steps = [_transformer_step(contender, *sizes) for contender in contenders]
     workload = {"model": "transformer", "width": width, "depth": depth, "tokens": tokens, "rank": rank, "rounds": rounds}
-    return _report(contenders, _interleaved(steps, rounds, device), {**workload, "dtype": dtype}, device)
+    return _report(contenders, interleaved(steps, rounds, device), {**workload, "dtype": dtype}, device)
 
 
 def measure_crossover(
@@ -107,7 +107,7 @@ def measure_crossover(
         hook = Contender("hook", "hook", gradlr(rank=rank, rule=rules.TrackedMomentum(residual=0)), ())
         contenders = [Contender("sgd", "SGD", sgd, ()), hook, *adaptors(rank)]
         steps = [_linear_step(contender, width, tokens, device, torch.float32) for contender in contenders]
-        found = _rows(contenders, _interleaved(steps, rounds, device))
+        found = _rows(contenders, interleaved(steps, rounds, device))
         # Multiplications a token as a share of the gradient's: 2r(m + n) / mn, and r(m + 3n) / mn, which is the same here.
         results.append({"rank": rank, "work": 4 * rank / width, **{row["name"]: row["ratio"] for row in found}})
     workload = {"model": "linear", "width": width, "tokens": tokens, "rounds": rounds}
@@ -158,7 +158,8 @@ def _transformer_step(
     return step
 
 
-def _interleaved(steps: list[Callable[[], None]], rounds: int, device: str) -> list[list[float]]:
+def interleaved(steps: list[Callable[[], None]], rounds: int, device: str) -> list[list[float]]:
+    """Seconds of each step in every round; each round runs all of them once, in an order of its own."""
     for step in steps * 3:  # warm up
         step()
     shuffle, times = random.Random(0), []

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bench.contenders import Contender, Stepper, adamw, gradlr
+from ..bench.language import FineTuning
 from ..bench.memory import peak_bytes
 from ..bench.pretrain import load_pretrained
-from ..bench.quality import Workload, validation
+from ..bench.steppers import Contender, Stepper, adamw, gradlr
 from ..bench.text import batches, documentation
 from ..bench.transformer import evaluate, language_model_loss
 from ..describe import format_bytes
@@ -51,9 +51,9 @@ class Plan:
     device: str
 
     @property
-    def workload(self) -> Workload:
+    def workload(self) -> FineTuning:
         """The workload of the quality benchmark, with this number of steps."""
-        return Workload(steps=self.steps)
+        return FineTuning(steps=self.steps)
 
 
 @dataclass
@@ -129,7 +129,7 @@ def _run(model: nn.Module, stepper: Stepper, record: Record, plan: Plan) -> None
     from tqdm import tqdm  # an extra: the library does without it
 
     workload, start = plan.workload, len(record.losses)
-    held_out = validation(workload)
+    held_out = workload.validation()
     if not record.validation:
         record.validation.append((0, evaluate(model, held_out)))
     sizes = {"batch_size": workload.batch_size, "length": workload.length, "steps": plan.steps}

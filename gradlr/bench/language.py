@@ -1,0 +1,73 @@
+"""Language modelling on real text: the byte transformer, pretrained or from scratch, with large batches or small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .pretrain import load_pretrained
+from .text import Corpus, batches, documentation, library_sources, validation_batches
+from .transformer import ByteTransformer, evaluate, language_model_loss
+from .workloads import Workload
+
+
+@dataclass(frozen=True)
+class FineTuning(Workload):
+    """The shipped byte transformer (0.86 M weights, pretrained on library sources), fine-tuned on documentation strings.
+
+    Attributes:
+        length: Bytes a window; the checkpoint knows 128 positions.
+        validation_windows: Windows of `length` bytes that the validation loss is the mean over.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    length: int = 128
+    validation_windows: int = 256
+
+    def model(self, seed: int, device: str) -> nn.Module:
+        torch.manual_seed(seed)
+        return load_pretrained(device=device)
+
+    def losses(self, model: nn.Module, seed: int) -> Iterator[Callable[[], Tensor]]:
+        device = next(model.parameters()).device
+        sizes = {"batch_size": self.batch_size, "length": self.length, "steps": self.steps}
+        for inputs, targets in batches(self._text().train, seed=seed, **sizes):
+            yield partial(language_model_loss, model, inputs.to(device), targets.to(device))
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return {"loss": evaluate(model, self.validation())}
+
+    def validation(self) -> list[tuple[Tensor, Tensor]]:
+        """The fixed validation batches of 16 windows."""
+        count = max(1, self.validation_windows // 16)
+        return list(validation_batches(self._text().validation, batch_size=16, length=self.length, count=count))
+
+    def _text(self) -> Corpus:
+        return documentation()
+
+
+@dataclass(frozen=True)
+class FromScratch(FineTuning):
+    """A byte transformer of the same shape, trained from its initialization on library sources."""
+
+    steps: int = 300
+    needs_pretrained = False
+
+    def model(self, seed: int, device: str) -> nn.Module:
+        torch.manual_seed(seed)
+        return ByteTransformer(context=self.length).to(device)
+
+    def _text(self) -> Corpus:
+        return library_sources()
+
+
+@dataclass(frozen=True)
+class SmallBatches(FineTuning):
+    """`FineTuning` with 256 bytes a step, where gradients are noisy and momentum matters."""
+
+    batch_size: int = 2
