@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import gradlr
-from gradlr.bench.pretrain import load_pretrained
 from gradlr.bench.language import FineTuning
+from gradlr.bench.pretrain import load_pretrained
 from gradlr.bench.transformer import evaluate
 from gradlr.cli import main
 from gradlr.demo import training
@@ -18,7 +18,7 @@ from gradlr.demo import training
 def _short(monkeypatch):
     """Validate on one batch and save every other step."""
     few = FineTuning().validation()[:1]
-    monkeypatch.setattr(training, "validation", lambda workload: few)
+    monkeypatch.setattr(FineTuning, "validation", lambda workload: few)
     monkeypatch.setattr(training, "SAVE_EVERY", 2)
 
 

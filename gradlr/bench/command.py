@@ -16,6 +16,7 @@ from ..files import write_atomically
 from . import memory, quality, speed
 from .contenders import CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
+from .peers import PEERS, installed_peers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
     one.add_argument("--contenders", nargs="+", metavar="NAME",
-                     help=f"any of {', '.join(CONTENDERS)}, or {SPELLING}; default: every one listed, with all peers")  # fmt: skip
+                     help=f"any of {', '.join(CONTENDERS)}, or {SPELLING}; default: all listed")  # fmt: skip
     one.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     one.add_argument("--steps", type=int, help="optimizer steps a run (default: the workload's)")
     one.add_argument("--batch-size", type=int, help="examples a step (default: the workload's)")
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     three.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and inputs")
     four = benches.add_parser("crossover", help="time of one Linear's step by rank: from where on hooks are faster")
     four.add_argument("--ranks", type=int, nargs="+", default=(), help="default: shares of the width from 1/32 to 3/8")
+    for bench in (two, three):
+        bench.add_argument("--peers", nargs="*", choices=list(PEERS), default=installed_peers(), metavar="NAME",
+                           help=f"beside torch's optimizers, any of {', '.join(PEERS)}; default: those installed")  # fmt: skip
     for bench in (three, four):
         bench.add_argument("--tokens", type=int, default=2048)
         bench.add_argument("--width", type=int, default=1024)
@@ -71,14 +75,15 @@ def _measure_quality(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    return memory.measure(tokens=arguments.tokens, rank=arguments.rank, device=arguments.device)
+    options = {key: getattr(arguments, key) for key in ("tokens", "rank", "device", "peers")}
+    return memory.measure(**options)
 
 
 def _measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     _set_threads(arguments.threads)
     options = {key: getattr(arguments, key) for key in ("tokens", "width", "rank", "rounds", "device", "dtype")}
     if arguments.model == "transformer":
-        return speed.measure_transformer(**options, depth=arguments.depth)
+        return speed.measure_transformer(**options, depth=arguments.depth, peers=arguments.peers)
     return speed.measure(**options)
 
 
@@ -118,5 +123,5 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
     require_device(arguments.device)
-    if arguments.bench == "quality":
-        require_contenders(arguments.contenders or list(CONTENDERS))
+    named = (arguments.contenders or list(CONTENDERS)) if arguments.bench == "quality" else getattr(arguments, "peers", [])
+    require_contenders(named)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,11 @@ CONTENDERS: dict[str, Contender] = {
 }  # fmt: skip
 
 _SPELLED = re.compile(r"k(?P<k>\d+)_(?P<schedule>r|loss|energy)(?P<rank>\d+)(?P<forms>(_[a-z_]+)?)")
+_SCHEDULES: dict[str, tuple[Callable[[int], Any], str]] = {
+    "r": (lambda rank: rank, "r{}"),
+    "loss": (ByLoss, "r ≤ {} by loss"),
+    "energy": (lambda percent: ByEnergy(percent / 100), "r by {} % of the energy"),
+}
 # What may follow `k4_r64`, longest first: the words in a table, and arguments of the rule or of attach.
 _FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "_no_residual": ("no residual", {"residual": 0.0}, {}),
@@ -57,18 +63,14 @@ def contender(name: str) -> Contender:
     if forms is None:
         raise ArgumentError(f"no contender {name!r}: known are {', '.join(CONTENDERS)}, or gradlr spelled out as {SPELLING}")
     k, rank = int(match["k"]), int(match["rank"])
-    schedule, words = {
-        "r": (rank, f"r{rank}"),
-        "loss": (ByLoss(rank), f"r ≤ {rank} by loss"),
-        "energy": (ByEnergy(rank / 100), f"r by {rank} % of the energy"),
-    }[match["schedule"]]
-    rule, options = {}, {"rank": schedule, "momentum_rank": k}
+    make, words = _SCHEDULES[match["schedule"]]
+    rule, options = {}, {"rank": make(rank), "momentum_rank": k}
     for form in forms:
         rule |= _FORMS[form][1]
         options |= _FORMS[form][2]
     if rule:
         options["rule"] = rules.TrackedMomentum(**rule)
-    label = ", ".join([f"TrackedMomentum k{k} {words}", *(_FORMS[form][0] for form in forms)])
+    label = ", ".join([f"TrackedMomentum k{k} {words.format(rank)}", *(_FORMS[form][0] for form in forms)])
     return Contender(name, label, gradlr(**options), _FAST)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from .. import rules
 from .environment import environment
+from .peers import PEERS
 from .steppers import Contender, Stepper, adamw, forward_backward, gradlr
 
 MIB = 2**20
@@ -62,13 +63,14 @@ def stack(width: int, depth: int, device: str) -> nn.Sequential:
     return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(depth)))
 
 
-def methods(rank: int) -> list[Contender]:
-    """What is compared, gradlr's at the given rank."""
+def methods(rank: int, peers: Sequence[str] = ()) -> list[Contender]:
+    """What is compared, gradlr's at the given rank; the named peers at a quarter of full rank, LoRA at 32."""
     bare = rules.TrackedMomentum(residual=0)
     return [
         Contender("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True), ()),
         Contender("adamw_fused", "AdamW (fused)", lambda model, lr: adamw(model, lr, fused=True), ()),
         Contender("no_optimizer", "forward + backward, no optimizer", forward_backward, ()),
+        *(PEERS[name] for name in peers),
         Contender("adamw_in_backward", "AdamW inside backward", gradlr(rule="adam"), ()),
         Contender("backward", 'gradlr, apply="backward"', gradlr(rank=rank), ()),
         Contender("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare), ()),
@@ -98,10 +100,12 @@ def training_peak(contender: Contender, width: int, depth: int, tokens: int, dev
     return peak, steppers[0].state_bytes()
 
 
-def measure(*, width: int = 1024, depth: int = 25, tokens: int = 64, rank: int = 16, device: str = "cpu") -> dict[str, Any]:
+def measure(
+    *, width: int = 1024, depth: int = 25, tokens: int = 64, rank: int = 16, device: str = "cpu", peers: Sequence[str] = ()
+) -> dict[str, Any]:
     """Peak MiB above the parameters for every method, as a JSON-able report."""
     results = []
-    for contender in methods(rank):
+    for contender in methods(rank, peers):
         peak, state = training_peak(contender, width, depth, tokens, device)
         sizes = {"peak_mib": round(peak / MIB, 2), "state_mib": round(state / MIB, 2)}
         results.append({"name": contender.name, "label": contender.label, **sizes})

@@ -180,3 +180,8 @@ PEERS: dict[str, Peer] = {
         Peer("lora", "LoRA r32", lora, _SCALED, "peft", "peft", is_adapter=True),
     )
 }
+
+
+def installed_peers() -> list[str]:
+    """Names of the peers whose package is installed."""
+    return [name for name, peer in PEERS.items() if peer.is_installed()]

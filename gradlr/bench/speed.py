@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import rules
 from .environment import environment
+from .peers import PEERS
 from .steppers import Contender, adamw, forward_backward, gradlr, muon, sgd
 from .text import batches, documentation
 from .transformer import ByteTransformer, language_model_loss
@@ -47,14 +48,18 @@ def adaptors(rank: int) -> list[Contender]:
     ]  # fmt: skip
 
 
-def transformer_methods(rank: int, device: str) -> list[Contender]:
-    """What is timed on a transformer; the first is the reference. Muon's products want a GPU at these widths."""
+def transformer_methods(rank: int, device: str, peers: Sequence[str] = ()) -> list[Contender]:
+    """What is timed on a transformer; the first is the reference. Muon's products want a GPU at these widths.
+
+    The peers' projections are made anew every 50 steps: only what lies between is timed.
+    """
     return [
         Contender("sgd", "SGD", sgd, ()),
         Contender("adamw", "AdamW (fused)", _fused_adamw, ()),
         *([Contender("muon", "Muon", muon, ())] if torch.device(device).type == "cuda" else []),
         Contender("hook", "gradlr", gradlr(rank=rank), ()),
         *adaptors(rank),
+        *(PEERS[name] for name in peers),
     ]
 
 
@@ -85,12 +90,13 @@ def measure_transformer(
     rounds: int = 15,
     device: str = "cpu",
     dtype: str = "float32",
+    peers: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Median milliseconds of one whole training step of a byte transformer on real text, and its ratio to SGD's.
 
     Four sequences of a quarter of the tokens each; heads of 64; embeddings, attention and tied head included.
     """
-    contenders = transformer_methods(rank, device)
+    contenders = transformer_methods(rank, device, peers)
     sizes = (width, depth, tokens // SEQUENCES, device, getattr(torch, dtype))
     steps = [_transformer_step(contender, *sizes) for contender in contenders]
     workload = {"model": "transformer", "width": width, "depth": depth, "tokens": tokens, "rank": rank, "rounds": rounds}
