@@ -65,7 +65,7 @@ def test_it_leaves_report_results_and_models(tmp_path, capsys):
     assert 40 * ours["state_numbers"] < adamw["state_numbers"]  # a fortieth
     assert ours["peak_bytes"] < adamw["peak_bytes"]
     model = load_pretrained(tmp_path / "gradlr-fine-tuned.pt")
-    assert evaluate(model, training.validation(None)) == pytest.approx(ours["validation"][-1][1], abs=1e-6)
+    assert evaluate(model, FineTuning().validation()) == pytest.approx(ours["validation"][-1][1], abs=1e-6)
     assert "1/44 of its state" in capsys.readouterr().out
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "adamw-fine-tuned.pt", "gradlr-fine-tuned.pt", "report.png", "results.json",

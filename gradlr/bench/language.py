@@ -55,7 +55,7 @@ class FineTuning(Workload):
 class FromScratch(FineTuning):
     """A byte transformer of the same shape, trained from its initialization on library sources."""
 
-    steps: int = 300
+    steps: int = 200
     needs_pretrained = False
 
     def model(self, seed: int, device: str) -> nn.Module:

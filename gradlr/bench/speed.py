@@ -196,7 +196,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def _crossover_table(report: dict[str, Any]) -> str:
-    lines = ["| rank | work / mn | hook | adaptor | adaptor, `apply=\"step\"` | one_sided |", "|---|---|---|---|---|---|"]
+    lines = ['| rank | work / mn | hook | adaptor | adaptor, `apply="step"` | one_sided |', "|---|---|---|---|---|---|"]
     for row in report["results"]:
         ratios = " | ".join(f"{row[name]:.3f}" for name in ("hook", "adaptor", "adaptor_step", "one_sided"))
         lines.append(f"| {row['rank']} | {row['work']:.2f} | {ratios} |")

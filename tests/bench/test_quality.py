@@ -1,14 +1,18 @@
 """The quality benchmark: what it reports is what it measured."""
 
+import dataclasses
 import json
+import math
 
 import pytest
 
 from gradlr.bench import quality
-from gradlr.bench.contenders import CONTENDERS
+from gradlr.bench.contenders import CONTENDERS, contender
+from gradlr.bench.language import FineTuning
 from gradlr.cli import main
+from gradlr.errors import ArgumentError
 
-TINY = quality.Workload(steps=2, batch_size=2, validation_windows=16)
+TINY = FineTuning(steps=2, batch_size=2, validation_windows=16)
 
 
 @pytest.mark.parametrize(
@@ -17,31 +21,38 @@ TINY = quality.Workload(steps=2, batch_size=2, validation_windows=16)
         ("adamw", 2.0),
         ("muon", 1.0),
         # k(m + n) for qkv 384 x 128, out 128 x 128, mlp 512 x 128 and 128 x 512, over their weights.
-        ("k4_by_loss", 4 * (512 + 256 + 640 + 640) / (128 * (384 + 128 + 512 + 512))),
+        ("default", 4 * (512 + 256 + 640 + 640) / (128 * (384 + 128 + 512 + 512))),
         ("k16_r64", 16 * (512 + 256 + 640 + 640) / (128 * (384 + 128 + 512 + 512))),
     ],
 )
 def test_state_per_weight_is_counted_from_the_optimizers_own_state(name, matrix_state):
-    run = quality.fine_tune(CONTENDERS[name], 1e-3, seed=0, workload=TINY)
+    run = quality.train(contender(name), 1e-3, seed=0, workload=TINY)
     assert run.matrix_state_per_weight == pytest.approx(matrix_state)
-    assert run.validation_loss > 0
+    assert run.loss > 0
+    assert (run.mean_rank is None) == (name in ("adamw", "muon"))
 
 
-@pytest.mark.parametrize("name", list(CONTENDERS))
+@pytest.mark.parametrize("name", [*CONTENDERS, "k4_r64_adaptor_step", "k4_energy90", "k16_r16_no_residual"])
 def test_every_contender_trains_and_repeats_to_the_bit(name):
-    first, second = (quality.fine_tune(CONTENDERS[name], 1e-3, seed=0, workload=TINY) for _ in range(2))
-    assert first.validation_loss == second.validation_loss
-    other = quality.fine_tune(CONTENDERS[name], 1e-3, seed=1, workload=TINY)
-    assert first.validation_loss != other.validation_loss
+    first, second = (quality.train(contender(name), 1e-3, seed=0, workload=TINY) for _ in range(2))
+    assert first.loss == second.loss < 2.36
+    other = quality.train(contender(name), 1e-3, seed=1, workload=TINY)
+    assert first.loss != other.loss
+
+
+def test_a_run_that_diverges_is_infinitely_bad_and_ends_early():
+    longer = dataclasses.replace(TINY, steps=6)
+    run = quality.train(CONTENDERS["adamw"], 1e38, seed=0, workload=longer)
+    assert run.loss == math.inf
 
 
 def test_the_grid_grows_while_the_best_rate_lies_at_its_edge():
     def runs(losses):
-        return {lr: quality.Run("x", lr, 0, loss, 0.0, 0.0) for lr, loss in losses.items()}
+        return {lr: quality.Run("x", lr, 0, {"loss": loss}, 0, 0.0, 0.0, None) for lr, loss in losses.items()}
 
     assert quality._beyond_the_edge(runs({1.0: 3.0, 2.0: 2.0, 4.0: 1.0})) == [8.0]
     assert quality._beyond_the_edge(runs({1.0: 1.0, 2.0: 2.0, 4.0: 3.0})) == [0.5]
-    assert quality._beyond_the_edge(runs({1.0: 2.0, 2.0: 1.0, 4.0: 3.0})) == []
+    assert quality._beyond_the_edge(runs({1.0: 2.0, 2.0: 1.0, 4.0: math.inf})) == []
 
 
 def test_the_command_writes_json_with_the_environment(tmp_path, capsys):
@@ -50,12 +61,21 @@ def test_the_command_writes_json_with_the_environment(tmp_path, capsys):
     assert main(["bench", "quality", *options, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["environment"]["torch"]
+    assert report["workload"]["name"] == "pretrained"
     assert [row["name"] for row in report["results"]] == ["adamw", "k1_r64"]
     for row in report["results"]:
         assert len(row["losses"]) == 2
         assert min(row["sweep"].values()) == row["losses"][0]
         assert row["mean"] == pytest.approx(sum(row["losses"]) / 2, abs=1e-5)
+        assert row["step_ms"] > 0
+    assert report["results"][0]["state_bytes"] == 8 * 858_880
     assert "TrackedMomentum k1 r64" in capsys.readouterr().out
+
+
+def test_a_table_tells_of_divergence():
+    run = {"label": "X", "best_lr": 1.0, "losses": [None], "mean": None, "spread": None, "state_bytes": 0,
+           "matrix_state_per_weight": 0.0, "step_ms": 1.0}  # fmt: skip
+    assert "diverged" in quality.table({"results": [run]})
 
 
 @pytest.mark.parametrize(
@@ -63,6 +83,7 @@ def test_the_command_writes_json_with_the_environment(tmp_path, capsys):
     [
         ["quality", "--seeds", "0"],
         ["quality", "--steps", "0"],
+        ["quality", "--contenders", "k4_x9"],
         ["memory", "--out", "missing/x.json"],
         ["speed", "--device", "nonsense"],
     ],
@@ -70,4 +91,10 @@ def test_the_command_writes_json_with_the_environment(tmp_path, capsys):
 def test_bad_options_are_refused_before_anything_is_measured(options, capsys, monkeypatch):
     monkeypatch.setattr(quality, "measure", None)
     assert main(["bench", *options]) == 2
-    assert options[1] in capsys.readouterr().err
+    assert options[-1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["k4", "k4_r", "k4_r64_", "k4_r64_nonsense", "r64_k4", "k4_r64_step_x"])
+def test_what_no_contender_is_called_is_refused(name):
+    with pytest.raises(ArgumentError, match="no contender"):
+        contender(name)

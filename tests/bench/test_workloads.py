@@ -1,0 +1,115 @@
+"""Every workload is the same for everybody: model and data depend on the seed alone, and validation is held out."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from gradlr.bench import classification
+from gradlr.bench.contenders import contender
+from gradlr.bench.quality import WORKLOADS, choose
+from gradlr.errors import ArgumentError
+
+SMALL = {
+    "pretrained": {"validation_windows": 16},
+    "scratch": {"validation_windows": 16},
+    "small-batches": {"validation_windows": 16},
+    "minilm": {"batch_size": 2, "length": 16, "training_examples": 8, "validation_examples": 1},
+    "digits": {},
+}
+each_workload = pytest.mark.parametrize("name", list(WORKLOADS))
+
+
+def make(name, **more):
+    return WORKLOADS[name](**{"steps": 2, **SMALL[name], **more})
+
+
+def losses(workload, model_seed, data_seed):
+    model = workload.model(model_seed, "cpu")
+    torch.manual_seed(0)
+    return [compute().item() for compute in workload.losses(model, data_seed)]
+
+
+@each_workload
+def test_the_seed_alone_decides(name):
+    workload = make(name)
+    first, again, other = (losses(workload, 0, seed) for seed in (1, 1, 2))
+    assert len(first) == workload.steps
+    assert first == again != other
+
+
+@each_workload
+def test_validation_is_fixed_finite_and_leaves_the_model_in_training(name):
+    workload = make(name)
+    model = workload.model(0, "cpu")
+    found = workload.evaluate(model)
+    assert found == workload.evaluate(model)
+    assert 0 < found["loss"] < 7
+    assert 0 <= found.get("accuracy", 0) <= 1
+    assert model.training
+
+
+@each_workload
+def test_the_schedule_warms_up_and_decays_to_a_tenth(name):
+    workload = WORKLOADS[name]()
+    factors = [workload.rate_factor(step) for step in range(workload.steps)]
+    assert factors[0] == pytest.approx(1 / workload.warmup)
+    assert max(factors) == factors[workload.warmup - 1]
+    # Linear: one step before the end of the decay.
+    assert factors[-1] == pytest.approx(0.1, abs=1 / workload.steps)
+
+
+def test_digits_are_split_once_for_all():
+    (train, train_labels), (held_out, labels) = classification.Digits()._data()
+    assert (len(train), len(held_out)) == (1437, 360)
+    assert train.shape[1:] == (1, 8, 8) and 0 <= train.min() and train.max() == 1
+    assert set(labels.tolist()) == set(train_labels.tolist()) == set(range(10))
+
+
+def test_an_epoch_sees_every_example_once():
+    workload = make("digits", steps=22, batch_size=64)
+    model = workload.model(0, "cpu")
+    seen = torch.cat([compute.args[1] for compute in workload.losses(model, 0)])
+    images = torch.stack([row.flatten() for row in seen])
+    assert len(images.unique(dim=0)) >= 22 * 64 - 5  # a few of the images are twins
+
+
+def test_sources_are_balanced_and_validation_comes_from_the_end_of_each_module():
+    workload = make("minilm", training_examples=4, validation_examples=2)
+    (tokens, labels), (held_out, held_out_labels) = workload._data()
+    assert tokens.shape == (80, 16) and held_out.shape == (40, 16)
+    assert labels.bincount().tolist() == [4] * 20
+    assert held_out_labels.bincount().tolist() == [2] * 20
+    assert not {tuple(row) for row in tokens.tolist()} & {tuple(row) for row in held_out.tolist()}
+
+
+def test_padding_does_not_change_the_answer():
+    model = make("minilm").model(0, "cpu").eval()
+    tokens = torch.randint(1000, 2000, (1, 8), generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([tokens, torch.zeros(1, 8, dtype=torch.int64)], dim=1)
+    with torch.no_grad():
+        # Attention of masked positions underflows to zero; sums of float32 in another order.
+        torch.testing.assert_close(model(tokens), model(padded), rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_and_flat_packages_stay_away_from_what_they_cannot_train():
+    names = ["adamw", "lora", "adalomo", "galore"]
+    assert [one.name for one in choose(names, make("pretrained"))] == names
+    assert [one.name for one in choose(names, make("scratch"))] == ["adamw", "adalomo", "galore"]
+    assert [one.name for one in choose(names, make("digits"))] == ["adamw", "galore"]
+
+
+def test_the_pretrained_encoder_knows_more_than_chance_after_a_few_steps():
+    workload = dataclasses.replace(WORKLOADS["minilm"](), steps=6, validation_examples=4)
+    model = workload.model(0, "cpu")
+    before = workload.evaluate(model)["loss"]
+    stepper = contender("default").make(model, 4e-3)
+    for compute in workload.losses(model, 0):
+        stepper.step(compute)
+    assert workload.evaluate(model)["loss"] < before
+
+
+def test_a_missing_extra_is_named(monkeypatch):
+    monkeypatch.setattr(classification.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ArgumentError, match=r"pip install 'gradlr\[bench\]'"):
+        classification.pretrained_folder()
