@@ -1,4 +1,4 @@
-"""`python -m gradlr bench quality|memory|speed|crossover`: measure, print a table, write JSON with the environment."""
+"""`python -m gradlr bench quality|memory|speed|crossover|pareto`: measure, print a table, write JSON with the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..files import write_atomically
-from . import memory, quality, speed
+from . import memory, pareto, quality, speed
 from .contenders import CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -21,7 +21,7 @@ from .peers import PEERS, installed_peers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks and their options."""
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover|pareto")
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
     one.add_argument("--contenders", nargs="+", metavar="NAME",
@@ -40,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     three.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and inputs")
     four = benches.add_parser("crossover", help="time of one Linear's step by rank: from where on hooks are faster")
     four.add_argument("--ranks", type=int, nargs="+", default=(), help="default: shares of the width from 1/32 to 3/8")
+    five = benches.add_parser("pareto", help="draw results of `quality`: loss against state, and against time")
+    five.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    five.add_argument("--out", type=Path, required=True, help="the picture, such as pareto.png")
     for bench in (two, three):
         bench.add_argument("--peers", nargs="*", choices=list(PEERS), default=installed_peers(), metavar="NAME",
                            help=f"beside torch's optimizers, any of {', '.join(PEERS)}; default: those installed")  # fmt: skip
@@ -60,6 +63,9 @@ def run(arguments: argparse.Namespace) -> None:
         ArgumentError: an option is out of range, the device or the folder of `--out` is not there. Nothing was measured.
     """
     _check(arguments)
+    if arguments.bench == "pareto":
+        pareto.write(arguments.results, arguments.out)
+        return
     report = _MEASURE[arguments.bench](arguments)
     text = _MODULES[arguments.bench].table(report)
     print(text)
@@ -122,6 +128,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"{small[0]}: it must be at least 1")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
-    require_device(arguments.device)
+    if arguments.bench != "pareto":
+        require_device(arguments.device)
     named = (arguments.contenders or list(CONTENDERS)) if arguments.bench == "quality" else getattr(arguments, "peers", [])
     require_contenders(named)

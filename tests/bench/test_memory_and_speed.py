@@ -24,9 +24,7 @@ def test_a_known_allocation_is_counted_at_its_worst_moment():
 
 
 def peaks():
-    return {
-        contender.name: memory.training_peak(contender, WIDTH, DEPTH, TOKENS, "cpu") for contender in memory.methods(rank=8)
-    }
+    return {contender.name: memory.training_peak(contender, WIDTH, DEPTH, TOKENS, "cpu") for contender in memory.methods(rank=8)}
 
 
 def test_the_peaks_are_in_the_order_that_their_buffers_demand():

@@ -62,7 +62,7 @@ def test_the_schedule_warms_up_and_decays_to_a_tenth(name):
 def test_digits_are_split_once_for_all():
     (train, train_labels), (held_out, labels) = classification.Digits()._data()
     assert (len(train), len(held_out)) == (1437, 360)
-    assert train.shape[1:] == (1, 8, 8) and 0 <= train.min() and train.max() == 1
+    assert train.shape[1:] == (1, 8, 8) and train.min() >= 0 and train.max() == 1
     assert set(labels.tolist()) == set(train_labels.tolist()) == set(range(10))
 
 

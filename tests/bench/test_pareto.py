@@ -1,0 +1,54 @@
+"""The picture shows every row of a report, and tells what it cannot draw."""
+
+import json
+
+import pytest
+
+from gradlr.bench import pareto
+from gradlr.cli import main
+from gradlr.errors import ArgumentError
+
+
+def report(**more):
+    rows = [
+        {"name": "adamw", "label": "AdamW", "mean": 1.9, "spread": 0.01, "state_bytes": 8e6, "step_ms": 10.0},
+        {"name": "k4_r64", "label": "TrackedMomentum k4 r64", "mean": 1.8, "spread": None, "state_bytes": 2e5, "step_ms": 15.0},
+        {"name": "x", "label": "Diverged", "mean": None, "spread": None, "state_bytes": 1, "step_ms": 1.0},
+    ]
+    return {"bench": "quality", "workload": {"name": "pretrained"}, "results": rows, **more}
+
+
+def test_each_panel_holds_every_row_that_did_not_diverge():
+    figure = pareto.draw([report(), report()])
+    assert len(figure.axes) == 4
+    for axes in figure.axes:
+        assert sorted(text.get_text() for text in axes.texts if text.get_text()) == ["AdamW", "k4 r64"]
+    state, time = (
+        sorted((line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o")
+        for axes in figure.axes[:2]
+    )
+    assert state == [(2e5 / 2**20, 1.8), (8e6 / 2**20, 1.9)]
+    assert time == [(1.0, 1.9), (1.5, 1.8)]
+
+
+def test_the_front_holds_what_nothing_beats_in_both():
+    points = [(1, 5), (2, 6), (2, 4), (3, 4), (4, 1), (0, 9)]
+    assert pareto.front(points) == [(0, 9), (1, 5), (2, 4), (4, 1)]
+    dominated = {p for p in points if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    assert set(points) - dominated == set(pareto.front(points))
+
+
+def test_the_command_writes_a_picture(tmp_path):
+    source, out = tmp_path / "quality.json", tmp_path / "pareto.png"
+    source.write_text(json.dumps(report()))
+    assert main(["bench", "pareto", str(source), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["{", "{}", '{"bench": "memory", "results": [{}]}', '{"bench": "quality", "results": [{}]}'])
+def test_what_is_no_result_is_named(content, tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(ArgumentError, match=r"x\.json.*bench quality"):
+        pareto.write([path], tmp_path / "out.png")
+    assert not (tmp_path / "out.png").exists()
