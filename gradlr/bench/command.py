@@ -1,4 +1,4 @@
-"""`python -m gradlr bench quality|memory|speed|crossover|pareto`: measure, print a table, write JSON with the environment."""
+"""`python -m gradlr bench quality|memory|speed|crossover`: measure, print a table, write JSON; `pareto|study`: draw that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..files import write_atomically
-from . import memory, pareto, quality, speed
+from . import memory, pareto, quality, speed, study
 from .contenders import CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -21,7 +21,7 @@ from .peers import PEERS, installed_peers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks and their options."""
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover|pareto")
+    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover|pareto|study")
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
     one.add_argument("--contenders", nargs="+", metavar="NAME",
@@ -41,8 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     four = benches.add_parser("crossover", help="time of one Linear's step by rank: from where on hooks are faster")
     four.add_argument("--ranks", type=int, nargs="+", default=(), help="default: shares of the width from 1/32 to 3/8")
     five = benches.add_parser("pareto", help="draw results of `quality`: loss against state, and against time")
-    five.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
-    five.add_argument("--out", type=Path, required=True, help="the picture, such as pareto.png")
+    six = benches.add_parser("study", help="draw results of `quality`: loss over rank and momentum rank, and schedules")
+    for drawing in (five, six):
+        drawing.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+        drawing.add_argument("--out", type=Path, required=True, help="the picture, a .png or .svg")
     for bench in (two, three):
         bench.add_argument("--peers", nargs="*", choices=list(PEERS), default=installed_peers(), metavar="NAME",
                            help=f"beside torch's optimizers, any of {', '.join(PEERS)}; default: those installed")  # fmt: skip
@@ -63,8 +65,8 @@ def run(arguments: argparse.Namespace) -> None:
         ArgumentError: an option is out of range, the device or the folder of `--out` is not there. Nothing was measured.
     """
     _check(arguments)
-    if arguments.bench == "pareto":
-        pareto.write(arguments.results, arguments.out)
+    if arguments.bench in _DRAWINGS:
+        _DRAWINGS[arguments.bench].write(arguments.results, arguments.out)
         return
     report = _MEASURE[arguments.bench](arguments)
     text = _MODULES[arguments.bench].table(report)
@@ -104,6 +106,7 @@ def _set_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+_DRAWINGS = {"pareto": pareto, "study": study}
 _MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed}
 _MEASURE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": _measure_quality,
@@ -128,7 +131,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"{small[0]}: it must be at least 1")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
-    if arguments.bench != "pareto":
+    if arguments.bench not in _DRAWINGS:
         require_device(arguments.device)
     named = (arguments.contenders or list(CONTENDERS)) if arguments.bench == "quality" else getattr(arguments, "peers", [])
     require_contenders(named)

@@ -56,11 +56,16 @@ def write(paths: Sequence[Path], out: Path) -> None:
     Raises:
         ArgumentError: a file is no report of `bench quality`.
     """
-    figure = draw([_report(path) for path in paths])
+    figure = draw([read_report(path) for path in paths])
     write_atomically(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=110))
 
 
-def _report(path: Path) -> dict[str, Any]:
+def read_report(path: Path) -> dict[str, Any]:
+    """The report of `bench quality` in a JSON file.
+
+    Raises:
+        ArgumentError: it is none, or one without state and time of each row.
+    """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         if report["bench"] == "quality" and {"step_ms", "state_bytes"} <= set(report["results"][0]):

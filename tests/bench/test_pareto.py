@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gradlr.bench import pareto
+from gradlr.bench import pareto, study
 from gradlr.cli import main
 from gradlr.errors import ArgumentError
 
@@ -52,3 +52,30 @@ def test_what_is_no_result_is_named(content, tmp_path):
     with pytest.raises(ArgumentError, match=r"x\.json.*bench quality"):
         pareto.write([path], tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+def grid_report():
+    names = {"k1_r16": 1.95, "k1_r64": 1.9, "k4_r64": 1.8, "k4_r16": 1.85, "k4_r64_no_residual": 1.81, "k4_energy90": 1.83}
+    rows = [
+        {"name": name, "label": name, "mean": mean, "spread": None, "state_bytes": 1, "step_ms": 1.0, "mean_rank": 40.0}
+        for name, mean in names.items()
+    ]
+    return {"bench": "quality", "workload": {"name": "scratch"}, "results": rows}
+
+
+def test_the_grid_of_ranks_is_read_from_the_names():
+    assert study.grid(grid_report()) == {1: [(16, 1.95), (64, 1.9)], 4: [(16, 1.85), (64, 1.8)]}
+    with pytest.raises(ArgumentError, match="k4_r64"):
+        study.grid({"results": []})
+
+
+def test_the_study_draws_a_line_per_momentum_rank_and_a_point_per_schedule(tmp_path):
+    figure = study.draw([grid_report()])
+    lines, schedules = figure.axes
+    assert [line.get_label() for line in lines.lines] == ["k = 1", "k = 4"]
+    assert [text.get_text() for text in schedules.texts] == [" k4_energy90"]
+    assert schedules.lines[-1].get_xydata().tolist() == [[40.0, 1.83]]
+    source = tmp_path / "study.json"
+    source.write_text(json.dumps(grid_report()))
+    assert main(["bench", "study", str(source), "--out", str(tmp_path / "study.png")]) == 0
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
