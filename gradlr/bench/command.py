@@ -14,7 +14,7 @@ import torch
 from ..errors import ArgumentError
 from ..files import write_atomically
 from . import memory, pareto, quality, speed, study
-from .contenders import CONTENDERS, SPELLING, require_contenders
+from .contenders import CONTENDERS, OWN_CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 from .peers import PEERS, installed_peers
 
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
     one.add_argument("--contenders", nargs="+", metavar="NAME",
-                     help=f"any of {', '.join(CONTENDERS)}, or {SPELLING}; default: all listed")  # fmt: skip
+                     help=f"any of {', '.join(CONTENDERS)}, or {SPELLING}; default: the first six")  # fmt: skip
     one.add_argument("--seeds", type=int, default=3, help="number of seeds (default 3)")
     one.add_argument("--steps", type=int, help="optimizer steps a run (default: the workload's)")
     one.add_argument("--batch-size", type=int, help="examples a step (default: the workload's)")
@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for drawing in (five, six):
         drawing.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
         drawing.add_argument("--out", type=Path, required=True, help="the picture, a .png or .svg")
-    for bench in (two, three):
-        bench.add_argument("--peers", nargs="*", choices=list(PEERS), default=installed_peers(), metavar="NAME",
-                           help=f"beside torch's optimizers, any of {', '.join(PEERS)}; default: those installed")  # fmt: skip
+    for bench in (one, two, three):
+        bench.add_argument("--peers", nargs="*", choices=list(PEERS), metavar="NAME",
+                           help=f"other packages beside: any of {', '.join(PEERS)}; default: those installed, or none "
+                           "where contenders are named")  # fmt: skip
     for bench in (three, four):
         bench.add_argument("--tokens", type=int, default=2048)
         bench.add_argument("--width", type=int, default=1024)
@@ -79,19 +80,29 @@ def _measure_quality(arguments: argparse.Namespace) -> dict[str, Any]:
     sizes = {key: getattr(arguments, key) for key in ("steps", "batch_size") if getattr(arguments, key) is not None}
     workload = quality.WORKLOADS[arguments.workload](**sizes)
     seeds = list(range(arguments.seeds))
-    return quality.measure(arguments.contenders, seeds, workload, device=arguments.device, jobs=arguments.jobs)
+    return quality.measure(_contenders(arguments), seeds, workload, device=arguments.device, jobs=arguments.jobs)
+
+
+def _contenders(arguments: argparse.Namespace) -> list[str]:
+    return list(dict.fromkeys([*(arguments.contenders or OWN_CONTENDERS), *_peers(arguments)]))
+
+
+def _peers(arguments: argparse.Namespace) -> list[str]:
+    if arguments.peers is not None:
+        return arguments.peers
+    return [] if getattr(arguments, "contenders", None) else installed_peers()
 
 
 def _measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
-    options = {key: getattr(arguments, key) for key in ("tokens", "rank", "device", "peers")}
-    return memory.measure(**options)
+    options = {key: getattr(arguments, key) for key in ("tokens", "rank", "device")}
+    return memory.measure(**options, peers=_peers(arguments))
 
 
 def _measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     _set_threads(arguments.threads)
     options = {key: getattr(arguments, key) for key in ("tokens", "width", "rank", "rounds", "device", "dtype")}
     if arguments.model == "transformer":
-        return speed.measure_transformer(**options, depth=arguments.depth, peers=arguments.peers)
+        return speed.measure_transformer(**options, depth=arguments.depth, peers=_peers(arguments))
     return speed.measure(**options)
 
 
@@ -133,5 +144,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
     if arguments.bench not in _DRAWINGS:
         require_device(arguments.device)
-    named = (arguments.contenders or list(CONTENDERS)) if arguments.bench == "quality" else getattr(arguments, "peers", [])
-    require_contenders(named)
+    if arguments.bench in ("memory", "speed"):
+        require_contenders(_peers(arguments))
+    if arguments.bench == "quality":
+        require_contenders(_contenders(arguments))

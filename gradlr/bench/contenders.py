@@ -31,6 +31,8 @@ CONTENDERS: dict[str, Contender] = {
         *PEERS.values(),
     )
 }  # fmt: skip
+# Those that need no package beside torch.
+OWN_CONTENDERS = [name for name in CONTENDERS if name not in PEERS]
 
 _SPELLED = re.compile(r"k(?P<k>\d+)_(?P<schedule>r|loss|energy)(?P<rank>\d+)(?P<forms>(_[a-z_]+)?)")
 _SCHEDULES: dict[str, tuple[Callable[[int], Any], str]] = {

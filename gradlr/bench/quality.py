@@ -15,7 +15,7 @@ import torch
 
 from ..errors import NonFiniteError
 from .classification import Digits, SourceClassification
-from .contenders import CONTENDERS, contender, suits
+from .contenders import contender, suits
 from .environment import environment
 from .language import FineTuning, FromScratch, SmallBatches
 from .speed import interleaved
@@ -83,7 +83,7 @@ def train(contender: Contender, lr: float, seed: int, workload: Workload, device
 
 
 def measure(
-    names: Iterable[str] | None,
+    names: Iterable[str],
     seeds: Sequence[int],
     workload: Workload,
     *,
@@ -96,7 +96,7 @@ def measure(
     the best rate on the other seeds; at last time one step of each, interleaved.
 
     Args:
-        names: Contenders; all of the list that suit the workload where None.
+        names: Contenders; those that cannot train the workload are left out.
         rounds: Rounds of the timing.
 
     Returns:
@@ -127,10 +127,10 @@ def measure(
     }
 
 
-def choose(names: Iterable[str] | None, workload: Workload) -> list[Contender]:
-    """The named contenders, or all of the list; those that cannot train the workload are left out."""
+def choose(names: Iterable[str], workload: Workload) -> list[Contender]:
+    """The named contenders, but for those that cannot train the workload."""
     has_folded = bool(split_by_axes(split_parameters(workload.model(0, "cpu"))[0])[1])
-    chosen = [contender(name) for name in (CONTENDERS if names is None else names)]
+    chosen = [contender(name) for name in names]
     return [one for one in chosen if suits(one, workload, has_folded)]
 
 

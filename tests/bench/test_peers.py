@@ -1,13 +1,14 @@
 """The real packages do under the bench what they do on their own, and their state is counted whole."""
 
+import argparse
 import copy
 
 import pytest
 import torch
 from torch import nn
 
-from gradlr.bench import peers
-from gradlr.bench.contenders import require_contenders
+from gradlr.bench import command, peers
+from gradlr.bench.contenders import OWN_CONTENDERS, require_contenders
 from gradlr.bench.language import FineTuning
 from gradlr.bench.peers import PEERS
 from gradlr.errors import ArgumentError
@@ -126,3 +127,20 @@ def test_losses_of_a_step_are_those_of_the_workload():
     expected = compute().item()
     stepper = PEERS["adalomo"].make(net, 1e-3)
     assert stepper.step(compute).item() == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--contenders", "adamw", "k4_r8"], {"adamw", "k4_r8"}),
+        (["--contenders", "adamw", "lora", "--peers", "lora"], {"adamw", "lora"}),
+        (["--peers", "lora", "galore"], {*OWN_CONTENDERS, "lora", "galore"}),
+        (["--peers"], set(OWN_CONTENDERS)),
+        ([], {*OWN_CONTENDERS, *PEERS}),
+    ],
+)
+def test_the_command_compares_who_is_named_or_everybody(options, expected):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    found = command._contenders(parser.parse_args(["quality", *options]))
+    assert set(found) == expected and len(found) == len(expected)
