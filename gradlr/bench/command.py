@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--steps", type=int, help="optimizer steps a run (default: the workload's)")
     one.add_argument("--batch-size", type=int, help="examples a step (default: the workload's)")
     one.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, one thread each")
+    one.add_argument("--add", action="store_true", help="put the rows into the report that --out holds already")
     two = benches.add_parser("memory", help="peak memory above 100 MiB of parameters")
     two.add_argument("--tokens", type=int, default=64)
     two.add_argument("--rank", type=int, default=16)
@@ -70,6 +71,8 @@ def run(arguments: argparse.Namespace) -> None:
         _DRAWINGS[arguments.bench].write(arguments.results, arguments.out)
         return
     report = _MEASURE[arguments.bench](arguments)
+    if getattr(arguments, "add", False):
+        report = quality.merged(pareto.read_report(arguments.out), report)
     text = _MODULES[arguments.bench].table(report)
     print(text)
     if arguments.out is not None:
@@ -133,6 +136,14 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def _check_addition(arguments: argparse.Namespace) -> None:
+    if arguments.out is None:
+        raise ArgumentError("--add needs --out, the report that the rows are put into")
+    held = pareto.read_report(arguments.out)["workload"]["name"]
+    if held != arguments.workload:
+        raise ArgumentError(f"--out {arguments.out} is about {held}, not {arguments.workload}")
+
+
 def _check(arguments: argparse.Namespace) -> None:
     # Before minutes of measuring, not after.
     numbers = {key: value for key, value in vars(arguments).items() if isinstance(value, int)}
@@ -148,3 +159,5 @@ def _check(arguments: argparse.Namespace) -> None:
         require_contenders(_peers(arguments))
     if arguments.bench == "quality":
         require_contenders(_contenders(arguments))
+        if arguments.add:
+            _check_addition(arguments)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from .steppers import Contender, Loss, Stepper, ordinary_step, split_by_axes, split_parameters
 
-# Of the runs' 80 to 300 steps; the packages' own default, 200, would look at one gradient only.
-UPDATE_GAP = 50
+UPDATE_GAP = 200  # the packages' own default; 50 was worse for GaLore and the same for APOLLO
 LORA_RANK = 32
 
 
@@ -27,7 +26,10 @@ def low_rank_share(matrices: list[nn.Parameter]) -> int:
 
 
 def galore(model: nn.Module, lr: float) -> Stepper:
-    """galore-torch's AdamW: 2-D matrices projected by the SVD of a gradient, scale 0.25, everything else in plain AdamW."""
+    """galore-torch's AdamW: 2-D matrices projected by the SVD of a gradient, scale 0.25; everything else in plain AdamW.
+
+    At a quarter of the rate, as with APOLLO below: at one rate for all, both packages end 0.06 nats higher.
+    """
     from galore_torch import GaLoreAdamW
 
     options = {"update_proj_gap": UPDATE_GAP, "scale": 0.25, "proj_type": "std"}
@@ -54,7 +56,8 @@ def _projected(make: Callable[..., Any], model: nn.Module, lr: float, options: d
     matrices, tables, vectors = split_parameters(model)
     flat, folded = split_by_axes(matrices)
     low_rank = {"params": flat, "rank": low_rank_share(flat), **options}
-    optimizer = make([low_rank, {"params": folded + tables + vectors}], lr=lr, weight_decay=0.0, **more)
+    rest = {"params": folded + tables + vectors, "lr": lr / 4}
+    optimizer = make([low_rank, rest], lr=lr, weight_decay=0.0, **more)
 
     def projection(parameter: nn.Parameter) -> list[Tensor]:
         # Held by an object that is no tensor; None where it is drawn anew from a seed.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..errors import NonFiniteError
+from ..errors import ArgumentError, NonFiniteError
 from .classification import Digits, SourceClassification
 from .contenders import contender, suits
 from .environment import environment
@@ -125,6 +125,19 @@ def measure(
         "before": workload.evaluate(workload.model(seeds[0], device)),
         "results": results,
     }
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The old report with the new one's rows in place of, or after, its own.
+
+    Raises:
+        ArgumentError: they were not measured on the same workload, seeds and machine.
+    """
+    for key in ("environment", "workload", "seeds"):
+        if old[key] != new[key]:
+            raise ArgumentError(f"the rows do not belong together: {key} was {old[key]} and is {new[key]}; measure all anew")
+    rows = {row["name"]: row for row in (*old["results"], *new["results"])}
+    return {**old, "results": list(rows.values())}
 
 
 def choose(names: Iterable[str], workload: Workload) -> list[Contender]:

@@ -51,7 +51,7 @@ def adaptors(rank: int) -> list[Contender]:
 def transformer_methods(rank: int, device: str, peers: Sequence[str] = ()) -> list[Contender]:
     """What is timed on a transformer; the first is the reference. Muon's products want a GPU at these widths.
 
-    The peers' projections are made anew every 50 steps: only what lies between is timed.
+    The peers' projections are made anew every 200 steps: only what lies between is timed.
     """
     return [
         Contender("sgd", "SGD", sgd, ()),

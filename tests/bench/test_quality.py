@@ -98,3 +98,26 @@ def test_bad_options_are_refused_before_anything_is_measured(options, capsys, mo
 def test_what_no_contender_is_called_is_refused(name):
     with pytest.raises(ArgumentError, match="no contender"):
         contender(name)
+
+
+def report(*rows, **more):
+    found = [{"name": name, "mean": mean} for name, mean in rows]
+    return {"environment": {"cores": 2}, "workload": {"name": "digits"}, "seeds": [0], "results": found, **more}
+
+
+def test_rows_measured_later_join_those_of_the_same_machine_and_workload():
+    both = quality.merged(report(("a", 1.0), ("b", 2.0)), report(("b", 3.0), ("c", 4.0)))
+    assert [(row["name"], row["mean"]) for row in both["results"]] == [("a", 1.0), ("b", 3.0), ("c", 4.0)]
+    with pytest.raises(ArgumentError, match="do not belong together: seeds"):
+        quality.merged(report(), report(seeds=[0, 1]))
+
+
+def test_adding_to_another_workloads_report_is_refused_before_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quality, "measure", None)
+    out = tmp_path / "digits.json"
+    row = {"name": "a", "step_ms": 1, "state_bytes": 1}
+    out.write_text(json.dumps({"bench": "quality", "workload": {"name": "digits"}, "results": [row]}))
+    assert main(["bench", "quality", "--contenders", "adamw", "--add", "--out", str(out)]) == 2
+    assert "is about digits, not pretrained" in capsys.readouterr().err
+    assert main(["bench", "quality", "--contenders", "adamw", "--add"]) == 2
+    assert "--add needs --out" in capsys.readouterr().err
