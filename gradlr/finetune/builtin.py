@@ -66,7 +66,13 @@ class BuiltinModel:
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
         """The model without its weights."""
-        return ByteTransformer(**torch.load(CHECKPOINT, map_location="cpu", weights_only=True)["config"]).to(dtype)
+        config = torch.load(CHECKPOINT, map_location="cpu", weights_only=True)["config"]
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return ByteTransformer(**config)
+        finally:
+            torch.set_default_dtype(usual)
 
     def enable_checkpointing(self, model: nn.Module) -> None:
         """Keep each block's input for backward, and nothing from inside it."""

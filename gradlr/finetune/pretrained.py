@@ -131,7 +131,8 @@ class PretrainedModel:
         except Exception as error:
             raise ArgumentError(f"{self.name}: the weights cannot be loaded: {_first_line(error)}") from error
         if missing := sorted(report["missing_keys"]):
-            raise ArgumentError(f"{self.name}: the weights lack {missing[0]!r} ({len(missing)} in all) of the model in config.json")
+            count = f"{len(missing)} in all"
+            raise ArgumentError(f"{self.name}: the weights lack {missing[0]!r} ({count}) of the model in config.json")
         return model
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:

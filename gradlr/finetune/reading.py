@@ -33,7 +33,8 @@ def read_documents(path: Path, field: str | None = None) -> list[Document]:
 
     Args:
         path: `.txt`: documents separated by blank lines. `.jsonl`: one object a line, all of one of the forms {"text": ...},
-            {"prompt": ..., "completion": ...} and {"messages": [{"role": ..., "content": ...}, ...]}; blank lines are passed over.
+            {"prompt": ..., "completion": ...} and {"messages": [{"role": ..., "content": ...}, ...]}; blank lines do
+            not count.
         field: Name of the text's field, in place of "text"; then no other form is looked for.
 
     Returns:
