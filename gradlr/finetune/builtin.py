@@ -84,7 +84,7 @@ class BuiltinModel:
         return model(inputs)
 
     def save(self, model: nn.Module, folder: Path) -> str:
-        """Write the file that `gradlr.bench.pretrain.load_pretrained` reads; returns how to load it."""
+        """Write the file that `gradlr.bench.pretrain.load_pretrained` reads; returns how to load it, {folder} for the folder."""
         saved: dict[str, Any] = {"config": model.config, "model": model.state_dict()}
         write_atomically(folder / FILE, partial(torch.save, saved))
-        return f"gradlr.bench.pretrain.load_pretrained({{folder}}/{FILE!r})"
+        return f"gradlr.bench.pretrain.load_pretrained('{{folder}}/{FILE}')"

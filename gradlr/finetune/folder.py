@@ -73,11 +73,7 @@ class RunFolder:
             )
 
     def _check_room(self, needed: int) -> None:
-        parent = self.path.absolute()
-        while not parent.exists():
-            parent = parent.parent
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise ArgumentError(f"--out {self.path}: {parent} {'cannot be written' if parent.is_dir() else 'is a file'}")
+        parent = require_writable("--out", self.path)
         own = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()) if self.path.is_dir() else 0
         free = shutil.disk_usage(parent).free
         if needed > free + own:
@@ -144,3 +140,13 @@ class RunFolder:
         shutil.rmtree(self.model, ignore_errors=True)
         os.replace(fresh, self.model)
         return result
+
+
+def require_writable(option: str, path: Path) -> Path:
+    """Raise an ArgumentError unless a folder can be made at `path`; returns the nearest folder that exists."""
+    parent = path.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise ArgumentError(f"{option} {path}: {parent} {'cannot be written' if parent.is_dir() else 'is a file'}")
+    return parent

@@ -117,8 +117,9 @@ def train(run: Run) -> int | None:
         if not done.validation:
             progress.say(f"validation loss {run.validate():.4f} before training")
         while done.step < plan.steps and not signals:
+            lr = run.scheduler.get_last_lr()[0]
             loss = _timed_step(run)
-            _report(run, loss, progress)
+            _report(run, loss, lr, progress)
             if done.step % plan.eval_every == 0 or done.step == plan.steps:
                 progress.say(f"validation loss {run.validate():.4f} after step {done.step}")
             if done.step % plan.save_every == 0 or done.step == plan.steps or signals:
@@ -160,7 +161,7 @@ def _step(run: Run) -> Tensor:
     return total
 
 
-def _report(run: Run, loss: Tensor, progress: Progress) -> None:
+def _report(run: Run, loss: Tensor, lr: float, progress: Progress) -> None:
     done, plan = run.done, run.plan
     if done.step % plan.log_every and done.step != plan.steps:
         progress.update("")  # reading the loss would make the host wait for the device
@@ -169,7 +170,7 @@ def _report(run: Run, loss: Tensor, progress: Progress) -> None:
         "loss": float(loss),
         "rank": max((slot.rank for slot in run.opt.slots if slot.plan.kind == MATRIX), default=0),
         "rate": done.tokens / done.seconds,
-        "lr": run.opt.param_groups[0]["lr"],
+        "lr": lr,
         "memory": peak_memory(plan.device),
     }
     run.folder.log(step=done.step, tokens=done.tokens, skipped=run.opt.skipped, **facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--save-every", type=_whole(1), default=100, metavar="STEPS", help="between checkpoints (default 100)")
     output.add_argument("--eval-every", type=_whole(1), default=100, metavar="STEPS", help="between validations (default 100)")
-    output.add_argument("--log-every", type=_whole(1), default=10, metavar="STEPS", help="between lines of log.jsonl (default 10)")
+    output.add_argument("--log-every", type=_whole(1), default=10, metavar="STEPS", help="between log lines (default 10)")
     output.add_argument("--lora-out", type=Path, metavar="DIR", help="also write what was learned as a peft adapter")
     output.add_argument("--lora-rank", type=_rank, default=DEFAULT_LORA_RANK, help=f"its rank (default {DEFAULT_LORA_RANK})")
 
@@ -98,8 +99,7 @@ def _rank(text: str) -> int | float:
 
 
 def _bytes(text: str) -> int:
-    number = text.strip().rstrip("BKMGTikb")
-    unit = text.strip()[len(number) :] or "B"
-    if unit not in _UNITS:
+    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
+    if not found or (found[2] or "B") not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r}: give a size such as 8GiB, 500MiB or 16GB")
-    return round(_number(0)(number) * _UNITS[unit])
+    return round(_number(0)(found[1]) * _UNITS[found[2] or "B"])

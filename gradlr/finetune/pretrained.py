@@ -157,11 +157,11 @@ class PretrainedModel:
         return model(input_ids=inputs, use_cache=False).logits
 
     def save(self, model: nn.Module, folder: Path) -> str:
-        """Write safetensors, config and tokenizer into the folder; returns how to load it."""
+        """Write safetensors, config and tokenizer into the folder; returns how to load it, {folder} for the folder."""
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-        return "transformers.AutoModelForCausalLM.from_pretrained({folder})"
+        return "transformers.AutoModelForCausalLM.from_pretrained('{folder}')"
 
 
 def _config(path: Path) -> Any:
