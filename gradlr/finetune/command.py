@@ -53,9 +53,9 @@ def _run(arguments: argparse.Namespace) -> int:
     folder.check(settings, is_overwritten=arguments.overwrite, needed=3 * need.weights + 2 * need.state)
     _check_lora(arguments)
     _say(task.tale(need))
-    started = task.start(folder)
-    folder.open(settings, is_overwritten=arguments.overwrite)
     try:
+        started = task.start(folder)
+        folder.open(settings, is_overwritten=arguments.overwrite)
         return _train(started, task)
     except torch.OutOfMemoryError as error:
         advice = ", ".join(_advice(arguments, task.data.length))

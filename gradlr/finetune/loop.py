@@ -89,12 +89,13 @@ class Run:
 
     def restore(self) -> bool:
         """Go on from the checkpoint, if there is one; whether there was."""
-        if self.folder.checkpoint.is_file():
+        is_saved = self.folder.checkpoint.is_file()
+        if is_saved:
             found = load(self.folder.checkpoint, model=self.model, optimizer=self.opt, scheduler=self.scheduler)
             self.done = Done(**found["done"])
             _set_random_state(found["random"], self.plan.device)
-        self.folder.rewind_log(self.done.step)
-        return self.done.step > 0
+        self.folder.rewind_log(self.done.step if is_saved else -1)
+        return is_saved
 
     def validate(self) -> float:
         """Loss on the held-out documents now; noted and logged."""

@@ -1,8 +1,11 @@
 """`python -m gradlr finetune` from the data file to the model that transformers and peft load."""
 
+import argparse
 import builtins
 import json
+import re
 import shutil
+from pathlib import Path
 
 import peft
 import pytest
@@ -11,16 +14,19 @@ import torch
 import transformers
 from finetune.tiny import WORDS, jsonl_file, llama, text_file, texts, tokenizer
 
+import gradlr
 from gradlr import GradlrWarning
 from gradlr.bench.pretrain import load_pretrained
 from gradlr.cli import main
-from gradlr.finetune import fits, loop
+from gradlr.finetune import add_arguments, fits, loop
 
 pytestmark = [
     # A model this small; gradlr's own advice.
     pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would"),
     # peft speaks of a base model that is not on the hub.
     pytest.mark.filterwarnings("ignore:Could not find a config file"),
+    # peft asks transformers under a name that is going out of use.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated"),
 ]
 
 SHORT = ["--length", "16", "--batch-size", "4", "--steps", "4", "--log-every", "1"]
@@ -131,16 +137,17 @@ def test_a_completion_is_learned_and_its_prompt_is_not(tmp_path, model, monkeypa
     seen = []
     real = loop.cross_entropy
     monkeypatch.setattr(loop, "cross_entropy", lambda logits, targets: (seen.append(targets), real(logits, targets))[1])
-    records = [{"prompt": "the cat", "completion": f" sat {text}"} for text in texts(length=3)]
+    records = [{"prompt": "zebra", "completion": f" and {text}"} for text in texts(length=3)]
     data = jsonl_file(tmp_path / "a.jsonl", records)
     assert finetune(model, data, tmp_path / "out", *SHORT, "--validation-data", str(data)) == 0
     own = tokenizer()
     learned = [own.decode(row[row >= 0].tolist()) for targets in seen for row in targets]
-    assert any("<eos> sat" in text for text in learned) and not any("cat<eos>" in text or "the cat sat" in text for text in learned)
+    assert any("<eos> and" in text for text in learned) and not any("z" in text for text in learned)
 
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}:{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
+    "{% for m in messages %}{{ m['role'] }}:"
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}{% endgeneration %}"
     "{% else %}{{ m['content'] }}{% endif %}\n{% endfor %}"
 )
 
@@ -186,12 +193,14 @@ BAD = {
     "json": (lambda p: jsonl_file(p / "a.jsonl", [*['{"text": "x"}'] * 6, "{"]), [], r"a.jsonl:7: broken JSON"),
     "missing data": (lambda p: p / "none.txt", [], "none.txt: there is no such file"),
     "one document": (lambda p: text_file(p / "a.txt", count=1), [], "one more is needed to validate on"),
-    "short": (lambda p: text_file(p / "a.txt", count=3, length=1), ["--length", "64"], "of them to be learned, and one sequence takes 64"),
+    "short": (lambda p: text_file(p / "a.txt", count=3, length=1), ["--length", "64"],
+              "of them to be learned, and one sequence takes 64"),
     "long": (None, ["--length", "65"], "--length 65: {model} takes at most 64 tokens"),
     "no hub": (None, ["--model", "meta/llama"], "--model meta/llama: there is no such folder or file. gradlr downloads nothing"),
     "no config": (None, ["--model", "{path}"], "no config.json in this folder"),
     "builtin and tokenizer": (None, ["--model", "builtin", "--tokenizer", "x"], "leave --tokenizer out"),
-    "memory": (None, ["--memory-limit", "1MiB"], "activations, {any} update; --memory-limit is 1.0 MiB. To need less: --batch-size below 8"),
+    "memory": (None, ["--memory-limit", "1MiB"],
+               "activations, {any} update; --memory-limit is 1.0 MiB. To need less: --batch-size below 8"),
     "device": (None, ["--device", "nonsense"], "--device nonsense"),
     "rate": (None, ["--lr", "0"], "argument --lr: '0': it must be a number above 0"),
     "steps": (None, ["--steps", "-1"], "argument --steps"),
@@ -241,7 +250,7 @@ def with_few_embeddings(folder):
 
 BROKEN = {
     "no tokenizer": (without_tokenizer, "no tokenizer that transformers can load"),
-    "no end of text": (lambda folder: tokenizer(eos_token=None).save_pretrained(folder), "the tokenizer has no end-of-text token"),
+    "no end of text": (lambda folder: tokenizer(eos_token=None).save_pretrained(folder), "tokenizer has no end-of-text token"),
     "few embeddings": (with_few_embeddings, "tokens, the model embeddings for 100"),
     "a weight missing": (without_a_weight, "the weights lack 'model.norm.weight' (1 in all)"),
     "weights cut off": (lambda folder: (folder / "model.safetensors").write_bytes(b"x"), "the weights cannot be loaded"),
@@ -324,3 +333,14 @@ def test_one_bad_batch_is_left_out_and_counted(tmp_path, data, monkeypatch, caps
     with pytest.warns(GradlrWarning, match="the step was left out whole"):
         assert finetune("builtin", data, tmp_path / "out", *SHORT) == 0
     assert "not finite: 1" in capsys.readouterr().out
+
+
+def test_the_guide_names_every_option_and_no_other():
+    guide = (Path(gradlr.__file__).parents[1] / "docs" / "finetune.md").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = {option for action in parser._actions for option in action.option_strings if option.startswith("--")}
+    assert set(re.findall(r"--[a-z][a-z0-9-]+", guide)) - {"--local-dir"} == options - {"--help"}
+    for option, default in re.findall(r"`(--[a-z-]+) ([\d.]+)`", guide):
+        if option != "--steps":
+            assert parser.get_default(option[2:].replace("-", "_")) == float(default), option

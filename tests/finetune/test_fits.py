@@ -85,7 +85,8 @@ def test_a_run_that_does_not_fit_is_refused_with_the_numbers():
     size = fits.Need(weights=2**30, state=2**20, activations=2**20, update=0)
     fits.require_fit(size, size.total, "there is", [])
     fits.require_fit(size, None, "there is", [])
-    with pytest.raises(ArgumentError, match=r"about 1\.0 GiB: 1\.0 GiB weights, 1\.0 MiB state.*; cpu has 1\.0 GiB\. .* less: --bf16"):
+    numbers = r"about 1\.0 GiB: 1\.0 GiB weights, 1\.0 MiB state.*; cpu has 1\.0 GiB\. .* less: --bf16"
+    with pytest.raises(ArgumentError, match=numbers):
         fits.require_fit(size, size.total - 1, "cpu has", ["--bf16"])
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-WORDS = "the cat sat on a mat and looked at another dog while it rained over hills far from home".split()
+WORDS = ["the", "cat", "sat", "on", "mat", "and", "looked", "at", "another", "dog", "while", "it", "rained", "over", "hills"]
 
 
 def tokenizer(**options):
@@ -100,7 +100,7 @@ def _kill_when(process, out, *, step=None, is_writing=False, seconds=None, by=si
             break
         if is_writing and list(out.glob("checkpoint.pt.*.part")):
             break
-        time.sleep(0.0005)
+        time.sleep(0.001 if is_writing else 0.01)
     os.kill(process, by)
 
 
