@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,25 +32,26 @@ class Need:
     Attributes:
         weights: The parameters and buffers.
         state: The optimizer's state.
-        activations: What forward keeps for backward, and the gradient of the largest of it; None where it could not be counted.
-        update: What is alive while the largest parameter is updated, and what waits for `opt.step()`.
+        activations: What forward keeps for backward; None where it could not be counted.
+        work: What comes on top for a moment, the most of three things that do not happen at once: the gradient of the largest
+            activation, a layer that is computed again, the update of the largest parameter with what waits for `opt.step()`.
     """
 
     weights: int
     state: int
     activations: int | None
-    update: int
+    work: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.state + (self.activations or 0) + self.update
+        return self.weights + self.state + (self.activations or 0) + self.work
 
     def __str__(self) -> str:
         parts = [f"{format_bytes(self.weights)} weights", f"{format_bytes(self.state)} state"]
         counted = self.activations is not None
         parts.append(f"{format_bytes(self.activations)} activations" if counted else "activations not counted")
-        return f"{format_bytes(self.total)}: {', '.join(parts)}, {format_bytes(self.update)} update"
+        return f"{format_bytes(self.total)}: {', '.join(parts)}, {format_bytes(self.work)} at work"
 
 
 def required_bytes(
@@ -75,8 +77,14 @@ def required_bytes(
         for slot in opt.slots:
             if slot.capture == "one_sided":
                 slot.plan.parameter.requires_grad_(False)  # so that forward does not keep its input
-        activations = _activation_bytes(language, model, batch_size, length, is_checkpointed)
-    return Need(sum(tensors.values()), state, None if activations is None else activations + projected, update)
+        sizes = (batch_size, length, is_checkpointed)
+        found = _activation_bytes(language, model, *sizes)
+        if found is None and dtype == torch.float32:
+            # Without values, torch multiplies grouped matrices (experts) in bfloat16 only: half the bytes, or a little more.
+            found = _activation_bytes(language, language.skeleton(torch.bfloat16).train(), *sizes)
+            found = None if found is None else (2 * found[0], 2 * found[1])
+    weights = sum(tensors.values())
+    return Need(weights, state, None, update) if found is None else Need(weights, state, found[0] + projected, max(found[1], update))
 
 
 def _attached(model: nn.Module, options: dict[str, Any]) -> GradLR:
@@ -101,20 +109,26 @@ def _projected_bytes(opt: GradLR, tokens: int) -> int:
     return sum(4 * tokens * slot.largest_rank for slot in opt.slots if slot.capture == "one_sided")
 
 
-def _activation_bytes(language: Any, model: nn.Module, batch_size: int, length: int, is_checkpointed: bool) -> int | None:
+def _activation_bytes(language: Any, model: nn.Module, batch_size: int, length: int, is_checkpointed: bool) -> tuple[int, int] | None:
+    """Bytes that forward keeps, and the most that comes on top of them in backward."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # what cannot be counted is told in one word by us, in forty lines by torch
     try:
         plain = _saved_bytes(language, model, batch_size, length)
         if not is_checkpointed:
-            return sum(plain.values()) + 2 * max(plain.values())
+            return sum(plain.values()), 2 * max(plain.values())
         language.enable_checkpointing(model)
         kept = _saved_bytes(language, model, batch_size, length)
     except ArgumentError:
         raise
     except Exception:  # models may do with values what cannot be done without
         return None
+    finally:
+        log.setLevel(level)
     # One layer at a time is computed again, with all that it keeps.
     layers = max((len(module) for module in model.modules() if isinstance(module, nn.ModuleList)), default=1)
-    return sum(kept.values()) + (sum(plain.values()) - sum(kept.values())) // layers + 2 * max(kept.values())
+    return sum(kept.values()), max((sum(plain.values()) - sum(kept.values())) // layers, 2 * max(kept.values()))
 
 
 def _saved_bytes(language: Any, model: nn.Module, batch_size: int, length: int) -> dict[int, int]:
