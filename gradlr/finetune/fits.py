@@ -23,6 +23,9 @@ from .losses import cross_entropy
 # Of the largest parameter in float32: what is alive while its update is made. gradlr/bench/results/memory.json holds the peaks
 # for matrices of 4 MiB with each capture: 15.3, 8.2 and 3.9 MiB.
 _UPDATE = {"hook": 4, "auto": 4, "adaptor": 2, "one_sided": 1}
+# The same for the rounding of weights narrower than float32: 48 bytes a weight, by gradlr.bench.memory.peak_bytes of one step
+# of a Linear of 1024 x 1024.
+_ROUNDING = 12
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,8 @@ def required_bytes(
         model = language.skeleton(dtype).train()
         opt = _attached(model, options)
         tensors = {id(tensor): tensor.nbytes for tensor in [*model.parameters(), *model.buffers()]}
-        update = 4 * _UPDATE[options["capture"]] * max(parameter.numel() for parameter in model.parameters())
+        share = _UPDATE[options["capture"]] + (0 if dtype == torch.float32 else _ROUNDING)
+        update = 4 * share * max(parameter.numel() for parameter in model.parameters())
         update += _waiting_bytes(opt) if options["apply"] == "step" else 0
         state, projected = opt.state_bytes(), _projected_bytes(opt, batch_size * length)
         opt.detach()
@@ -84,7 +88,10 @@ def required_bytes(
             found = _activation_bytes(language, language.skeleton(torch.bfloat16).train(), *sizes)
             found = None if found is None else (2 * found[0], 2 * found[1])
     weights = sum(tensors.values())
-    return Need(weights, state, None, update) if found is None else Need(weights, state, found[0] + projected, max(found[1], update))
+    if found is None:
+        return Need(weights, state, None, update)
+    kept, work = found
+    return Need(weights, state, kept + projected, max(work, update))
 
 
 def _attached(model: nn.Module, options: dict[str, Any]) -> GradLR:
@@ -109,7 +116,9 @@ def _projected_bytes(opt: GradLR, tokens: int) -> int:
     return sum(4 * tokens * slot.largest_rank for slot in opt.slots if slot.capture == "one_sided")
 
 
-def _activation_bytes(language: Any, model: nn.Module, batch_size: int, length: int, is_checkpointed: bool) -> tuple[int, int] | None:
+def _activation_bytes(
+    language: Any, model: nn.Module, batch_size: int, length: int, is_checkpointed: bool
+) -> tuple[int, int] | None:
     """Bytes that forward keeps, and the most that comes on top of them in backward."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level

@@ -1,10 +1,10 @@
 """`python -m gradlr finetune` from the data file to the model that transformers and peft load."""
 
 import argparse
-import builtins
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import peft
@@ -90,14 +90,8 @@ def test_a_finished_run_is_only_written_again(tmp_path, model, data, capsys):
 
 
 def test_builtin_needs_no_extra(tmp_path, data, monkeypatch, capsys):
-    real = builtins.__import__
-
-    def without_extras(name, *rest):
-        if name.split(".")[0] in ("transformers", "tqdm", "safetensors", "tokenizers"):
-            raise ImportError(f"No module named {name!r}", name=name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without_extras)
+    for name in ("transformers", "tqdm", "safetensors", "tokenizers"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert finetune("builtin", data, tmp_path / "out", *SHORT, "--bf16", "--checkpointing", "--eval-every", "4") == 0
     monkeypatch.undo()
     captured = capsys.readouterr()
@@ -110,14 +104,8 @@ def test_builtin_needs_no_extra(tmp_path, data, monkeypatch, capsys):
 
 
 def test_a_model_without_transformers_names_the_extra(tmp_path, model, data, monkeypatch, capsys):
-    real = builtins.__import__
-
-    def without(name, globals=None, locals=None, fromlist=(), level=0):
-        if name == "pretrained":
-            raise ImportError("No module named 'transformers'", name="transformers")
-        return real(name, globals, locals, fromlist, level)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "gradlr.finetune.pretrained")
     assert finetune(model, data, tmp_path / "out") == 2
     assert "needs transformers, which is not installed: pip install 'gradlr[finetune]'" in capsys.readouterr().err
 
@@ -200,7 +188,7 @@ BAD = {
     "no config": (None, ["--model", "{path}"], "no config.json in this folder"),
     "builtin and tokenizer": (None, ["--model", "builtin", "--tokenizer", "x"], "leave --tokenizer out"),
     "memory": (None, ["--memory-limit", "1MiB"],
-               "activations, {any} update; --memory-limit is 1.0 MiB. To need less: --batch-size below 8"),
+               "activations, {any} at work; --memory-limit is 1.0 MiB. To need less: --batch-size below 8"),
     "device": (None, ["--device", "nonsense"], "--device nonsense"),
     "rate": (None, ["--lr", "0"], "argument --lr: '0': it must be a number above 0"),
     "steps": (None, ["--steps", "-1"], "argument --steps"),

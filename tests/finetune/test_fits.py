@@ -6,6 +6,7 @@ from finetune.tiny import llama
 
 import gradlr
 from gradlr import ArgumentError
+from gradlr.bench.memory import peak_bytes
 from gradlr.finetune import fits
 from gradlr.finetune.builtin import BuiltinModel
 from gradlr.finetune.losses import cross_entropy
@@ -52,14 +53,14 @@ def saved_in_forward(language):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = cross_entropy(language.logits(model, tokens), tokens)
     assert loss.requires_grad
-    return sum(kept.values()), 2 * max(kept.values())
+    return sum(kept.values())
 
 
 def test_activations_are_those_of_a_real_forward(language):
     for kind in (language, BuiltinModel()):
-        kept, largest_gradient = saved_in_forward(kind)
-        # Without values, attention gives its output in another memory layout, and each layer keeps a copy of it: 3 % more here.
-        assert kept + largest_gradient <= need(kind).activations < 1.05 * (kept + largest_gradient)
+        kept = saved_in_forward(kind)
+        # Without values, attention gives its output in another memory layout, and each layer keeps a copy of it: 4 % more here.
+        assert kept <= need(kind).activations < 1.06 * kept
 
 
 def test_what_is_advised_needs_less(language):
@@ -67,22 +68,46 @@ def test_what_is_advised_needs_less(language):
     assert need(language, batch_size=1).activations < plain.activations
     assert need(language, length=16).activations < plain.activations
     assert need(language, is_checkpointed=True).activations < plain.activations
-    one_sided = need(language, capture="one_sided", rank=2)
-    assert one_sided.activations < plain.activations and one_sided.update < plain.update
+    assert need(language, capture="one_sided", rank=2).activations < plain.activations
     half = need(language, dtype=torch.bfloat16)
     assert half.weights < plain.weights and half.activations < plain.activations
-    assert need(language, apply="step").update > plain.update
+    assert need(language, apply="step").total > plain.total
+
+
+@pytest.mark.parametrize(
+    ("options", "is_checkpointed"),
+    [({}, False), ({}, True), ({"capture": "one_sided", "rank": 4}, False), ({"apply": "step"}, False)],
+)
+def test_the_whole_is_no_less_than_the_measured_peak_and_not_far_above(language, options, is_checkpointed):
+    sizes = {"batch_size": 8, "length": 64}
+    found = need(language, **sizes, is_checkpointed=is_checkpointed, **options)
+    model = language.load(torch.float32, 0).train()
+    if is_checkpointed:
+        language.enable_checkpointing(model)
+    tokens = torch.zeros(8, 64, dtype=torch.int64)
+
+    def work():
+        tracker = gradlr.LossTracker()
+        opt = gradlr.attach(model, tracker, **{**OPTIONS, **options})
+        for _ in range(2):
+            tracker(cross_entropy(language.logits(model, tokens), tokens)).backward()
+            opt.step()
+        return opt
+
+    peak = peak_bytes(work)
+    # Small things (norms, masks, buffers of kernels) against the largest ones only: a tenth below, a third above.
+    assert 0.9 * peak < found.total - found.weights < 1.33 * peak
 
 
 def test_a_model_that_needs_values_is_counted_without_its_activations(language, monkeypatch):
     monkeypatch.setattr(language, "logits", lambda model, inputs: model(input_ids=inputs).logits * float(inputs.sum()))
     found = need(language)
     assert found.activations is None and "activations not counted" in str(found)
-    assert found.total == found.weights + found.state + found.update
+    assert found.total == found.weights + found.state + found.work
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_numbers():
-    size = fits.Need(weights=2**30, state=2**20, activations=2**20, update=0)
+    size = fits.Need(weights=2**30, state=2**20, activations=2**20, work=0)
     fits.require_fit(size, size.total, "there is", [])
     fits.require_fit(size, None, "there is", [])
     numbers = r"about 1\.0 GiB: 1\.0 GiB weights, 1\.0 MiB state.*; cpu has 1\.0 GiB\. .* less: --bf16"
