@@ -1,0 +1,224 @@
+"""The training loop: steps, validation, checkpoints, and an end at any moment that loses nothing."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import GradlrError, NonFiniteError
+from ..optimizer import GradLR
+from ..parameters import MATRIX
+from ..storage import load, save
+from .folder import RunFolder
+from .losses import cross_entropy, validation_loss
+from .packing import IGNORED, PackedTokens, sequences_of_step
+from .progress import Progress, described, peak_memory
+
+# A loss that is not finite may be one bad batch; so many in a row are a run that has diverged.
+MOST_SKIPPED_IN_A_ROW = 5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long to train, with how much at a time, and how often to look and to save."""
+
+    steps: int
+    batch_size: int
+    accumulate: int
+    warmup: int
+    seed: int
+    device: str
+    save_every: int
+    eval_every: int
+    log_every: int
+
+    def rate_factor(self, step: int) -> float:
+        """Multiple of the peak learning rate: a linear warm-up from the first step on, then a cosine to 0."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+@dataclass
+class Done:
+    """What is done so far; part of every checkpoint.
+
+    Attributes:
+        step: Steps taken.
+        tokens: Tokens that went through the model in training.
+        seconds: Time in training steps.
+        skipped_in_a_row: Steps left out since the last one taken.
+        validation: (step, validation loss) pairs, in nats per token.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped_in_a_row: int = 0
+    validation: list[list[float]] = field(default_factory=list)
+
+
+@dataclass
+class Run:
+    """All that the loop works on."""
+
+    language: Any
+    model: nn.Module
+    opt: GradLR
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    data: PackedTokens
+    held_out: PackedTokens
+    plan: Plan
+    folder: RunFolder
+    done: Done = field(default_factory=Done)
+
+    def save(self) -> None:
+        """Write the checkpoint, whole or not at all."""
+        objects = {"model": self.model, "optimizer": self.opt, "scheduler": self.scheduler}
+        save(self.folder.checkpoint, **objects, done=asdict(self.done), random=_random_state(self.plan.device))
+
+    def restore(self) -> bool:
+        """Go on from the checkpoint, if there is one; whether there was."""
+        is_saved = self.folder.checkpoint.is_file()
+        if is_saved:
+            found = load(self.folder.checkpoint, model=self.model, optimizer=self.opt, scheduler=self.scheduler)
+            self.done = Done(**found["done"])
+            _set_random_state(found["random"], self.plan.device)
+        self.folder.rewind_log(self.done.step if is_saved else -1)
+        return is_saved
+
+    def validate(self) -> float:
+        """Loss on the held-out documents now; noted and logged."""
+        sizes = {"batch_size": self.plan.batch_size, "device": self.plan.device}
+        loss = validation_loss(self.language, self.model, self.held_out, **sizes)
+        self.done.validation.append([self.done.step, loss])
+        self.folder.log(step=self.done.step, validation_loss=loss)
+        return loss
+
+
+def train(run: Run) -> int | None:
+    """Take the steps that are left; the number of the signal that ended it early, with everything saved, or None.
+
+    Raises:
+        GradlrError: losses or gradients are not finite; the last checkpoint stays.
+    """
+    plan, done = run.plan, run.done
+    run.model.train()
+    with deferred_signals() as signals, Progress(plan.steps, done.step) as progress:
+        if not done.validation:
+            progress.say(f"validation loss {run.validate():.4f} before training")
+        while done.step < plan.steps and not signals:
+            lr = run.scheduler.get_last_lr()[0]
+            loss = _timed_step(run)
+            _report(run, loss, lr, progress)
+            if done.step % plan.eval_every == 0 or done.step == plan.steps:
+                progress.say(f"validation loss {run.validate():.4f} after step {done.step}")
+            if done.step % plan.save_every == 0 or done.step == plan.steps or signals:
+                run.save()
+    return signals[0] if signals and done.step < plan.steps else None
+
+
+def _timed_step(run: Run) -> Tensor:
+    start, skipped = time.perf_counter(), run.opt.skipped
+    try:
+        loss = _step(run)
+    except NonFiniteError as error:
+        raise _diverged(run, str(error)) from error
+    run.scheduler.step()
+    done = run.done
+    done.seconds += time.perf_counter() - start
+    done.skipped_in_a_row = done.skipped_in_a_row + 1 if run.opt.skipped > skipped else 0
+    done.step += 1
+    done.tokens += run.plan.batch_size * run.plan.accumulate * run.data.length
+    if done.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+        raise _diverged(run, f"{done.skipped_in_a_row} steps in a row had a loss or a gradient that is not finite")
+    return loss
+
+
+def _step(run: Run) -> Tensor:
+    """Forward, backward and update of one step; returns its loss, 0-dim, on the device."""
+    plan = run.plan
+    rows = sequences_of_step(len(run.data), plan.batch_size * plan.accumulate, seed=plan.seed, step=run.done.step)
+    batches = [run.data.batch(part) for part in rows.split(plan.batch_size)]
+    counts = [int((targets != IGNORED).sum()) for _, targets in batches]
+    total = torch.zeros((), device=plan.device)
+    for (inputs, targets), count in zip(batches, counts, strict=True):
+        logits = run.language.logits(run.model, inputs.to(plan.device))
+        loss = run.opt.tracker(cross_entropy(logits, targets.to(plan.device)))
+        share = count / sum(counts)  # so that each token weighs the same, however many its micro-batch has
+        (loss if plan.accumulate == 1 else loss * share).backward()
+        total += loss.detach() * share
+    run.opt.step()
+    return total
+
+
+def _report(run: Run, loss: Tensor, lr: float, progress: Progress) -> None:
+    done, plan = run.done, run.plan
+    if done.step % plan.log_every and done.step != plan.steps:
+        progress.update("")  # reading the loss would make the host wait for the device
+        return
+    facts = {
+        "loss": float(loss),
+        "rank": max((slot.rank for slot in run.opt.slots if slot.plan.kind == MATRIX), default=0),
+        "rate": done.tokens / done.seconds,
+        "lr": lr,
+        "memory": peak_memory(plan.device),
+    }
+    run.folder.log(step=done.step, tokens=done.tokens, skipped=run.opt.skipped, **facts)
+    progress.update(described(**facts))
+
+
+def _diverged(run: Run, what: str) -> GradlrError:
+    kept = f"{run.folder.checkpoint} keeps the last good weights" if run.folder.checkpoint.is_file() else "nothing was saved yet"
+    rate = run.opt.param_groups[0]["initial_lr"]
+    return GradlrError(
+        f"training stopped in step {run.done.step + 1}: {what}. {kept}. Start anew (--overwrite) with a lower --lr than "
+        f"{rate:g}, a longer --warmup, or --max-grad-norm 1"
+    )
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM are noted, so that a step is never left half done; a second one stops at once."""
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: Any) -> None:
+        noted.append(number)
+        _set_handlers(previous)
+
+    _set_handlers(dict.fromkeys(previous, note))
+    try:
+        yield noted
+    finally:
+        _set_handlers(previous)
+
+
+def _set_handlers(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def _random_state(device: str) -> dict[str, Tensor]:
+    # Dropout draws from torch's own generators.
+    state = {"cpu": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else {})
+
+
+def _set_random_state(state: dict[str, Tensor], device: str) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
