@@ -13,8 +13,8 @@ from .linalg import stochastic_round
 from .rules import Rule, State, Update
 from .views import View
 
-# Entries of a weight that are widened, or of a product that is scaled, at one time: 16 MiB in float32.
-_BLOCK_NUMBERS = 2**22
+# Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
+_BLOCK_NUMBERS = 2**20
 
 
 def write(
