@@ -2,28 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+
+from .slots import Slot, state_bytes
 
 if TYPE_CHECKING:
     from .optimizer import GradLR
-    from .slots import Slot
+
+# Two moments in float32.
+ADAMW_BYTES_PER_WEIGHT = 8
 
 
 def describe(optimizer: GradLR) -> str:
-    """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, capture, lr, bytes of state."""
-    rows = [("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "state")]
-    rows += [_row(optimizer, slot) for slot in optimizer.slots]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f'GradLR(apply="{optimizer.apply}")', *("  " + line for line in lines), "  " + _totals(optimizer)])
+    """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, capture, lr, bytes of state.
+
+    Weight decay is a column where any parameter has it.
+    """
+    header = ("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "state")
+    rows = [header, *(_row(optimizer, slot) for slot in optimizer.slots)]
+    decays = [float(optimizer.param_groups[slot.group_index]["weight_decay"]) for slot in optimizer.slots]
+    if any(decays):
+        decays = ["decay", *(f"{decay:.3g}" if decay else "" for decay in decays)]
+        rows = [(*row[:-1], decay, row[-1]) for row, decay in zip(rows, decays, strict=True)]
+    return "\n".join([_title(optimizer), *("  " + line for line in aligned(rows)), "  " + _totals(optimizer)])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _title(optimizer: GradLR) -> str:
+    options = {"apply": f'"{optimizer.apply}"'}
+    limits = {"max_grad_norm": optimizer.limit.max_norm, "max_norm_growth": optimizer.limit.max_growth}
+    options |= {name: f"{value:g}" for name, value in limits.items() if value is not None}
+    return f"GradLR({', '.join(f'{name}={value}' for name, value in options.items())})"
+
+
+def written_shape(sizes: Iterable[int]) -> str:
+    """A shape for reading: (4, 8) → '4 x 8'."""
+    return " x ".join(map(str, sizes)) or "scalar"
 
 
 def _row(optimizer: GradLR, slot: Slot) -> tuple[str, ...]:
-    state = optimizer.state[slot.plan.parameter]
-    size = sum(value.numel() * value.element_size() for key, value in state.items() if key not in ("step", "spectrum"))
+    size = state_bytes(optimizer.state[slot.plan.parameter])
     is_matrix = not slot.rule.needs_dense
-    shape = " x ".join(str(axis) for axis in slot.plan.parameter.shape) or "scalar"
-    view = " x ".join(str(axis) for axis in slot.plan.shape) if slot.plan.view.pattern else "as it is"
+    shape = written_shape(slot.plan.parameter.shape)
+    view = written_shape(slot.plan.shape) if slot.plan.view.pattern else "as it is"
     ranks = (f"{slot.rank}/{slot.largest_rank}", str(slot.momentum_rank), slot.capture) if is_matrix else ("", "", slot.capture)
     rate = f"{float(optimizer.param_groups[slot.group_index]['lr']):.3g}"
     return slot.plan.name, shape, slot.plan.kind, view, slot.rule.name, *ranks, rate, format_bytes(size)
@@ -31,10 +58,14 @@ def _row(optimizer: GradLR, slot: Slot) -> tuple[str, ...]:
 
 def _totals(optimizer: GradLR) -> str:
     weights = sum(slot.plan.parameter.numel() for slot in optimizer.slots)
-    state = optimizer.state_bytes()
-    adamw = 8 * weights
+    return tale_of_state(len(optimizer.slots), weights, optimizer.state_bytes())
+
+
+def tale_of_state(parameters: int, weights: int, state: int) -> str:
+    """How many parameters and weights there are, and what their state takes beside AdamW's."""
+    adamw = ADAMW_BYTES_PER_WEIGHT * weights
     share = f", {state / adamw:.1%} of AdamW's {format_bytes(adamw)}" if adamw else ""
-    return f"{len(optimizer.slots)} parameters, {weights:,} weights, state {format_bytes(state)}{share}"
+    return f"{parameters} parameters, {weights:,} weights, state {format_bytes(state)}{share}"
 
 
 def format_bytes(count: float) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ShapeError
 from .gradient import GradientOperator
+from .observe import Observed
 from .parameters import ParameterPlan
 from .ranks import RankInputs, RankSchedule, resolve_rank
 from .rules import Rule, Settings
@@ -42,6 +43,8 @@ class Slot:
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
+        is_observed: Whether the next updates leave numbers for `report()`.
+        observed: Those of the last update that did.
     """
 
     index: int
@@ -55,6 +58,8 @@ class Slot:
     last_loss: int | None = None
     pending: GradientOperator | None = None
     capture: str = "hook"
+    is_observed: bool = False
+    observed: Observed | None = None
     _basis: weakref.ref[Tensor] | None = None
 
     @property
@@ -68,7 +73,7 @@ class Slot:
 
     def restart(self, rank: int) -> None:
         """After a checkpoint was loaded: nothing has happened yet."""
-        self.rank, self.last_loss, self.pending, self.basis = rank, None, None, None
+        self.rank, self.last_loss, self.pending, self.basis, self.observed = rank, None, None, None, None
 
 
 def torch_group(group: ParameterGroup) -> dict[str, Any]:
@@ -117,6 +122,16 @@ def initial_state(slot: Slot, settings: Settings) -> dict[str, Tensor]:
         raise ArgumentError(f"parameter {slot.plan.name!r}, a {slot.plan.kind}: {error}") from error
     # The count stays on the CPU, wherever the parameter lies: it is read at every step.
     return {"step": torch.zeros((), dtype=torch.int64, device="cpu"), **state}
+
+
+def rule_entries(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the rule keeps of a parameter's state: without the step count and what the rank schedule looks at."""
+    return {key: value for key, value in state.items() if key not in ("step", "spectrum")}
+
+
+def state_bytes(state: dict[str, Tensor]) -> int:
+    """Bytes of what the rule keeps."""
+    return sum(value.nbytes for value in rule_entries(state).values())
 
 
 def working_form(parameter: Tensor) -> dict[str, Any]:

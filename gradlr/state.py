@@ -1,4 +1,4 @@
-"""What the optimizer keeps: a slot and a state per parameter, in torch's own layout; saved, loaded and counted."""
+"""What the optimizer keeps: a slot and a state per parameter, in torch's own layout; saved, loaded, counted and reported."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor
 from .checkpoint import check_groups, fitted_state
 from .errors import ArgumentError, AttachError
 from .linalg import stochastic_round
+from .observe import Observation
+from .report import Report, report
 from .rules import Settings
-from .slots import Noise, ParameterGroup, Slot, initial_state, make_slots, torch_group
+from .slots import Noise, ParameterGroup, Slot, initial_state, make_slots, rule_entries, state_bytes, torch_group
 from .tracker import LossTracker
 
 
@@ -42,7 +44,31 @@ class KeptState(torch.optim.Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors, step counters left out."""
-        return sum(value.nbytes for slot in self.slots for value in _rule_entries(self.state[slot.plan.parameter]).values())
+        return sum(state_bytes(self.state[slot.plan.parameter]) for slot in self.slots)
+
+    def observe(self, *match: str) -> Observation:
+        """From now on, each update leaves its norms and the gradient's captured share for `report()`; no weight differs for it.
+
+        Takes a second copy of one gradient at a time; with `apply="step"` the observed gradients themselves, until the step.
+
+        Args:
+            match: Globs on parameter names; all parameters where none is given.
+
+        Returns:
+            Ends the observation: by `stop()`, or as `with opt.observe(): ...`.
+
+        Raises:
+            ArgumentError: a glob matches no parameter.
+        """
+        return Observation(self.slots, match or ("*",))
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """What each parameter's update is made of now, and what it costs beside AdamW: print, show, plot or log it.
+
+        Captured energy, gradient and update are those of the last update inside `observe()`.
+        """
+        return report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are fixed once attached.
@@ -85,7 +111,7 @@ class KeptState(torch.optim.Optimizer):
             self.state[slot.plan.parameter] = state
 
     def _rule_state(self, slot: Slot) -> dict[str, Tensor]:
-        entries = _rule_entries(self.state[slot.plan.parameter])
+        entries = rule_entries(self.state[slot.plan.parameter])
         return {key: value.float() if value.dtype == self._state_dtype else value for key, value in entries.items()}
 
     def _narrowed(self, entries: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
@@ -103,7 +129,3 @@ class KeptState(torch.optim.Optimizer):
         generator = self._noise.at(parameter.device, self.seed, slot.index, step)
         beta = self.param_groups[slot.group_index]["beta"]
         return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
-
-
-def _rule_entries(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in state.items() if key not in ("step", "spectrum")}

@@ -11,6 +11,7 @@ from . import guards
 from .captures import as_dense, compact, waits_as_it_is
 from .gauge import Gauge, NormLimit
 from .gradient import Factored, GradientOperator
+from .observe import Observed, kept, seen_gradient, seen_update
 from .rules import Settings, State, Update
 from .skips import Skips
 from .slots import ParameterGroup, Slot, working_form
@@ -29,6 +30,7 @@ class Prepared:
     is_finite: Tensor
     update: Update | None = None
     new_state: State | None = None
+    observed: Observed | None = None
 
 
 class Updates(KeptState):
@@ -82,6 +84,7 @@ class Updates(KeptState):
             slot.pending = compact(gradient)
         else:
             slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
+            slot.pending.whole = as_dense(gradient) if slot.is_observed else None
         self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
 
     def _take_step(self) -> None:
@@ -125,11 +128,14 @@ class Updates(KeptState):
         settings, old_state = self._settings(slot), self._rule_state(slot)
         if slot.rule.needs_dense and not slot.rule.takes_factors:
             gradient = as_dense(gradient)
+        whole = kept(gradient) if slot.is_observed else None
         try:
             update, new_state = checked(slot.rule, slot.rule.update(gradient, old_state, settings), gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
             return Prepared(slot, settings, torch.zeros_like(is_finite))
-        return Prepared(slot, settings, is_finite & all_finite([*update.parts(), *new_state.values()]), update, new_state)
+        is_finite = is_finite & all_finite([*update.parts(), *new_state.values()])
+        observed = None if whole is None else seen_gradient(whole, update, settings.step, slot.plan.kind, slot.rule)
+        return Prepared(slot, settings, is_finite, update, new_state, observed)
 
     def _apply(self, prepared: Prepared) -> None:
         """Write an update and its state, on CUDA only where the flag says so. The only place where a weight changes."""
@@ -141,6 +147,9 @@ class Updates(KeptState):
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, self.state[parameter])
             decay = decay * is_finite if decay else decay
+        if prepared.observed is not None:
+            weight = slot.plan.view.of(parameter)
+            slot.observed = seen_update(prepared.observed, weight, update, lr=float(group["lr"]), weight_decay=decay)
         write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)

@@ -146,7 +146,7 @@ def _check_addition(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     # Before minutes of measuring, not after.
-    numbers = {key: value for key, value in vars(arguments).items() if isinstance(value, int)}
+    numbers = {key: value for key, value in vars(arguments).items() if type(value) is int}
     small = [f"--{key.replace('_', '-')} {value}" for key, value in numbers.items() if value < 1]
     small += [f"--ranks {rank}" for rank in getattr(arguments, "ranks", ()) if rank < 1]
     if small:

@@ -155,6 +155,9 @@ class Sketched(GradientOperator):
         left: L, shape (..., m, l), orthonormal (or zero) columns; None for a one-sided sketch.
         left_sketch: A₂ = Gᵀ L, shape (..., n, l); with `left`.
 
+    Attributes:
+        whole: G itself, for those who compare the sketch with it; None where nobody asked, or nobody knows.
+
     Raises:
         ShapeError: the four shapes do not belong together.
 
@@ -163,6 +166,7 @@ class Sketched(GradientOperator):
 
     def __init__(self, right: Tensor, right_sketch: Tensor, left: Tensor | None = None, left_sketch: Tensor | None = None):
         self.right, self.right_sketch, self.left, self.left_sketch = right, right_sketch, left, left_sketch
+        self.whole: Dense | None = None
         self._check()
         self.shape = torch.Size((*right.shape[:-2], right_sketch.shape[-2], right.shape[-2]))
         self.dtype, self.device = right_sketch.dtype, right_sketch.device
@@ -210,7 +214,9 @@ class Sketched(GradientOperator):
 
     def scaled(self, factor: Tensor) -> Sketched:
         left_sketch = None if self.left is None else self.left_sketch * factor
-        return Sketched(self.right, self.right_sketch * factor, self.left, left_sketch)
+        scaled = Sketched(self.right, self.right_sketch * factor, self.left, left_sketch)
+        scaled.whole = None if self.whole is None else self.whole.scaled(factor)
+        return scaled
 
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""
@@ -218,6 +224,8 @@ class Sketched(GradientOperator):
         self.right_sketch += gradient.right_sketch if is_alike else gradient.times(self.right)
         if self.left is not None:
             self.left_sketch += gradient.transposed_times(self.left)
+        if self.whole is not None:
+            self.whole = None if isinstance(gradient, Sketched) else self.whole.add_(gradient)
         return self
 
     def __add__(self, other: Sketched) -> Sketched:

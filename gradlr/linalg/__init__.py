@@ -4,6 +4,7 @@ from .bases import orthonormalize, svd_lowrank
 from .normalize import multi_normalize, normalize_columns
 from .polar import leading_directions, newton_schulz, polar_factor
 from .rounding import stochastic_round
+from .spectral import spectral_norm
 
 __all__ = [
     "leading_directions",
@@ -12,6 +13,7 @@ __all__ = [
     "normalize_columns",
     "orthonormalize",
     "polar_factor",
+    "spectral_norm",
     "stochastic_round",
     "svd_lowrank",
 ]

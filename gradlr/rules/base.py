@@ -148,6 +148,13 @@ class Rule:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
         return state
 
+    def momentum(self, state: State) -> tuple[Tensor, Tensor] | None:
+        """The momentum that a state holds, as factors (..., m, k) and (..., n, k) of `left rightᵀ`; None where there is none.
+
+        Only asked for by `opt.report()`.
+        """
+        return None
+
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
         return f"{type(self).__name__}({options})"

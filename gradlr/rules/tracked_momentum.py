@@ -89,6 +89,9 @@ class TrackedMomentum(Rule):
         resized = {key: fit_columns(state[key], settings.momentum_rank).contiguous() for key in ("P", "R")}
         return {**state, **resized}
 
+    def momentum(self, state: State) -> tuple[Tensor, Tensor]:
+        return state["P"], state["R"]
+
     def right_basis(
         self,
         shape: torch.Size,
