@@ -88,10 +88,11 @@ def scaled_loss(scale: float, tale: str) -> BackwardError:
     )
 
 
-def interrupted(loss_number: int, changed: Sequence[str], dropped: int) -> str:
-    """A backward that ended in an exception, told at the next call."""
+def interrupted(loss_number: int | None, changed: Sequence[str], dropped: int) -> str:
+    """A backward that ended in an exception, told at the next call; its loss has no number where it was not shown."""
+    loss = "a loss that was not shown" if loss_number is None else f"loss number {loss_number}"
     tale = f"The gradients that waited for step() ({dropped} parameters) are dropped" if dropped else tale_of(changed)
-    return f"the backward of loss number {loss_number} did not come to its end (an exception in a layer?). {tale}"
+    return f"the backward of {loss} did not come to its end (an exception in a layer?). {tale}"
 
 
 def half_step(changed: Sequence[str], count: int) -> str:

@@ -53,7 +53,7 @@ class GradLR(Updates):
         super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, is_immediate=is_immediate, limit=limit)
         self.apply = apply
         self._dropped_serial: int | None = None
-        self._failed_serial: int | None = None
+        self._failed_tasks: set[int] = set()
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
@@ -86,7 +86,7 @@ class GradLR(Updates):
         """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
         self._skips.read()
         self._watch.loss_shown(pending=len(self._waiting()))
-        if tracker.is_open:
+        if tracker.open_backwards:
             self._give_up()
         self._membership.check()
         for slot in self._slots.values():
@@ -130,9 +130,9 @@ class GradLR(Updates):
 
     def _forget_failed_backward(self) -> None:
         # A backward that is open and not under way has failed: the bases that its graph may still hold are of no further use.
-        serial = self.tracker.begun_serial
-        if self.tracker.is_open and serial != self._failed_serial and torch._C._current_graph_task_id() == -1:
-            self._failed_serial = serial
+        failed = self.tracker.open_backwards
+        if not self._failed_tasks.issuperset(failed) and torch._C._current_graph_task_id() == -1:
+            self._failed_tasks = set(failed)
             self._forget_bases()
 
     @torch.no_grad()

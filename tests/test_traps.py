@@ -1,5 +1,6 @@
 """What would silently go wrong is loud: each trap is an error or a warning that names the way out."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -458,6 +459,28 @@ def test_the_sketches_of_an_interrupted_backward_never_join_a_step():
     train(model, opt, tracker, 1, x=regression(16)[0], y=regression(16)[1])
     train(shadow, shadow_opt, shadow_tracker, 1, x=regression(16)[0], y=regression(16)[1])
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), shadow.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_backward_that_ends_well_does_not_hide_one_that_failed(is_shown, is_last):
+    """Two losses are there before the first backward: half of one of them must not join the other."""
+    model, tracker, opt = attached(failing_model(), apply="step")
+    before = weights(model)
+    model[2].is_failing = True
+    failing = loss_of(model)
+    model[2].is_failing = False
+    failing = tracker(failing) if is_shown else failing
+    sound = tracker(loss_of(model))
+    for loss in (sound, failing) if is_last else (failing, sound):
+        with pytest.raises(MemoryError) if loss is failing else contextlib.nullcontext():
+            loss.backward()
+    name = "loss number 1" if is_shown else "a loss that was not shown"
+    with pytest.raises(BackwardError, match=f"the backward of {name} did not come to its end.*6 parameters"):
+        opt.step()
+    assert is_unchanged(model, before) and opt.interrupted == ()
+    train(model, opt, tracker, 1)
+    assert not is_unchanged(model, before)
 
 
 def test_a_step_after_detach():
