@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackwardError
@@ -94,7 +95,9 @@ def _basis(capture: _Capture, weight: Tensor, x: Tensor) -> Tensor:
     def covariance_times(right: Tensor) -> Tensor:
         return capture.linear_map.covariance_times(widen(x.detach()), right)
 
-    return capture.living_receiver().right_basis(weight, covariance_times)
+    # Not for the eyes of selective checkpointing, which counts what it sees: a recomputation takes the basis that is there.
+    with _disable_current_modes():
+        return capture.living_receiver().right_basis(weight, covariance_times)
 
 
 @functools.cache
