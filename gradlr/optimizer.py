@@ -115,17 +115,25 @@ class GradLR(Updates):
     def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor:
         """X, (n, r) orthonormal, on which a one-sided layer projects its input: fixed until the next update of its weight.
 
-        Made in the first forward after an update, of the inputs there; its rank follows the loss shown before that forward.
+        Made in the first forward after an update whose inputs are not all zero, of the inputs there; its rank follows the loss
+        shown before that forward.
         """
         self._forget_failed_backward()
         slot = self._slots[id(parameter)]
-        basis = slot.basis
-        # A basis of inputs that were not finite must not outlive their loss; the host looks where it need not wait.
-        if basis is None or (not basis.is_cuda and not basis.isfinite().all()):
+        basis = slot.sound_basis()
+        if basis is None:
+            products: list[Tensor] = []
+
+            def times(right: Tensor) -> Tensor:
+                products.append(covariance_times(right))
+                return products[-1]
+
             follow_loss(slot, self.tracker.ratio, self.state[parameter])
             known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
             with full_precision(parameter.device):
-                slot.basis = basis = slot.rule.right_basis(*known, **like, covariance_times=covariance_times)
+                basis = slot.rule.right_basis(*known, **like, covariance_times=times)
+            # A basis of inputs that were all zero, or not finite, must not outlive their loss.
+            slot.keep_basis(basis, torch.stack([basis.isfinite().all(), *(product.any() for product in products)]).all())
         return basis
 
     def _forget_failed_backward(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .deferred import Deferred
 from .errors import ArgumentError, ShapeError
 from .gradient import GradientOperator
 from .parameters import ParameterPlan
@@ -41,6 +42,7 @@ class Slot:
         momentum_rank: k.
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
+        is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where it does not matter.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
     """
 
@@ -55,7 +57,9 @@ class Slot:
     last_loss: int | None = None
     pending: GradientOperator | None = None
     capture: str = "hook"
+    is_pending_blank: Deferred | None = None
     _basis: weakref.ref[Tensor] | None = None
+    _is_basis_sound: Deferred | None = None
 
     @property
     def basis(self) -> Tensor | None:
@@ -64,7 +68,19 @@ class Slot:
 
     @basis.setter
     def basis(self, basis: Tensor | None) -> None:
-        self._basis = None if basis is None else weakref.ref(basis)
+        self._basis, self._is_basis_sound = None if basis is None else weakref.ref(basis), None
+
+    def keep_basis(self, basis: Tensor, is_sound: Tensor) -> None:
+        """Set the basis; a 0-dim flag tells whether further forwards may use it. Its inputs may have been zeros, or NaN."""
+        self.basis, self._is_basis_sound = basis, Deferred(is_sound)
+
+    def sound_basis(self) -> Tensor | None:
+        """The basis, unless it came from nothing: what its flag said is read here, a forward later, so that no device waits."""
+        basis, flag = self.basis, self._is_basis_sound
+        if basis is None or (flag is not None and not flag.read()):
+            return None
+        self._is_basis_sound = None
+        return basis
 
     def restart(self, rank: int) -> None:
         """After a checkpoint was loaded: nothing has happened yet."""

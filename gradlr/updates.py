@@ -9,8 +9,9 @@ from torch import Tensor
 
 from . import guards
 from .captures import as_dense, compact, waits_as_it_is
+from .deferred import Deferred
 from .gauge import Gauge, NormLimit
-from .gradient import Factored, GradientOperator
+from .gradient import Factored, GradientOperator, Sketched
 from .rules import Settings, State, Update
 from .skips import Skips
 from .slots import ParameterGroup, Slot, working_form
@@ -73,15 +74,21 @@ class Updates(KeptState):
         if not self._skips.look(gradient.is_finite(), self._blame(slot)):
             self._gauge.record(slot.index, torch.full((), torch.nan, dtype=torch.float64, device=gradient.device))
             return
+        if slot.is_pending_blank is not None and slot.is_pending_blank.read():
+            slot.pending = None  # zeros, as of an empty micro-batch: bases that came from them would serve nobody
+        slot.is_pending_blank = None
         # The norm of a gradient that was never formed costs as much as forming it: its sketch's will do, unless it matters.
-        is_known = slot.pending is None and (self.limit.is_active or not isinstance(gradient, Factored))
+        is_first = slot.pending is None
+        is_known = is_first and (self.limit.is_active or not isinstance(gradient, Factored))
         energy = gradient.squared_norm() if is_known else None
-        if slot.pending is not None:
+        if not is_first:
             slot.pending = slot.pending.add_(gradient)
         elif waits_as_it_is(slot, gradient):
             slot.pending = compact(gradient)
         else:
             slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
+        if is_first and isinstance(slot.pending, Sketched):
+            slot.is_pending_blank = Deferred(slot.pending.is_blank())
         self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
 
     def _take_step(self) -> None:
