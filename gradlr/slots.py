@@ -42,7 +42,7 @@ class Slot:
         momentum_rank: k.
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
-        is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where it does not matter.
+        is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where known.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
     """
 

@@ -20,7 +20,7 @@ from ..errors import BackwardError
 from ..linalg.normalize import widen
 from .factored import Factored
 from .hook import lost_optimizer
-from .linear_maps import LinearMap
+from .linear_maps import LinearMap, linear_map
 from .operator import GradientOperator, Sketched
 
 
@@ -77,23 +77,34 @@ class AdaptedLayer:
         if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
             return super().forward(x)
         if capture.linear_map is None:
-            return _EmbeddingByRows.apply(x, self.weight, weakref.ref(self.weight), self.padding_idx)
-        if not capture.linear_map.accepts(x):
+            return self._look_up(x) if is_plain_embedding(self) else super().forward(x)
+        # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
+        found = linear_map(self)
+        if found is None or found.pattern != capture.linear_map.pattern or not found.accepts(x):
             return super().forward(x)
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        basis = _basis(capture, self.weight, x) if capture.is_one_sided else None
-        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, basis)
+        basis = _basis(capture, found, self.weight, x) if capture.is_one_sided else None
+        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, found, basis)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
+        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), padding_index)
 
     def __reduce_ex__(self, protocol: int):
         # A copy or a pickle is of the original class: nothing of gradlr is in it.
         return copyreg._reconstructor, (self._gradlr_original, object, None), self.__dict__
 
 
-def _basis(capture: _Capture, weight: Tensor, x: Tensor) -> Tensor:
+def is_plain_embedding(module: nn.Embedding) -> bool:
+    """Whether the rows that were looked up are all there is to its gradient, and looking changes none of them."""
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
+def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor) -> Tensor:
     # Fitted to the inputs at hand: it stands for them until the weight's next update.
     def covariance_times(right: Tensor) -> Tensor:
-        return capture.linear_map.covariance_times(widen(x.detach()), right)
+        return found.covariance_times(widen(x.detach()), right)
 
     # Not for the eyes of selective checkpointing, which counts what it sees: a recomputation takes the basis that is there.
     with _disable_current_modes():
@@ -114,21 +125,21 @@ def _is_ordinary_backward() -> bool:
 
 class _WithoutWeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, owner, capture, basis):
+    def forward(ctx, x, weight, bias, owner, capture, linear_map, basis):
         kept = x
         if basis is not None:
             with torch.autocast(x.device.type, enabled=False):
-                kept = capture.linear_map.project(widen(x), basis)
+                kept = linear_map.project(widen(x), basis)
         # Under checkpointing the saved weight comes back as another object: `owner` is the parameter itself.
         ctx.save_for_backward(kept, weight)
         # The basis lives as long as the graph, also where checkpointing has packed what was saved.
-        ctx.owner, ctx.capture, ctx.x_shape, ctx.basis = owner, capture, x.shape, basis
-        return capture.linear_map.forward(x, weight, bias)
+        ctx.owner, ctx.capture, ctx.linear_map, ctx.x_shape, ctx.basis = owner, capture, linear_map, x.shape, basis
+        return linear_map.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, delta):
         (kept, weight), basis = _saved(ctx), ctx.basis
-        linear_map = ctx.capture.linear_map
+        linear_map = ctx.linear_map
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         # The input's gradient first: with updates in backward, the weight is another one after `receive`.
         x_gradient = linear_map.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
@@ -141,7 +152,7 @@ class _WithoutWeightGradient(torch.autograd.Function):
             weight_gradient = linear_map.weight_gradient(delta, kept).to(weight.dtype)
         elif destination == "optimizer":
             ctx.capture.living_receiver().receive(ctx.owner(), _operator(linear_map, delta, kept, basis))
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
 def _operator(linear_map: LinearMap, delta: Tensor, kept: Tensor, basis: Tensor | None) -> GradientOperator:

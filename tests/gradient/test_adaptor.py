@@ -255,3 +255,35 @@ def test_factored_agrees_with_dense():
     torch.testing.assert_close(factored.matrix, dense.matrix)
     assert bool(factored.is_finite())
     assert not Factored(delta * float("nan"), x).is_finite()
+
+
+CHANGES = {
+    "stride": ("1", "stride", (2,)), "stride as a number": ("1", "stride", 2), "dilation": ("1", "dilation", (2,)),
+    "padding": ("1", "padding", (2,)), "padding_mode": ("1", "padding_mode", "circular"),
+    "max_norm": ("0", "max_norm", 0.5), "padding_idx": ("0", "padding_idx", 3),
+    "scale_grad_by_freq": ("0", "scale_grad_by_freq", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capture", ["adaptor", "one_sided"])
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_what_was_changed_in_a_layer_since_attaching_is_followed(name, capture):
+    class Transposed(nn.Module):
+        def forward(self, x):
+            return x.mT
+
+    ids, results = torch.randint(0, 8, (4, 9)), []
+    for used in ("hook", capture):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(8, 6), nn.Conv1d(6, 18, 3, padding=1)).double()
+        model.insert(1, Transposed())
+        # At full rank the projection of the one-sided way is the gradient itself.
+        _, tracker, opt = attached(model, capture=used, rank=18, momentum_rank=18, **PLAIN)
+        place, attribute, value = CHANGES[name]
+        setattr(model[2 * int(place)], attribute, value)
+        for _ in range(3):
+            tracker(model(ids).pow(3).sum()).backward()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        # The same numbers summed in another order, and three orthogonalizations.
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
