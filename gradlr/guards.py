@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import AttachError, BackwardError, CheckpointError, LossError, NonFiniteError
+from .errors import ArgumentError, AttachError, BackwardError, CheckpointError, LossError, NonFiniteError
 
 SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
@@ -93,6 +93,15 @@ def interrupted(loss_number: int | None, changed: Sequence[str], dropped: int) -
     loss = "a loss that was not shown" if loss_number is None else f"loss number {loss_number}"
     tale = f"The gradients that waited for step() ({dropped} parameters) are dropped" if dropped else tale_of(changed)
     return f"the backward of {loss} did not come to its end (an exception in a layer?). {tale}"
+
+
+def clipped_values() -> ArgumentError:
+    """clip_grad_value_ over the optimizer's parameters."""
+    return ArgumentError(
+        "gradients were clipped by value (clip_grad_value_?) over opt.param_groups: what waits for step() is a sketch, whose "
+        "entries are not the gradient's. Clip by norm instead: torch.nn.utils.clip_grad_norm_, or max_grad_norm= of attach. "
+        "What waited for this step is dropped"
+    )
 
 
 def half_step(changed: Sequence[str], count: int) -> str:

@@ -74,6 +74,10 @@ class Updates(KeptState):
         if not self._skips.look(gradient.is_finite(), self._blame(slot)):
             self._gauge.record(slot.index, torch.full((), torch.nan, dtype=torch.float64, device=gradient.device))
             return
+        if self._gauge.is_touched:  # clipped between two micro-batches: what has come so far is scaled, what comes now is not
+            factor = self._read_gauge()
+            self._scale_waiting(factor)
+            self._gauge.settle(factor)
         if slot.is_pending_blank is not None and slot.is_pending_blank.read():
             slot.pending = None  # zeros, as of an empty micro-batch: bases that came from them would serve nobody
         slot.is_pending_blank = None
@@ -108,24 +112,34 @@ class Updates(KeptState):
         self._gauge.clear()
 
     def _prepare_waiting(self) -> list[Prepared]:
-        norm, factor = self._gauge.norm(), self._gauge.factor()
+        norm, factor = self._gauge.norm(), self._read_gauge()
         if self.limit.is_active:
             self._skips.look(norm.isfinite(), f"the norm of all gradients is not finite at loss number {self.tracker.count}")
             limiting = self.limit.factor(norm)
             factor = factor * limiting
-        is_scaled = factor.is_cuda or factor != 1
+        self._scale_waiting(factor)
         prepared = []
         for slot in self._waiting():
             if self._skips.reason:
                 break
             gradient, slot.pending = slot.pending, None
-            gradient = gradient.scaled(factor.to(gradient.dtype)) if is_scaled else gradient
             prepared.append(self._prepare(slot, gradient, gradient.is_finite()))
             self._skips.look(prepared[-1].is_finite, self._blame(slot))
         if not self._skips.reason:
             self._grad_norm = norm
             self.limit.last = norm * limiting if self.limit.is_active else None
         return prepared
+
+    def _read_gauge(self) -> Tensor:
+        # Cut values tell nothing of the gradients' own entries: an error, or on CUDA, where asking would wait, a step left out.
+        if not self._skips.look(self._gauge.is_even(), "value clipping"):
+            raise guards.clipped_values()
+        return self._gauge.factor()
+
+    def _scale_waiting(self, factor: Tensor) -> None:
+        if factor.is_cuda or factor != 1:
+            for slot in self._waiting():
+                slot.pending = slot.pending.scaled(factor.to(slot.pending.dtype))
 
     def _prepare(self, slot: Slot, gradient: GradientOperator, is_finite: Tensor) -> Prepared:
         # `is_finite` was asked for before the rule consumes the gradient.
