@@ -104,6 +104,12 @@ def clipped_values() -> ArgumentError:
     )
 
 
+def detached_early(count: int) -> str:
+    """detach() while gradients wait."""
+    tale = f"opt.detach() drops the gradients of {count} parameters that waited for step()"
+    return f"{tale}: call opt.step() or opt.zero_grad() before"
+
+
 def half_step(changed: Sequence[str], count: int) -> str:
     """A step that ended in an exception while it wrote."""
     return (

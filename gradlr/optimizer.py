@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from . import guards
 from .captures import captured_layers, operator_of
 from .describe import describe
-from .errors import ArgumentError, AttachError, GradlrError
+from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import AdaptorCapture, GradientOperator, HookCapture
 from .membership import Membership
@@ -228,7 +229,14 @@ class GradLR(Updates):
             self._watch.gradients_dropped()
 
     def detach(self) -> None:
-        """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing."""
+        """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing.
+
+        Warns:
+            GradlrWarning: gradients wait for `step()`; they are dropped.
+        """
+        if waiting := self._waiting():
+            warnings.warn(guards.detached_early(len(waiting)), GradlrWarning, stacklevel=2)
+        self._drop_waiting()
         self._capture.remove()
         self._adaptors.remove()
         self.tracker.unsubscribe(self)
@@ -238,6 +246,8 @@ class GradLR(Updates):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._drop_waiting()
         self.detach()
 
     def __repr__(self) -> str:

@@ -490,6 +490,46 @@ def test_a_step_after_detach():
         opt.step()
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_a_graph_from_before_detach_gives_ordinary_gradients(apply, again):
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+    plain, ids = copy.deepcopy(model), torch.randint(0, 9, (4, 3))
+    plain(ids).square().mean().backward()
+    _, tracker, opt = attached(model, capture="adaptor", apply=apply, rule=gradlr.rules.TrackedMomentum(residual=0))
+    before, loss = weights(model), tracker(model(ids).square().mean())
+    opt.detach()
+    if again:
+        _, other_tracker, other = attached(model, apply="step")
+        other_tracker(1.0)
+    loss.backward()
+    assert is_unchanged(model, before) and opt.slots[1].pending is None
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if again:
+            (mine,) = (slot.pending.matrix for slot in other.slots if slot.plan.parameter is mine)
+        torch.testing.assert_close(mine if again else mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_a_one_sided_graph_from_before_detach_has_no_gradient_to_give():
+    model, tracker, opt = attached(capture="one_sided")
+    loss = tracker(loss_of(model))
+    opt.detach()
+    with pytest.raises(BackwardError, match=r"opt.detach\(\) since the forward.*capture=\"adaptor\""):
+        loss.backward()
+
+
+def test_detaching_while_gradients_wait_is_told_but_not_after_an_error():
+    model, tracker, opt = attached(apply="step")
+    tracker(loss_of(model)).backward()
+    with pytest.warns(GradlrWarning, match="drops the gradients of 6 parameters"):
+        opt.detach()
+    _, tracker, opt = attached(model, apply="step")
+    tracker(loss_of(model)).backward()
+    opt.__exit__(KeyError, KeyError(), None)
+
+
 def test_no_loss_was_shown_since_a_checkpoint_was_loaded():
     model, tracker, opt = attached()
     train(model, opt, tracker, 1)

@@ -89,7 +89,7 @@ class AdaptedLayer:
 
     def _look_up(self, ids: Tensor) -> Tensor:
         padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
-        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), padding_index)
+        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), _captures[self.weight], padding_index)
 
     def __reduce_ex__(self, protocol: int):
         # A copy or a pickle is of the original class: nothing of gradlr is in it.
@@ -145,7 +145,7 @@ class _WithoutWeightGradient(torch.autograd.Function):
         x_gradient = linear_map.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
         bias_gradient = linear_map.bias_gradient(delta) if needs_bias else None
         weight_gradient = None
-        destination = _destination(ctx.owner())
+        destination = _destination(ctx.owner(), ctx.capture)
         if destination == "returned" and basis is not None:
             raise _input_not_kept(weight.shape)
         if destination == "returned":
@@ -165,9 +165,9 @@ def _operator(linear_map: LinearMap, delta: Tensor, kept: Tensor, basis: Tensor 
 class _EmbeddingByRows(torch.autograd.Function):
     # A sparse gradient adds to whatever else the weight is used for, a tied head included; the hook sees the sum.
     @staticmethod
-    def forward(ctx, ids, weight, owner, padding_index):
+    def forward(ctx, ids, weight, owner, capture, padding_index):
         ctx.save_for_backward(ids)
-        ctx.owner, ctx.padding_index, ctx.shape = owner, padding_index, weight.shape
+        ctx.owner, ctx.capture, ctx.padding_index, ctx.shape = owner, capture, padding_index, weight.shape
         return F.embedding(ids, weight, padding_index)
 
     @staticmethod
@@ -176,13 +176,13 @@ class _EmbeddingByRows(torch.autograd.Function):
         rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
         if ctx.padding_index is not None:
             values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
-        if _destination(ctx.owner()) == "returned":
-            return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None
+        if _destination(ctx.owner(), ctx.capture) == "returned":
+            return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None, None
         gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
-        return None, gradient, None, None
+        return None, gradient, None, None, None
 
 
-def _destination(weight: Tensor) -> str:
+def _destination(weight: Tensor, capture: _Capture) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
     try:
         is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
@@ -190,8 +190,9 @@ def _destination(weight: Tensor) -> str:
         return "returned"
     if not is_accumulated:
         return "nowhere"
-    # Under create_graph the gradient must be differentiable; a hook takes it.
-    return "returned" if torch.is_grad_enabled() else "optimizer"
+    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one.
+    is_ours = _captures.get(weight) is capture and not torch.is_grad_enabled()
+    return "optimizer" if is_ours else "returned"
 
 
 def _saved(ctx) -> tuple[Tensor, ...]:
@@ -209,9 +210,9 @@ def _saved(ctx) -> tuple[Tensor, ...]:
 
 def _input_not_kept(shape: torch.Size) -> BackwardError:
     return BackwardError(
-        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, or create_graph=True), but "
-        'capture="one_sided" keeps only the projection of the layer\'s input: attach with capture="adaptor". Nothing was changed '
-        "by this layer"
+        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, create_graph=True, or "
+        'opt.detach() since the forward), but capture="one_sided" keeps only the projection of the layer\'s input: attach with '
+        'capture="adaptor", or detach before the forward. Nothing was changed by this layer'
     )
 
 
