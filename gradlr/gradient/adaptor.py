@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -68,20 +69,28 @@ class AdaptedLayer:
     """Mixed into a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
 
     _gradlr_original: type[nn.Module]
+    _gradlr_input: str
 
     @torch.compiler.disable  # the backward changes weights, which no compiler may move
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        # By position, or by the name that the layer's own forward gives it.
+        x = inputs[0] if len(inputs) == 1 and not named else None if inputs or len(named) != 1 else named.get(self._gradlr_input)
+        output = self._captured(x) if isinstance(x, Tensor) and _is_plain(x) else None
+        return super().forward(*inputs, **named) if output is None else output
+
+    def _captured(self, x: Tensor) -> Tensor | None:
+        """The layer's output, whose backward hands the weight's gradient over; None where the layer's own forward is to do it."""
         capture = _captures.get(self.weight)
         # A hook on the weight itself wants to see, or to change, the gradient.
         is_hooked = bool(self.weight._backward_hooks)
         if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
-            return super().forward(x)
+            return None
         if capture.linear_map is None:
-            return self._look_up(x) if is_plain_embedding(self) else super().forward(x)
+            return self._look_up(x) if is_plain_embedding(self) else None
         # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
         found = linear_map(self)
         if found is None or found.pattern != capture.linear_map.pattern or not found.accepts(x):
-            return super().forward(x)
+            return None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
         basis = _basis(capture, found, self.weight, x) if capture.is_one_sided else None
@@ -113,8 +122,13 @@ def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor) -> Te
 
 @functools.cache
 def _adapted(original: type[nn.Module]) -> type[nn.Module]:
-    contents = {"_gradlr_original": original, "__doc__": AdaptedLayer.__doc__}
+    input_name = list(inspect.signature(original.forward).parameters)[1]
+    contents = {"_gradlr_original": original, "_gradlr_input": input_name, "__doc__": AdaptedLayer.__doc__}
     return type(f"Adapted{original.__name__}", (AdaptedLayer, original), contents)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 def _is_ordinary_backward() -> bool:
@@ -184,6 +198,8 @@ class _EmbeddingByRows(torch.autograd.Function):
 
 def _destination(weight: Tensor, capture: _Capture) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
+    if not weight.requires_grad:  # frozen since the forward
+        return "nowhere"
     try:
         is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:  # torch.autograd.grad(loss, weight)
