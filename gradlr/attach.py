@@ -102,8 +102,8 @@ def attach(
             that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
         max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. It decides what a
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
-            norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients),
-            that of the projected gradients under accumulation and with "one_sided" capture.
+            norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
+            no layer may be used twice), that of the projected gradients otherwise and with "one_sided" capture.
         max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.

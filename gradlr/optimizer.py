@@ -66,8 +66,9 @@ class GradLR(Updates):
     def grad_norm(self) -> float | None:
         """Global norm of the last step's gradients, unscaled, before `max_grad_norm` and after `clip_grad_norm_`.
 
-        None before the first step, and where backward updates. Exact where one backward made the step, that of the projected
-        gradients where several did.
+        None before the first step, and where backward updates. Exact where one backward made the step, that of the sketches where
+        several did. Layers that "adaptor" captures are exact only under a limit, and where that backward used them once; with
+        "one_sided" never.
         """
         return None if self._grad_norm is None else float(self._grad_norm)
 

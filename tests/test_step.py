@@ -162,6 +162,19 @@ def test_under_accumulation_the_norm_is_that_of_the_sketched_sum():
     assert opt.grad_norm == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_a_layer_used_twice_in_one_backward_enters_with_its_sketch_where_its_uses_come_apart(capture):
+    """A hook sees the sum of its uses; an adaptor each by itself, and the norm of a sum does not follow from theirs."""
+    layer, x = nn.Linear(64, 64, bias=False, dtype=torch.float64), regression(64, count=16, dtype=torch.float64)[0]
+    (gradient,) = torch.autograd.grad(layer(torch.tanh(layer(x))).square().mean(), layer.weight)
+    _, tracker, opt = attached(layer, capture=capture, max_grad_norm=1e9, **PLAIN)
+    tracker(layer(torch.tanh(layer(x))).square().mean()).backward()
+    known = gradient if capture == "hook" else opt.slots[0].pending.matrix
+    opt.step()
+    assert opt.grad_norm == pytest.approx(known.norm().item(), rel=1e-12)
+    assert (opt.grad_norm < 0.99 * gradient.norm().item()) is (capture == "adaptor")
+
+
 def test_the_growth_of_the_norm_is_limited_and_resumes(tmp_path):
     def run(model, factors, state=None):
         _, tracker, opt = attached(model, max_norm_growth=1.5, **PLAIN)
