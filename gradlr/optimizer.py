@@ -54,6 +54,7 @@ class GradLR(Updates):
         super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, is_immediate=is_immediate, limit=limit)
         self.apply = apply
         self._dropped_serial: int | None = None
+        self._bad_backward: tuple[int, str] | None = None
         self._failed_tasks: set[int] = set()
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
@@ -100,11 +101,16 @@ class GradLR(Updates):
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
         self._watch.backward_begins(scale)
         if self.tracker.is_current and not math.isfinite(self.tracker.value):
-            # Everything that this backward brings is left out.
-            self._skips.reason = guards.bad_loss(self.tracker.count, self.tracker.value)
-            if self.apply == "backward":
-                self._dropped_serial = self.tracker.serial
-                self._skips.skip(is_quiet=False)
+            # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
+            self._bad_backward = torch._C._current_graph_task_id(), guards.bad_loss(self.tracker.count, self.tracker.value)
+
+    def _look_at_loss(self) -> None:
+        if self._bad_backward is None or self._bad_backward[0] not in self.tracker.open_backwards:
+            return
+        self._skips.reason, self._bad_backward = self._bad_backward[1], None
+        if self.apply == "backward":
+            self._dropped_serial = self.tracker.serial
+            self._skips.skip(is_quiet=False)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
         plan = self._slots[id(parameter)].plan
@@ -165,6 +171,7 @@ class GradLR(Updates):
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
         try:
             self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
+            self._look_at_loss()
             with full_precision(gradient.device):
                 if self.apply == "step":
                     self._accumulate(slot, gradient)

@@ -379,6 +379,24 @@ def test_two_optimizers_may_share_a_tracker_and_a_loss():
         other.step()
 
 
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_bad_loss_leaves_out_the_step_of_those_only_that_its_backward_reaches(apply):
+    encoder, decoder, tracker = mlp(), mlp(seed=1), gradlr.LossTracker()
+    one, other = (gradlr.attach(model, tracker, apply=apply) for model in (encoder, decoder))
+    before, kept = weights(encoder), weights(decoder)
+
+    def one_turn():
+        tracker(loss_of(decoder)).backward()
+        tracker(loss_of(encoder) * float("nan")).backward()
+        one.step()
+
+    with pytest.warns(GradlrWarning, match="left out whole: loss number 2 is nan") as told:
+        one_turn()
+    other.step()
+    assert len(told) == 1 and (one.skipped, other.skipped) == (1, 0)
+    assert is_unchanged(encoder, before) and not any(torch.equal(a, b) for a, b in zip(kept, weights(decoder), strict=True))
+
+
 def test_accumulating_where_backward_updates_is_told_at_step():
     model, tracker, opt = attached()
     for _ in range(3):
