@@ -55,7 +55,6 @@ class GradLR(Updates):
         self.apply = apply
         self._dropped_serial: int | None = None
         self._bad_backward: tuple[int, str] | None = None
-        self._failed_tasks: set[int] = set()
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
@@ -118,38 +117,6 @@ class GradLR(Updates):
         if operator is None:
             raise guards.unsupported_gradient(plan.name, gradient.layout, gradient.dtype, self._watch.changed)
         self.receive(parameter, operator)
-
-    @torch.no_grad()
-    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor:
-        """X, (n, r) orthonormal, on which a one-sided layer projects its input: fixed until the next update of its weight.
-
-        Made in the first forward after an update whose inputs are not all zero, of the inputs there; its rank follows the loss
-        shown before that forward.
-        """
-        self._forget_failed_backward()
-        slot = self._slots[id(parameter)]
-        basis = slot.sound_basis()
-        if basis is None:
-            products: list[Tensor] = []
-
-            def times(right: Tensor) -> Tensor:
-                products.append(covariance_times(right))
-                return products[-1]
-
-            follow_loss(slot, self.tracker.ratio, self.state[parameter])
-            known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
-            with full_precision(parameter.device):
-                basis = slot.rule.right_basis(*known, **like, covariance_times=times)
-            # A basis of inputs that were all zero, or not finite, must not outlive their loss.
-            slot.keep_basis(basis, torch.stack([basis.isfinite().all(), *(product.any() for product in products)]).all())
-        return basis
-
-    def _forget_failed_backward(self) -> None:
-        # A backward that is open and not under way has failed: the bases that its graph may still hold are of no further use.
-        failed = self.tracker.open_backwards
-        if not self._failed_tasks.issuperset(failed) and torch._C._current_graph_task_id() == -1:
-            self._failed_tasks = set(failed)
-            self._forget_bases()
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:

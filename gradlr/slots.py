@@ -60,6 +60,7 @@ class Slot:
     is_pending_blank: Deferred | None = None
     _basis: weakref.ref[Tensor] | None = None
     _is_basis_sound: Deferred | None = None
+    _is_basis_for_training: bool = True
 
     @property
     def basis(self) -> Tensor | None:
@@ -70,14 +71,18 @@ class Slot:
     def basis(self, basis: Tensor | None) -> None:
         self._basis, self._is_basis_sound = None if basis is None else weakref.ref(basis), None
 
-    def keep_basis(self, basis: Tensor, is_sound: Tensor) -> None:
+    def keep_basis(self, basis: Tensor, is_sound: Tensor, is_training: bool) -> None:
         """Set the basis; a 0-dim flag tells whether further forwards may use it. Its inputs may have been zeros, or NaN."""
-        self.basis, self._is_basis_sound = basis, Deferred(is_sound)
+        self.basis, self._is_basis_sound, self._is_basis_for_training = basis, Deferred(is_sound), is_training
 
-    def sound_basis(self) -> Tensor | None:
-        """The basis, unless it came from nothing: what its flag said is read here, a forward later, so that no device waits."""
+    def sound_basis(self, is_training: bool) -> Tensor | None:
+        """The basis, unless it came from nothing, or from an evaluation.
+
+        What its flag said is read here, a forward later, so that no device waits.
+        """
         basis, flag = self.basis, self._is_basis_sound
-        if basis is None or (flag is not None and not flag.read()):
+        is_foreign = is_training and not self._is_basis_for_training
+        if basis is None or is_foreign or (flag is not None and not flag.read()):
             return None
         self._is_basis_sound = None
         return basis

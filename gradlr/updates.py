@@ -12,10 +12,10 @@ from .captures import as_dense, compact, waits_as_it_is
 from .deferred import Deferred
 from .gauge import Gauge, NormLimit
 from .gradient import Factored, GradientOperator, Sketched
+from .projections import Projections
 from .rules import Settings, State, Update
 from .skips import Skips
 from .slots import ParameterGroup, Slot, working_form
-from .state import KeptState
 from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, checked, keep_where, write
@@ -32,7 +32,7 @@ class Prepared:
     new_state: State | None = None
 
 
-class Updates(KeptState):
+class Updates(Projections):
     """Turns gradients into updates: each at once, or all together in a step that is taken whole or not at all.
 
     Args:
@@ -178,10 +178,6 @@ class Updates(KeptState):
         for slot in self._slots.values():
             slot.pending = None
         self._gauge.clear()
-
-    def _forget_bases(self) -> None:
-        for slot in self._slots.values():
-            slot.basis = None
 
     def _uncount(self, slots: list[Slot]) -> None:
         for slot in slots:

@@ -11,8 +11,8 @@ ROOT = Path(gradlr.__file__).parent
 # Each entry may import what stands before it. Rooms of one line do not import each other, except inside a folder.
 FLOW = (
     "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "slots", "captures",
-    "guards", "gauge", "skips", "checkpoint", "describe", "write", "watch", "membership", "state", "updates", "optimizer",
-    "storage", "lora", "attach", "__init__", "integrations", "bench", "demo", "cli", "__main__",
+    "guards", "gauge", "skips", "checkpoint", "describe", "write", "watch", "membership", "state", "projections", "updates",
+    "optimizer", "storage", "lora", "attach", "__init__", "integrations", "bench", "demo", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
@@ -30,7 +31,9 @@ class Receiver(Protocol):
 
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
 
-    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor: ...
+    def right_basis(
+        self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class AdaptedLayer:
             return None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        basis = _basis(capture, found, self.weight, x) if capture.is_one_sided else None
+        basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
         return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, found, basis)
 
     def _look_up(self, ids: Tensor) -> Tensor:
@@ -110,14 +113,14 @@ def is_plain_embedding(module: nn.Embedding) -> bool:
     return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
-def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor) -> Tensor:
+def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
     # Fitted to the inputs at hand: it stands for them until the weight's next update.
     def covariance_times(right: Tensor) -> Tensor:
         return found.covariance_times(widen(x.detach()), right)
 
     # Not for the eyes of selective checkpointing, which counts what it sees: a recomputation takes the basis that is there.
     with _disable_current_modes():
-        return capture.living_receiver().right_basis(weight, covariance_times)
+        return capture.living_receiver().right_basis(weight, covariance_times, is_training=is_training)
 
 
 @functools.cache
@@ -234,11 +237,13 @@ def _input_not_kept(shape: torch.Size) -> BackwardError:
 
 def release_abandoned(model: nn.Module) -> None:
     """Make those layers of the model plain again whose optimizer does not exist any more."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLayer):
-            capture = _captures.get(module.weight)
-            if capture is None or capture.receiver() is None:
-                _release(module)
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    if adapted:
+        gc.collect()  # a scheduler makes its optimizer part of a reference cycle
+    for module in adapted:
+        capture = _captures.get(module.weight)
+        if capture is None or capture.receiver() is None:
+            _release(module)
 
 
 def _release(module: AdaptedLayer) -> None:
@@ -251,8 +256,8 @@ class AdaptorCapture:
 
     Args:
         layers: What to capture; none of them captured already.
-        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_times)` in the
-            forward of one-sided layers; held weakly.
+        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_times,
+            is_training=...)` in the forward of one-sided layers; held weakly.
     """
 
     def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:

@@ -166,6 +166,20 @@ def test_evaluations_and_loaded_checkpoints_leave_the_run_as_it_is():
     assert run(False) == run(True)
 
 
+def test_a_kept_evaluation_does_not_decide_the_basis():
+    x, other = torch.randn(8, 16, dtype=torch.float64), torch.randn(8, 16, dtype=torch.float64)
+    found = []
+    for is_evaluated in (False, True):
+        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64), capture="one_sided", apply="step")
+        kept = model.eval()(other) if is_evaluated else None
+        tracker(model.train()(x).square().mean()).backward()
+        found.append([slot.pending.matrix for slot in opt.slots])
+        evaluated = model.eval()(other).grad_fn is not None  # and takes the basis that is there
+        assert evaluated and all(slot.basis is slot.pending.right for slot in opt.slots if slot.capture == "one_sided")
+        del kept
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_the_input_is_not_kept():
     """25 Linears in a row: what forward leaves behind is r numbers a token and layer, not n."""
     model, x = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(25))), torch.randn(512, 128)
