@@ -335,3 +335,24 @@ def test_an_object_that_was_not_saved_is_named(tmp_path):
     gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, epoch=1)
     with pytest.raises(CheckpointError, match="no object was saved as 'scheduler'; there is epoch"):
         gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt, scheduler=torch.optim.lr_scheduler.StepLR(opt, 1))
+
+
+# -- the file itself ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links and modes are POSIX's")
+def test_links_stay_links_and_modes_are_the_users(tmp_path):
+    model, _, opt = attached()
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "run.pt", tmp_path / "run.pt"
+    link.symlink_to(target)
+    umask = os.umask(0o027)
+    try:
+        gradlr.save(link, model=model, optimizer=opt)
+        assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o640
+        target.chmod(0o604)
+        gradlr.save(link, model=model, optimizer=opt)
+    finally:
+        os.umask(umask)
+    assert link.is_symlink() and target.stat().st_mode & 0o777 == 0o604
+    assert [entry.name for entry in target.parent.iterdir()] == ["run.pt"]
