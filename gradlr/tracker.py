@@ -150,12 +150,17 @@ class LossTracker:
         """Take over another tracker's record.
 
         Raises:
-            CheckpointError: an entry is missing; nothing was changed.
+            CheckpointError: an entry is missing, or is not what a tracker holds there; nothing was changed.
         """
+        if not isinstance(state, dict):
+            raise CheckpointError(f"tracker state is a {type(state).__name__}: was it written by LossTracker.state_dict()?")
         missing = {"max_loss", "running_max", "latest", "count", "history"} - state.keys()
         if missing:
             names = ", ".join(sorted(missing))
             raise CheckpointError(f"tracker state lacks {names}: was it written by LossTracker.state_dict()?")
+        for key, value in state.items():
+            if not _is_sound(key, value):
+                raise CheckpointError(f"tracker state holds {value!r} as its {key!r}")
         self._in_flight, self.open_backwards = None, {}
         self.is_shown = self.has_graph = self.has_begun = self.has_gradient = False
         self._fixed_max, self._running_max, self._latest = state["max_loss"], state["running_max"], state["latest"]
@@ -222,6 +227,16 @@ def _as_scalar(loss: float | Tensor) -> float | Tensor:
         return float(loss)
     except (TypeError, ValueError):
         raise LossError(f"tracker(loss): {type(loss).__name__} is no number; show the scalar you call .backward() on") from None
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    if key == "history":
+        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+        return is_dense and value.ndim == 1 and not value.is_complex()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key == "count":
+        return is_number and value >= 0
+    return is_number or value is None
 
 
 def _make_loss_hook(reference: weakref.ref[LossTracker], number: int) -> Callable[[Tensor], None]:
