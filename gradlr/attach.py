@@ -102,8 +102,8 @@ def attach(
             that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
         max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. It decides what a
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
-            norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients),
-            that of the projected gradients under accumulation and with "one_sided" capture.
+            norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
+            no layer may be used twice), that of the projected gradients otherwise and with "one_sided" capture.
         max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
@@ -113,14 +113,14 @@ def attach(
 
     Raises:
         ArgumentError: an argument is out of range, unknown, or matches no parameter. Nothing was changed.
-        AttachError: the model is wrapped or sharded for several devices, has no trainable parameter, holds gradients, or is
-            attached already.
+        AttachError: the model is wrapped, sharded or spread for several devices, has no trainable parameter, holds gradients, or
+            is attached already.
 
     Warns:
         GradlrWarning: several processes form a group; gradlr does not synchronize them yet. The model is compiled as a whole.
             With `capture`: ranks are so large that hooks would be faster. Parameters of no known layer have four axes or more,
-            three with one in front, or names that speak of a table ("emb...", "pos...", "table"): what was assumed, and how
-            to overrule it.
+            three with one in front, or names that speak of a table or of logarithms ("emb...", "pos...", "table", "log..."):
+            what was assumed, and how to overrule it.
     """
     _require_plain_model(model)
     if not isinstance(loss_tracker, LossTracker):
@@ -192,6 +192,9 @@ def _require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
     if not plans:
         count = sum(1 for _ in model.parameters())
         raise AttachError(f"none of the model's {count} parameters requires a gradient: call requires_grad_(True) first")
+    devices = sorted({str(plan.parameter.device) for plan in plans if not plan.parameter.is_meta})
+    if len(devices) > 1:
+        raise AttachError(f"the trainable parameters lie on {' and '.join(devices)}; gradlr trains models on one device so far")
     for plan in plans:
         if isinstance(plan.parameter, UninitializedParameter) or plan.parameter.is_meta:
             raise AttachError(f"parameter {plan.name!r} has no values yet: run one batch through the model (or load it) first")

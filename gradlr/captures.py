@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, GradlrWarning
-from .gradient import CapturedLayer, Dense, GradientOperator, LinearMap, Rows, Sketched, TokenMap, linear_map
+from .gradient import CapturedLayer, Dense, GradientOperator, LinearMap, Rows, Sketched, TokenMap, is_plain_embedding, linear_map
 from .parameters import ParameterPlan
 from .slots import Slot
 
@@ -70,8 +70,7 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
 def _layer(module: nn.Module, slot: Slot, capture: str) -> CapturedLayer | None:
     rule = slot.rule
     if type(module) is nn.Embedding:
-        is_plain = module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-        is_plain = is_plain and slot.plan.view.pattern is None
+        is_plain = is_plain_embedding(module) and slot.plan.view.pattern is None
         return CapturedLayer(module, None) if is_plain and rule.takes_factors else None
     found = linear_map(module)
     if found is None or found.pattern != slot.plan.view.pattern or not _suits(found, slot):

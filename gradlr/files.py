@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import socket
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -18,22 +18,27 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, then give it the name.
 
     Killed at any moment, it leaves the old file or the new one. What killed processes of this machine have left beside `path` is
-    removed by the next call.
+    removed by the next call. A link stays one: the file that it names is written. A new file has the rights that the umask gives,
+    an old one keeps its own.
 
     Raises:
         OSError: the folder does not exist or cannot be written; `path` is as it was.
     """
+    path = Path(os.path.realpath(path))
     _remove_leftovers(path)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=_prefix(path, os.getpid()), suffix=_SUFFIX, delete=False) as file:
-        try:
+    part = path.parent / f"{_prefix(path, os.getpid())}{secrets.token_hex(8)}{_SUFFIX}"
+    try:
+        with open(part, "xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(file.name, path.stat().st_mode & 0o777 if path.is_file() else 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        if path.is_file():
+            os.chmod(part, path.stat().st_mode & 0o777)
+        os.replace(part, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            part.unlink()
+        raise
     _sync_folder(path.parent)
 
 

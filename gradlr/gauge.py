@@ -9,14 +9,19 @@ from torch import Tensor, nn
 
 # torch.nn.utils.clip_grad_norm_ adds the same to the norm it divides by.
 _EPS = 1e-6
+# Two numbers of unit length that differ: what scales a norm keeps their ratio, what cuts values does not.
+_SHARES = (0.6, 0.8)
+# Of the ratio: far above the rounding of a factor in float32, far below what cutting at any value between them does.
+_RATIO_RTOL = 1e-3
 
 
 class Gauge:
     """Keeps the global norm of all gradients that wait as the `.grad` of one extra parameter of the optimizer.
 
-    That parameter, with one element, is all that `GradScaler.unscale_`, `GradScaler.step` and `clip_grad_norm_` over the
-    optimizer's parameters see: they find the true norm there (NaN where a gradient is not finite), scale it, and what they have
-    multiplied it with is read off at `step()` and applied to the gradients themselves.
+    That parameter, whose two elements have the length of the norm, is all that `GradScaler.unscale_`, `GradScaler.step` and
+    `clip_grad_norm_` over the optimizer's parameters see: they find the true norm there (NaN where a gradient is not finite),
+    scale it, and what they have multiplied it with is read off at the next gradient or at `step()`, and applied to the gradients
+    themselves.
 
     Args:
         dtype: float32, or float64 for float64 parameters.
@@ -27,8 +32,10 @@ class Gauge:
     """
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.parameter = nn.Parameter(torch.zeros(1, dtype=dtype, device=device), requires_grad=False)
-        self._norm = self.parameter.detach().clone()
+        self._shares = torch.tensor(_SHARES, dtype=dtype, device=device)
+        self.parameter = nn.Parameter(torch.zeros_like(self._shares), requires_grad=False)
+        self._norm = torch.zeros((), dtype=dtype, device=device)
+        self._version = 0
         self._energies: dict[int, Tensor] = {}
         self._total: Tensor | None = None
 
@@ -39,21 +46,47 @@ class Gauge:
         self._energies[key] = energy
         self._total = change if self._total is None else self._total + change
         # Rounding may leave a difference of equal numbers below zero.
-        self._norm = self._total.clamp(min=0).sqrt().to(self.parameter.dtype).reshape(1)
-        self.parameter.grad = self._norm.clone()
+        self._show()
+
+    def _show(self) -> None:
+        self._norm = self._total.clamp(min=0).sqrt().to(self._shares.dtype)
+        self.parameter.grad = self._norm * self._shares
+        self._version = self.parameter.grad._version
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether somebody has written to the norm since the last gradient came."""
+        grad = self.parameter.grad
+        return grad is not None and self._total is not None and grad._version != self._version
+
+    def ratios(self) -> Tensor:
+        """What has become of both elements, (2,)."""
+        grad = self.parameter.grad
+        if grad is None or self._total is None:
+            return torch.ones_like(self._shares)
+        # A norm of zero, or one that has overflowed, tells nothing.
+        is_telling = (self._norm > 0) & self._norm.isfinite()
+        return torch.where(is_telling, grad / (self._norm * self._shares), torch.ones_like(grad))
 
     def factor(self) -> Tensor:
         """What the gradients are to be multiplied with, 0-dim: 1, or what a scaler or clipping has done to the norm."""
-        grad = self.parameter.grad
-        if grad is None or self._total is None:
-            return torch.ones_like(self._norm).reshape(())
-        # A norm of zero, or one that has overflowed, tells nothing.
-        is_telling = (self._norm > 0) & self._norm.isfinite()
-        return torch.where(is_telling, grad / self._norm, torch.ones_like(grad)).reshape(())
+        return self.ratios()[1]
+
+    def is_even(self) -> Tensor:
+        """0-dim boolean: whether the norm was scaled, or left alone; False where values were cut, as `clip_grad_value_` does."""
+        smaller, larger = self.ratios()
+        return ~((smaller - larger).abs() > _RATIO_RTOL * larger.abs())
+
+    def settle(self, factor: Tensor) -> None:
+        """All gradients that wait have been multiplied with the factor."""
+        factor = factor.double()
+        self._energies = {key: energy * factor**2 for key, energy in self._energies.items()}
+        self._total = self._total * factor**2
+        self._show()
 
     def norm(self) -> Tensor:
         """The global norm now, scaled or clipped where somebody did so, 0-dim."""
-        return (self._norm if self.parameter.grad is None else self.parameter.grad).reshape(())
+        return self._norm * self.factor()
 
     def clear(self) -> None:
         """Nothing waits any more."""

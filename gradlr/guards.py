@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import AttachError, BackwardError, CheckpointError, LossError, NonFiniteError
+from .errors import ArgumentError, AttachError, BackwardError, CheckpointError, LossError, NonFiniteError
 
 SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
@@ -88,10 +88,26 @@ def scaled_loss(scale: float, tale: str) -> BackwardError:
     )
 
 
-def interrupted(loss_number: int, changed: Sequence[str], dropped: int) -> str:
-    """A backward that ended in an exception, told at the next call."""
+def interrupted(loss_number: int | None, changed: Sequence[str], dropped: int) -> str:
+    """A backward that ended in an exception, told at the next call; its loss has no number where it was not shown."""
+    loss = "a loss that was not shown" if loss_number is None else f"loss number {loss_number}"
     tale = f"The gradients that waited for step() ({dropped} parameters) are dropped" if dropped else tale_of(changed)
-    return f"the backward of loss number {loss_number} did not come to its end (an exception in a layer?). {tale}"
+    return f"the backward of {loss} did not come to its end (an exception in a layer?). {tale}"
+
+
+def clipped_values() -> ArgumentError:
+    """clip_grad_value_ over the optimizer's parameters."""
+    return ArgumentError(
+        "gradients were clipped by value (clip_grad_value_?) over opt.param_groups: what waits for step() is a sketch, whose "
+        "entries are not the gradient's. Clip by norm instead: torch.nn.utils.clip_grad_norm_, or max_grad_norm= of attach. "
+        "What waited for this step is dropped"
+    )
+
+
+def detached_early(count: int) -> str:
+    """detach() while gradients wait."""
+    tale = f"opt.detach() drops the gradients of {count} parameters that waited for step()"
+    return f"{tale}: call opt.step() or opt.zero_grad() before"
 
 
 def half_step(changed: Sequence[str], count: int) -> str:

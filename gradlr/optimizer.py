@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from . import guards
 from .captures import captured_layers, operator_of
 from .describe import describe
-from .errors import ArgumentError, AttachError, GradlrError
+from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import AdaptorCapture, GradientOperator, HookCapture
 from .membership import Membership
@@ -53,7 +54,7 @@ class GradLR(Updates):
         super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, is_immediate=is_immediate, limit=limit)
         self.apply = apply
         self._dropped_serial: int | None = None
-        self._failed_serial: int | None = None
+        self._bad_backward: tuple[int, str] | None = None
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
@@ -65,8 +66,9 @@ class GradLR(Updates):
     def grad_norm(self) -> float | None:
         """Global norm of the last step's gradients, unscaled, before `max_grad_norm` and after `clip_grad_norm_`.
 
-        None before the first step, and where backward updates. Exact where one backward made the step, that of the projected
-        gradients where several did.
+        None before the first step, and where backward updates. Exact where one backward made the step, that of the sketches where
+        several did. Layers that "adaptor" captures are exact only under a limit, and where that backward used them once; with
+        "one_sided" never.
         """
         return None if self._grad_norm is None else float(self._grad_norm)
 
@@ -86,7 +88,7 @@ class GradLR(Updates):
         """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
         self._skips.read()
         self._watch.loss_shown(pending=len(self._waiting()))
-        if tracker.is_open:
+        if tracker.open_backwards:
             self._give_up()
         self._membership.check()
         for slot in self._slots.values():
@@ -98,11 +100,16 @@ class GradLR(Updates):
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
         self._watch.backward_begins(scale)
         if self.tracker.is_current and not math.isfinite(self.tracker.value):
-            # Everything that this backward brings is left out.
-            self._skips.reason = guards.bad_loss(self.tracker.count, self.tracker.value)
-            if self.apply == "backward":
-                self._dropped_serial = self.tracker.serial
-                self._skips.skip(is_quiet=False)
+            # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
+            self._bad_backward = torch._C._current_graph_task_id(), guards.bad_loss(self.tracker.count, self.tracker.value)
+
+    def _look_at_loss(self) -> None:
+        if self._bad_backward is None or self._bad_backward[0] not in self.tracker.open_backwards:
+            return
+        self._skips.reason, self._bad_backward = self._bad_backward[1], None
+        if self.apply == "backward":
+            self._dropped_serial = self.tracker.serial
+            self._skips.skip(is_quiet=False)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
         plan = self._slots[id(parameter)].plan
@@ -110,30 +117,6 @@ class GradLR(Updates):
         if operator is None:
             raise guards.unsupported_gradient(plan.name, gradient.layout, gradient.dtype, self._watch.changed)
         self.receive(parameter, operator)
-
-    @torch.no_grad()
-    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor:
-        """X, (n, r) orthonormal, on which a one-sided layer projects its input: fixed until the next update of its weight.
-
-        Made in the first forward after an update, of the inputs there; its rank follows the loss shown before that forward.
-        """
-        self._forget_failed_backward()
-        slot = self._slots[id(parameter)]
-        basis = slot.basis
-        # A basis of inputs that were not finite must not outlive their loss; the host looks where it need not wait.
-        if basis is None or (not basis.is_cuda and not basis.isfinite().all()):
-            follow_loss(slot, self.tracker.ratio, self.state[parameter])
-            known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(parameter)
-            with full_precision(parameter.device):
-                slot.basis = basis = slot.rule.right_basis(*known, **like, covariance_times=covariance_times)
-        return basis
-
-    def _forget_failed_backward(self) -> None:
-        # A backward that is open and not under way has failed: the bases that its graph may still hold are of no further use.
-        serial = self.tracker.begun_serial
-        if self.tracker.is_open and serial != self._failed_serial and torch._C._current_graph_task_id() == -1:
-            self._failed_serial = serial
-            self._forget_bases()
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -155,6 +138,7 @@ class GradLR(Updates):
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
         try:
             self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
+            self._look_at_loss()
             with full_precision(gradient.device):
                 if self.apply == "step":
                     self._accumulate(slot, gradient)
@@ -220,7 +204,14 @@ class GradLR(Updates):
             self._watch.gradients_dropped()
 
     def detach(self) -> None:
-        """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing."""
+        """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing.
+
+        Warns:
+            GradlrWarning: gradients wait for `step()`; they are dropped.
+        """
+        if waiting := self._waiting():
+            warnings.warn(guards.detached_early(len(waiting)), GradlrWarning, stacklevel=2)
+        self._drop_waiting()
         self._capture.remove()
         self._adaptors.remove()
         self.tracker.unsubscribe(self)
@@ -230,6 +221,8 @@ class GradLR(Updates):
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._drop_waiting()
         self.detach()
 
     def __repr__(self) -> str:

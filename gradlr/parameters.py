@@ -23,7 +23,7 @@ KINDS = (MATRIX, TABLE, VECTOR)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_TABLE_WORDS = ("emb", "pos", "table")
+_ODD_WORDS = ("emb", "pos", "table", "log")
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
@@ -148,12 +148,13 @@ def _convolution_view(layer: nn.Module) -> View:
 
 
 def _is_guess(parameter: Tensor, owner: nn.Module, name: str) -> bool:
-    # Two axes are a matrix and three are experts, unless there is one expert only or the name speaks of a table.
+    # Two axes are a matrix and three are experts, unless there is one expert only, or the name speaks of a table or of logarithms
+    # (Mamba's A_log: rates of decay, entry by entry).
     is_odd = parameter.ndim > 3 or (parameter.ndim == 3 and parameter.shape[0] == 1)
     # Words of "PatchEmbedding.pos_embed": patch, embedding, pos, embed.
     words = re.findall(r"[A-Z]?[a-z]+", f"{type(owner).__name__}.{name}")
-    is_tabular = any(word.lower().startswith(_TABLE_WORDS) for word in words)
-    return not _is_layer_of_torch(owner) and (is_odd or is_tabular)
+    is_named_so = any(word.lower().startswith(_ODD_WORDS) for word in words)
+    return not _is_layer_of_torch(owner) and (is_odd or is_named_so)
 
 
 def _is_layer_of_torch(module: nn.Module) -> bool:

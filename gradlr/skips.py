@@ -59,7 +59,8 @@ class Skips:
         for flag, undo in unread:
             if not flag.read():
                 undo()
-                self.reason = "a gradient or an update on the device held NaN or infinity (told one loss late)"
+                bad = "a gradient or an update on the device held NaN or infinity, or was clipped by value"
+                self.reason = f"{bad} (told one loss late)"
                 self.skip(is_quiet=False)
 
     def clear(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .deferred import Deferred
 from .errors import ArgumentError, ShapeError
 from .gradient import GradientOperator
 from .observe import Observed
@@ -42,6 +43,7 @@ class Slot:
         momentum_rank: k.
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
+        is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where known.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
         is_observed: Whether the next updates leave numbers for `report()`.
         observed: Those of the last update that did.
@@ -60,7 +62,10 @@ class Slot:
     capture: str = "hook"
     is_observed: bool = False
     observed: Observed | None = None
+    is_pending_blank: Deferred | None = None
     _basis: weakref.ref[Tensor] | None = None
+    _is_basis_sound: Deferred | None = None
+    _is_basis_for_training: bool = True
 
     @property
     def basis(self) -> Tensor | None:
@@ -69,7 +74,23 @@ class Slot:
 
     @basis.setter
     def basis(self, basis: Tensor | None) -> None:
-        self._basis = None if basis is None else weakref.ref(basis)
+        self._basis, self._is_basis_sound = None if basis is None else weakref.ref(basis), None
+
+    def keep_basis(self, basis: Tensor, is_sound: Tensor, is_training: bool) -> None:
+        """Set the basis; a 0-dim flag tells whether further forwards may use it. Its inputs may have been zeros, or NaN."""
+        self.basis, self._is_basis_sound, self._is_basis_for_training = basis, Deferred(is_sound), is_training
+
+    def sound_basis(self, is_training: bool) -> Tensor | None:
+        """The basis, unless it came from nothing, or from an evaluation.
+
+        What its flag said is read here, a forward later, so that no device waits.
+        """
+        basis, flag = self.basis, self._is_basis_sound
+        is_foreign = is_training and not self._is_basis_for_training
+        if basis is None or is_foreign or (flag is not None and not flag.read()):
+            return None
+        self._is_basis_sound = None
+        return basis
 
     def restart(self, rank: int) -> None:
         """After a checkpoint was loaded: nothing has happened yet."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import check_groups, fitted_state
+from .checkpoint import check_layout, fitted_state
 from .errors import ArgumentError, AttachError
 from .linalg import stochastic_round
 from .observe import Observation
@@ -91,7 +91,7 @@ class KeptState(torch.optim.Optimizer):
         return {**state, "gradlr": {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict()}}
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
-        check_groups(state_dict, self.param_groups)
+        check_layout(state_dict, self.param_groups)
         extra, slots = state_dict["gradlr"], self.slots
         ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], slots, strict=True)]
         states = [

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
+import zipfile
 from collections import OrderedDict
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, CheckpointError
+from .errors import ArgumentError, CheckpointError, GradlrWarning
 from .files import write_atomically
 from .optimizer import GradLR
 
@@ -45,7 +47,7 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
     weights = model.state_dict()
     _require_plain("model", weights)
     checkpoint = {"gradlr": _FORMAT, "model": weights, "optimizer": optimizer.state_dict(), "more": entries}
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
+    write_atomically(path, lambda file: _write(checkpoint, file))
 
 
 def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | None = None, **more: Any) -> dict[str, Any]:
@@ -55,20 +57,27 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         path: The file.
         model: The attached model; weights are copied into its parameters.
         optimizer: Its optimizer; rank, momentum rank and dtypes may differ from the saved ones. None for the weights alone.
-        more: The objects that were saved under these names.
+        more: The objects that were saved under these names; None for one that is meant to start afresh.
 
     Returns:
         The plain values that were saved, by name.
 
     Raises:
-        CheckpointError: the file is missing, cut off or no checkpoint of gradlr; the model or the optimizer is another one; an
-            object was not saved. It names the file and the first parameter that does not fit; nothing was changed.
+        CheckpointError: the file is missing, damaged (a single bit is found) or no checkpoint of gradlr; the model or the
+            optimizer is another one; an object was not saved, or is of another class. It names the file and the first parameter
+            that does not fit; nothing was changed.
+
+    Warns:
+        GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.
     """
     path = Path(path)
     checkpoint = _read(path)
     _check_model(path, checkpoint["model"], model)
-    _check_objects(path, checkpoint["more"], more)
-    loads = [(value, checkpoint["more"][name]["state_dict"]) for name, value in more.items()]
+    given = {name: value for name, value in more.items() if value is not None}
+    _check_objects(path, checkpoint["more"], given)
+    if optimizer is not None:
+        _warn_of_forgotten(path, checkpoint["more"], more)
+    loads = [(value, checkpoint["more"][name]["state_dict"]) for name, value in given.items()]
     loads += [] if optimizer is None else [(optimizer, checkpoint["optimizer"])]
     loads += [(model, checkpoint["model"])]
     _load_all(path, loads)
@@ -92,9 +101,23 @@ def _load_all(path: Path, loads: list[tuple[Any, dict[str, Any]]]) -> None:
 
 
 def _state_of(name: str, value: Any) -> dict[str, Any]:
-    entry = {"state_dict": value.state_dict()} if hasattr(value, "state_dict") else {"value": value}
+    is_object = hasattr(value, "state_dict")
+    entry = {"state_dict": value.state_dict(), "class": _class_name(value)} if is_object else {"value": value}
     _require_plain(name, entry)
     return entry
+
+
+def _class_name(value: Any) -> str:
+    return getattr(type(value), "_gradlr_original", type(value)).__name__
+
+
+def _write(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
+    has_checksums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(checkpoint, file)
+    finally:
+        torch.serialization.set_crc32_options(has_checksums)
 
 
 def _require_plain(name: str, value: Any) -> None:
@@ -120,13 +143,20 @@ def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     try:
+        # Torch writes checksums and does not look at them: a flipped bit would become a weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"the checksum of its part {damaged!r} is wrong: take another copy")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its readers do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cut off, or no checkpoint of gradlr.save: {reason}") from error
-    if not isinstance(checkpoint, dict) or not {"gradlr", "model", "optimizer", "more"} <= checkpoint.keys():
+        raise CheckpointError(f"{path}: damaged, cut off, or no checkpoint of gradlr.save: {reason}") from error
+    parts = [checkpoint.get(key) for key in ("model", "optimizer", "more")] if isinstance(checkpoint, dict) else [None]
+    parts += parts[-1].values() if isinstance(parts[-1], dict) else []
+    if not all(isinstance(part, dict) for part in parts) or "gradlr" not in checkpoint:
         raise CheckpointError(f"{path}: no checkpoint of gradlr.save; load it with torch.load and load_state_dict")
-    if checkpoint["gradlr"] != _FORMAT:
+    if not (isinstance(checkpoint["gradlr"], int) and checkpoint["gradlr"] == _FORMAT):
         raise CheckpointError(f"{path}: has format {checkpoint['gradlr']!r}, this gradlr reads format {_FORMAT}")
     return checkpoint
 
@@ -135,17 +165,34 @@ def _check_model(path: Path, saved: dict[str, Any], model: nn.Module) -> None:
     own = model.state_dict()
     for names, tale in ((own.keys() - saved.keys(), "lacks"), (saved.keys() - own.keys(), "has, unlike the model,")):
         if names:
-            raise CheckpointError(f"{path}: the checkpoint {tale} {min(names)!r} ({len(names)} in all). Nothing was changed")
+            first = min(map(str, names))
+            raise CheckpointError(f"{path}: the checkpoint {tale} {first!r} ({len(names)} in all). Nothing was changed")
     for name, value in own.items():
-        if isinstance(value, Tensor) and value.shape != saved[name].shape:
+        if not isinstance(value, Tensor):
+            continue
+        if not isinstance(saved[name], Tensor) or saved[name].layout != value.layout:
+            raise CheckpointError(f"{path}: {name!r} is {saved[name]!r}, no tensor like the model's. Nothing was changed")
+        if value.shape != saved[name].shape:
             shapes = f"{tuple(saved[name].shape)}, the model's is {tuple(value.shape)}"
             raise CheckpointError(f"{path}: {name!r} has shape {shapes}. Nothing was changed")
 
 
 def _check_objects(path: Path, saved: dict[str, Any], objects: dict[str, Any]) -> None:
-    for name in objects:
-        if "value" in saved.get(name, {}):
+    for name, value in objects.items():
+        entry = saved.get(name) if isinstance(saved.get(name), dict) else {}
+        if "value" in entry:
             raise CheckpointError(f"{path}: {name!r} was saved as a plain value: leave it out, load returns it")
-        if "state_dict" not in saved.get(name, {}):
-            kept = ", ".join(sorted(saved)) or "nothing more"
+        if not isinstance(entry.get("state_dict"), dict):
+            kept = ", ".join(sorted(map(str, saved))) or "nothing more"
             raise CheckpointError(f"{path}: no object was saved as {name!r}; there is {kept}. Nothing was changed")
+        if entry.get("class", _class_name(value)) != _class_name(value):
+            tale = f"{name!r} was saved as a {entry['class']} and is a {_class_name(value)} now"
+            raise CheckpointError(f"{path}: {tale}: make one of the same class, or pass {name}=None. Nothing was changed")
+
+
+def _warn_of_forgotten(path: Path, saved: dict[str, Any], objects: dict[str, Any]) -> None:
+    forgotten = [name for name, entry in saved.items() if "state_dict" in entry and name not in objects]
+    if forgotten:
+        name, kind = forgotten[0], saved[forgotten[0]].get("class", "object with state_dict()")
+        tale = f"{path}: {name!r} ({kind}) was saved and is not given to load, so it starts afresh"
+        warnings.warn(f"{tale}: pass {name}=..., or {name}=None where that is meant", GradlrWarning, stacklevel=3)

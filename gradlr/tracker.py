@@ -46,7 +46,8 @@ class LossTracker:
         has_graph: Whether the latest one can be called `.backward()` on.
         has_begun: Whether its backward has begun.
         begun_serial: The serial of the latest loss whose backward has begun.
-        is_open: Whether that backward has not come to its end, be it under way or interrupted by an exception.
+        open_backwards: Backwards since the latest loss was shown that have not come to their end, be they under way or
+            interrupted by an exception: number of autograd's graph task → number of the loss, None where it was not shown.
         has_gradient: Whether it has brought a gradient to any parameter of any optimizer of this tracker.
 
     Raises:
@@ -70,7 +71,8 @@ class LossTracker:
         self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
         self.scale: Tensor | None = None
         self.count = self.serial = self.begun_serial = 0
-        self.is_shown = self.has_graph = self.has_begun = self.is_open = self.has_gradient = False
+        self.open_backwards: dict[int, int | None] = {}
+        self.is_shown = self.has_graph = self.has_begun = self.has_gradient = False
 
     def __call__(self, loss: float | Tensor) -> float | Tensor:
         """Record a loss and return it.
@@ -95,7 +97,7 @@ class LossTracker:
         finally:
             self._await_backward(loss)
         if self.has_graph:
-            loss.register_hook(_make_loss_hook(weakref.ref(self)))
+            loss.register_hook(_make_loss_hook(weakref.ref(self), self.count))
         return loss
 
     @property
@@ -148,14 +150,19 @@ class LossTracker:
         """Take over another tracker's record.
 
         Raises:
-            CheckpointError: an entry is missing; nothing was changed.
+            CheckpointError: an entry is missing, or is not what a tracker holds there; nothing was changed.
         """
+        if not isinstance(state, dict):
+            raise CheckpointError(f"tracker state is a {type(state).__name__}: was it written by LossTracker.state_dict()?")
         missing = {"max_loss", "running_max", "latest", "count", "history"} - state.keys()
         if missing:
             names = ", ".join(sorted(missing))
             raise CheckpointError(f"tracker state lacks {names}: was it written by LossTracker.state_dict()?")
-        self._in_flight = None
-        self.is_shown = self.has_graph = self.has_begun = self.is_open = self.has_gradient = False
+        for key, value in state.items():
+            if not _is_sound(key, value):
+                raise CheckpointError(f"tracker state holds {value!r} as its {key!r}")
+        self._in_flight, self.open_backwards = None, {}
+        self.is_shown = self.has_graph = self.has_begun = self.has_gradient = False
         self._fixed_max, self._running_max, self._latest = state["max_loss"], state["running_max"], state["latest"]
         self.count = int(state["count"])
         self._history = deque(state["history"].tolist(), maxlen=_HISTORY_LENGTH)
@@ -183,16 +190,29 @@ class LossTracker:
     def _await_backward(self, loss: float | Tensor) -> None:
         self.scale, self.is_shown = None, True
         self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
-        self.has_begun = self.is_open = self.has_gradient = False
+        self.has_begun = self.has_gradient = False
+        self.open_backwards = {}
 
-    def _begin_backward(self, scale: Tensor) -> None:
+    def watch_backward(self, number: int | None = None) -> None:
+        """Called inside a backward: it is open until it comes to its end, which no other backward's end may stand for.
+
+        Args:
+            number: Of its loss; None where that is not known.
+        """
+        task = torch._C._current_graph_task_id()
+        if task == -1 or task in self.open_backwards:
+            return
+        self.open_backwards[task] = number
+        # Runs when the whole backward has come to its end, and not where an exception ends it.
+        torch.autograd.Variable._execution_engine.queue_callback(_make_end(weakref.ref(self), task))
+
+    def _begin_backward(self, scale: Tensor, number: int) -> None:
         self.scale = scale.detach().reshape(())
         for listener in list(self._listeners):
             listener.begin_backward(self.scale)
-        self.has_begun = self.is_open = True
+        self.has_begun = True
         self.begun_serial = self.serial
-        # Runs when the whole backward has come to its end, and not where an exception ends it.
-        torch.autograd.Variable._execution_engine.queue_callback(_make_end(weakref.ref(self)))
+        self.watch_backward(number)
 
 
 def _as_scalar(loss: float | Tensor) -> float | Tensor:
@@ -209,19 +229,29 @@ def _as_scalar(loss: float | Tensor) -> float | Tensor:
         raise LossError(f"tracker(loss): {type(loss).__name__} is no number; show the scalar you call .backward() on") from None
 
 
-def _make_loss_hook(reference: weakref.ref[LossTracker]) -> Callable[[Tensor], None]:
+def _is_sound(key: str, value: Any) -> bool:
+    if key == "history":
+        is_dense = isinstance(value, Tensor) and value.layout == torch.strided
+        return is_dense and value.ndim == 1 and not value.is_complex()
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if key == "count":
+        return is_number and value >= 0
+    return is_number or value is None
+
+
+def _make_loss_hook(reference: weakref.ref[LossTracker], number: int) -> Callable[[Tensor], None]:
     def learn_scale(gradient: Tensor) -> None:
         tracker = reference()
         if tracker is not None:
-            tracker._begin_backward(gradient)
+            tracker._begin_backward(gradient, number)
 
     return learn_scale
 
 
-def _make_end(reference: weakref.ref[LossTracker]) -> Callable[[], None]:
+def _make_end(reference: weakref.ref[LossTracker], task: int) -> Callable[[], None]:
     def end_backward() -> None:
         tracker = reference()
         if tracker is not None:
-            tracker.is_open = False
+            tracker.open_backwards.pop(task, None)
 
     return end_backward

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from . import guards
 from .captures import as_dense, compact, waits_as_it_is
+from .deferred import Deferred
 from .gauge import Gauge, NormLimit
-from .gradient import Factored, GradientOperator
+from .gradient import Factored, GradientOperator, Sketched
 from .observe import Observed, kept, seen_gradient, seen_update
+from .projections import Projections
 from .rules import Settings, State, Update
 from .skips import Skips
 from .slots import ParameterGroup, Slot, working_form
-from .state import KeptState
 from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, checked, keep_where, write
@@ -33,7 +34,7 @@ class Prepared:
     observed: Observed | None = None
 
 
-class Updates(KeptState):
+class Updates(Projections):
     """Turns gradients into updates: each at once, or all together in a step that is taken whole or not at all.
 
     Args:
@@ -75,16 +76,26 @@ class Updates(KeptState):
         if not self._skips.look(gradient.is_finite(), self._blame(slot)):
             self._gauge.record(slot.index, torch.full((), torch.nan, dtype=torch.float64, device=gradient.device))
             return
+        if self._gauge.is_touched:  # clipped between two micro-batches: what has come so far is scaled, what comes now is not
+            factor = self._read_gauge()
+            self._scale_waiting(factor)
+            self._gauge.settle(factor)
+        if slot.is_pending_blank is not None and slot.is_pending_blank.read():
+            slot.pending = None  # zeros, as of an empty micro-batch: bases that came from them would serve nobody
+        slot.is_pending_blank = None
         # The norm of a gradient that was never formed costs as much as forming it: its sketch's will do, unless it matters.
-        is_known = slot.pending is None and (self.limit.is_active or not isinstance(gradient, Factored))
+        is_first = slot.pending is None
+        is_known = is_first and (self.limit.is_active or not isinstance(gradient, Factored))
         energy = gradient.squared_norm() if is_known else None
-        if slot.pending is not None:
+        if not is_first:
             slot.pending = slot.pending.add_(gradient)
         elif waits_as_it_is(slot, gradient):
             slot.pending = compact(gradient)
         else:
             slot.pending = slot.rule.sketch(gradient, self._rule_state(slot), self._settings(slot))
             slot.pending.whole = as_dense(gradient) if slot.is_observed else None
+        if is_first and isinstance(slot.pending, Sketched):
+            slot.is_pending_blank = Deferred(slot.pending.is_blank())
         self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
 
     def _take_step(self) -> None:
@@ -104,24 +115,34 @@ class Updates(KeptState):
         self._gauge.clear()
 
     def _prepare_waiting(self) -> list[Prepared]:
-        norm, factor = self._gauge.norm(), self._gauge.factor()
+        norm, factor = self._gauge.norm(), self._read_gauge()
         if self.limit.is_active:
             self._skips.look(norm.isfinite(), f"the norm of all gradients is not finite at loss number {self.tracker.count}")
             limiting = self.limit.factor(norm)
             factor = factor * limiting
-        is_scaled = factor.is_cuda or factor != 1
+        self._scale_waiting(factor)
         prepared = []
         for slot in self._waiting():
             if self._skips.reason:
                 break
             gradient, slot.pending = slot.pending, None
-            gradient = gradient.scaled(factor.to(gradient.dtype)) if is_scaled else gradient
             prepared.append(self._prepare(slot, gradient, gradient.is_finite()))
             self._skips.look(prepared[-1].is_finite, self._blame(slot))
         if not self._skips.reason:
             self._grad_norm = norm
             self.limit.last = norm * limiting if self.limit.is_active else None
         return prepared
+
+    def _read_gauge(self) -> Tensor:
+        # Cut values tell nothing of the gradients' own entries: an error, or on CUDA, where asking would wait, a step left out.
+        if not self._skips.look(self._gauge.is_even(), "value clipping"):
+            raise guards.clipped_values()
+        return self._gauge.factor()
+
+    def _scale_waiting(self, factor: Tensor) -> None:
+        if factor.is_cuda or factor != 1:
+            for slot in self._waiting():
+                slot.pending = slot.pending.scaled(factor.to(slot.pending.dtype))
 
     def _prepare(self, slot: Slot, gradient: GradientOperator, is_finite: Tensor) -> Prepared:
         # `is_finite` was asked for before the rule consumes the gradient.
@@ -166,10 +187,6 @@ class Updates(KeptState):
         for slot in self._slots.values():
             slot.pending = None
         self._gauge.clear()
-
-    def _forget_bases(self) -> None:
-        for slot in self._slots.values():
-            slot.basis = None
 
     def _uncount(self, slots: list[Slot]) -> None:
         for slot in slots:

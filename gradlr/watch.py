@@ -32,7 +32,7 @@ class BackwardWatch:
         self._unread_scales: list[Deferred] = []
         self._unread_flags: list[tuple[str, int, Deferred]] = []
         self._has_warned = False
-        self._handled: int | None = None
+        self._handled: set[int] = set()
         self.changed: list[str] = []
         self._interrupted: tuple[str, ...] = ()
         self._broken: tuple[str, ...] = ()
@@ -45,22 +45,25 @@ class BackwardWatch:
 
     @property
     def is_interrupted(self) -> bool:
-        """Whether an exception has ended the last backward, and nobody has told or dropped anything since."""
-        return self._tracker.is_open and self._handled != self._tracker.begun_serial
+        """Whether an exception has ended a backward, and nobody has told or dropped anything since."""
+        return not self._handled.issuperset(self._tracker.open_backwards)
 
     @property
     def interrupted(self) -> tuple[str, ...]:
         """What the last backward or step had updated when an exception ended it; empty where it came to its end."""
         if self._broken:
             return self._broken
-        if self._tracker.is_open:
+        if self._tracker.open_backwards:
             return tuple(self.changed)
         return () if self._tracker.has_begun else self._interrupted
 
     def gradients_dropped(self) -> None:
         """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
         self._discard_interrupted()
-        self._handled = self._tracker.begun_serial
+        self._handled = set(self._tracker.open_backwards)
+
+    def _failed_number(self) -> int | None:
+        return next(number for task, number in self._tracker.open_backwards.items() if task not in self._handled)
 
     def _discard_interrupted(self) -> None:
         if self._last_serial == self._tracker.begun_serial:
@@ -84,7 +87,7 @@ class BackwardWatch:
         last = self._tracker.count - 1
         if self.is_interrupted:
             self._discard_interrupted()
-            warnings.warn(guards.interrupted(last, self.changed, pending), GradlrWarning, stacklevel=5)
+            warnings.warn(guards.interrupted(self._failed_number(), self.changed, pending), GradlrWarning, stacklevel=5)
         elif self._tracker.has_begun and not self._tracker.has_gradient:
             warnings.warn(str(guards.no_gradient(last, self._count)), GradlrWarning, stacklevel=5)
         elif pending and self._loss_count == _MANY_LOSSES:
@@ -118,6 +121,7 @@ class BackwardWatch:
         if self._is_immediate and last_loss == tracker.serial:
             raise guards.second_gradient(name, tracker.count, self.changed)
         tracker.has_gradient = True
+        tracker.watch_backward()
         if self._last_serial != tracker.serial:
             self._loss_count, self._last_serial = self._loss_count + 1, tracker.serial
 
@@ -125,7 +129,7 @@ class BackwardWatch:
         """`step()` is called: the backward must have come to its end and brought a gradient.
 
         Raises:
-            BackwardError: the last backward was interrupted while gradients wait; the caller drops them.
+            BackwardError: a backward was interrupted while gradients wait; the caller drops them.
             AttachError: the backward of a shown loss ran, and no hook fired.
 
         Warns:
@@ -139,7 +143,7 @@ class BackwardWatch:
         self.forget()
         self.changed = []
         if self.is_interrupted and pending:
-            raise BackwardError(guards.interrupted(tracker.count, (), pending))
+            raise BackwardError(guards.interrupted(self._failed_number(), (), pending))
         if is_missing and tracker.has_begun:
             raise guards.no_gradient(tracker.count, self._count)
         if is_missing and is_blind:

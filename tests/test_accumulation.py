@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import attached
+from models import attached, mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -181,3 +181,24 @@ def test_tables_wait_by_the_rows_that_were_touched():
     opt.step()
     is_changed = (model[0].weight != before).any(dim=1)
     assert is_changed.nonzero().flatten().tolist() == [0, 1, 2, 7, 4000]
+
+
+@pytest.mark.parametrize(("blank", "capture"), [(blank, capture) for blank in ("no rows", "zero inputs", "zero loss")
+                                                for capture in ("hook", "adaptor", "one_sided")][:-1])  # fmt: skip
+def test_a_micro_batch_without_any_gradient_makes_no_bases(blank, capture):
+    """What comes after it is sketched as if it had come first; but inputs are inputs, also where their loss is zero."""
+    found = []
+    for is_preceded in (False, True):
+        model, tracker, opt = attached(mlp(WIDTH, 2, dtype=torch.float64), capture=capture, apply="step")
+        nn.init.zeros_(model[0].bias)  # zeros stay zeros
+        if is_preceded:
+            x = batch()[:0] if blank == "no rows" else batch() * (blank != "zero inputs")
+            loss = model(x).square().sum() * (blank == "no rows")
+            for _ in range(2):
+                tracker(1.0)  # a loss of 0 would set the rank
+                loss.backward(retain_graph=True)
+            assert all(slot.pending is not None for slot in opt.slots)
+            del loss
+        tracker(loss_of(model, 1)).backward()
+        found.append([slot.pending.matrix for slot in opt.slots])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -273,3 +273,31 @@ def test_sharded_parameters_and_several_processes_are_not_passed_over(tmp_path, 
             gradlr.attach(mlp(), LossTracker())
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Elsewhere(nn.Parameter):
+    """A parameter that says to lie on another device."""
+
+    device = property(lambda self: torch.device("cuda", 1))
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_model_that_is_spread_over_two_devices_is_refused(apply):
+    model = mlp()
+    model[2].weight = Elsewhere(model[2].weight.detach())
+    with pytest.raises(AttachError, match="lie on cpu and cuda:1; gradlr trains models on one device so far"):
+        attached(model, apply=apply)
+    model[2].weight.requires_grad_(False)  # what is frozen may lie anywhere
+    attached(model, apply=apply)
+
+
+def test_logarithms_of_rates_are_told_to_be_taken_as_a_matrix():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.A_log, self.weight = nn.Parameter(torch.zeros(8, 4)), nn.Parameter(torch.zeros(8, 4))
+
+    with pytest.warns(gradlr.GradlrWarning, match=r"'A_log' \(8, 4\) belongs to no layer.*as a 8 x 4 matrix.*\"vector\""):
+        attached(Mixer())
+    _, _, opt = attached(Mixer(), groups=[{"match": "A_log", "kind": "vector"}])
+    assert kinds(opt) == {"A_log": "vector", "weight": "matrix"}

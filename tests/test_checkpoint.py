@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from damage import damaged, is_refused, listed
 from models import Mixed, attached, mlp, train
 from torch import nn
 
@@ -153,3 +154,34 @@ def test_frozen_layers_do_not_shift_the_state():
     tracker(model(torch.randn(4, 8)).square().mean()).backward()
     state = opt.state_dict()
     assert state["param_groups"][0]["param_names"] == ["1.weight"]
+
+
+# -- a thousand damaged state_dicts ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"rank": gradlr.ByEnergy(0.9)}, {"rule": "factor_moments", "apply": "step"}])
+def test_a_damaged_state_is_refused_whole_or_trains_on(options):
+    def start():
+        return attached(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5, bias=False)), **options)
+
+    def one_step(model, tracker, opt):
+        tracker(model(torch.ones(2, 8)).square().mean()).backward()
+        opt.step()
+
+    def everything(model, tracker, opt):
+        return listed((opt.state_dict(), tracker.state_dict()))
+
+    first, loaded = start(), start()
+    one_step(*first)
+    good, before = first[2].state_dict(), everything(*loaded)
+    refused = taken = 0
+    for path, index, state in damaged(good):
+        if is_refused(lambda: loaded[2].load_state_dict(state)):  # noqa: B023 (called at once)
+            refused += 1
+            assert everything(*loaded) == before, (path, index)
+        else:
+            taken += 1
+            one_step(*loaded)
+            loaded = start()
+            before = everything(*loaded)
+    assert refused > 400 and taken < refused / 4

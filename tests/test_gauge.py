@@ -21,7 +21,7 @@ def gauge_of(*energies):
 
 def test_the_gradient_of_its_parameter_is_the_global_norm():
     gauge = gauge_of(9.0, 16.0)
-    assert gauge.parameter.grad.tolist() == [5.0]
+    assert gauge.parameter.grad.tolist() == pytest.approx([3.0, 4.0], rel=1e-15) and gauge.norm().item() == 5.0
     gauge.record(1, number(72.0))  # more has come for the second: its whole energy anew
     assert gauge.norm().item() == 9.0 and gauge.factor().item() == 1.0
     gauge.clear()
@@ -34,6 +34,17 @@ def test_what_was_done_to_it_is_read_off(factor):
     gauge.parameter.grad.mul_(factor)
     assert gauge.factor().item() == factor
     assert gauge.norm().item() == 5.0 * factor
+
+
+@pytest.mark.parametrize("energy", [0.0, 25.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("limit", [0.0, 3.5, 1.0, 4.5])
+def test_only_cutting_by_value_is_uneven(energy, limit):
+    for clip in (torch.nn.utils.clip_grad_norm_, torch.nn.utils.clip_grad_value_):
+        gauge = gauge_of(energy)
+        clip([gauge.parameter], limit)
+        is_cut = clip is torch.nn.utils.clip_grad_value_ and energy == 25.0 and 0 < limit < 4  # the elements are 3 and 4
+        assert bool(gauge.is_even()) is not is_cut
+        assert gauge.is_touched
 
 
 @pytest.mark.parametrize("energy", [0.0, float("inf")])

@@ -108,6 +108,48 @@ def test_torchs_own_clipping_works_on_the_optimizers_parameters(capture):
     assert_same(*results, atol=1e-9)
 
 
+def held_by(opt):
+    return [parameter for group in opt.param_groups for parameter in group["params"]]
+
+
+def test_clipping_between_micro_batches_scales_what_has_come_so_far():
+    """As in torch, where what comes later is added to the clipped gradient. Of this size gradients wait as they are."""
+    model = mlp(16, 2, dtype=torch.float64)
+    plain = copy.deepcopy(model)
+    _, tracker, opt = attached(model, apply="step")
+    x, y = regression(16, count=32, dtype=torch.float64)
+    norms = []
+    for rows in torch.arange(32).chunk(4):
+        tracker(nn.functional.mse_loss(model(x[rows]), y[rows])).backward()
+        nn.functional.mse_loss(plain(x[rows]), y[rows]).backward()
+        norms.append([nn.utils.clip_grad_norm_(held, 1e-2).item() for held in (held_by(opt), plain.parameters())])
+    for mine, theirs in norms:
+        assert mine == pytest.approx(theirs, rel=1e-12)
+    opt._scale_waiting(opt._gauge.factor())
+    for slot in opt.slots:
+        expected = dict(plain.named_parameters())[slot.plan.name].grad
+        torch.testing.assert_close(slot.pending.matrix, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("is_between", [False, True])
+def test_clipping_by_value_is_refused_whole(is_between):
+    model = wide()
+    before = weights(model)
+    _, tracker, opt = attached(model, **PLAIN)
+    tracker(loss_of(model)).backward()
+    nn.utils.clip_grad_value_(held_by(opt), 1e3)  # cuts nothing
+    tracker(loss_of(model)).backward()
+    nn.utils.clip_grad_value_(held_by(opt), 1e-6)
+    go_on = tracker(loss_of(model)).backward if is_between else opt.step
+    with pytest.raises(gradlr.ArgumentError, match="by value.*clip_grad_norm_, or max_grad_norm=.*dropped"):
+        go_on()
+    assert_same(before, weights(model), atol=0)
+    assert opt.skipped == 0
+    tracker(loss_of(model)).backward()
+    opt.step()
+    assert not torch.equal(before[0], model[0].weight)
+
+
 def test_under_accumulation_the_norm_is_that_of_the_sketched_sum():
     model = wide(1)
     _, tracker, opt = attached(model, max_grad_norm=1e9, **PLAIN)
@@ -118,6 +160,19 @@ def test_under_accumulation_the_norm_is_that_of_the_sketched_sum():
     expected = torch.stack([matrix.norm() for matrix in pending]).norm().item()
     opt.step()
     assert opt.grad_norm == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_a_layer_used_twice_in_one_backward_enters_with_its_sketch_where_its_uses_come_apart(capture):
+    """A hook sees the sum of its uses; an adaptor each by itself, and the norm of a sum does not follow from theirs."""
+    layer, x = nn.Linear(64, 64, bias=False, dtype=torch.float64), regression(64, count=16, dtype=torch.float64)[0]
+    (gradient,) = torch.autograd.grad(layer(torch.tanh(layer(x))).square().mean(), layer.weight)
+    _, tracker, opt = attached(layer, capture=capture, max_grad_norm=1e9, **PLAIN)
+    tracker(layer(torch.tanh(layer(x))).square().mean()).backward()
+    known = gradient if capture == "hook" else opt.slots[0].pending.matrix
+    opt.step()
+    assert opt.grad_norm == pytest.approx(known.norm().item(), rel=1e-12)
+    assert (opt.grad_norm < 0.99 * gradient.norm().item()) is (capture == "adaptor")
 
 
 def test_the_growth_of_the_norm_is_limited_and_resumes(tmp_path):

@@ -1,5 +1,6 @@
 """What would silently go wrong is loud: each trap is an error or a warning that names the way out."""
 
+import contextlib
 import copy
 import gc
 import weakref
@@ -222,10 +223,13 @@ def test_a_lost_optimizer_is_told_in_the_next_backward():
     gradlr.attach(model, tracker).detach()  # attaching anew is allowed
 
 
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
 @pytest.mark.parametrize("has_scheduler", [False, True])
-def test_a_dropped_optimizer_frees_its_state_and_does_not_block_a_new_one(has_scheduler):
-    model, tracker, opt = attached()
-    if has_scheduler:  # makes the optimizer part of a reference cycle
+def test_a_dropped_optimizer_frees_its_state_and_does_not_block_a_new_one(has_scheduler, capture):
+    model, tracker, opt = attached(capture=capture)
+    if has_scheduler:  # makes the optimizer part of a reference cycle, in some versions of torch
+        opt.itself = opt
         scheduler = torch.optim.lr_scheduler.ConstantLR(opt)
         train(model, opt, tracker, 1)
         scheduler.step()
@@ -234,7 +238,7 @@ def test_a_dropped_optimizer_frees_its_state_and_does_not_block_a_new_one(has_sc
         train(model, opt, tracker, 1)
     state = weakref.ref(opt.state[model[0].weight]["P"])
     del opt
-    _, tracker, opt = attached(model)
+    _, tracker, opt = attached(model, capture=capture)
     assert state() is None
     train(model, opt, tracker, 1)
 
@@ -378,6 +382,24 @@ def test_two_optimizers_may_share_a_tracker_and_a_loss():
         other.step()
 
 
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_bad_loss_leaves_out_the_step_of_those_only_that_its_backward_reaches(apply):
+    encoder, decoder, tracker = mlp(), mlp(seed=1), gradlr.LossTracker()
+    one, other = (gradlr.attach(model, tracker, apply=apply) for model in (encoder, decoder))
+    before, kept = weights(encoder), weights(decoder)
+
+    def one_turn():
+        tracker(loss_of(decoder)).backward()
+        tracker(loss_of(encoder) * float("nan")).backward()
+        one.step()
+
+    with pytest.warns(GradlrWarning, match="left out whole: loss number 2 is nan") as told:
+        one_turn()
+    other.step()
+    assert len(told) == 1 and (one.skipped, other.skipped) == (1, 0)
+    assert is_unchanged(encoder, before) and not any(torch.equal(a, b) for a, b in zip(kept, weights(decoder), strict=True))
+
+
 def test_accumulating_where_backward_updates_is_told_at_step():
     model, tracker, opt = attached()
     for _ in range(3):
@@ -460,11 +482,73 @@ def test_the_sketches_of_an_interrupted_backward_never_join_a_step():
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), shadow.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("is_shown", [True, False])
+@pytest.mark.parametrize("is_last", [True, False])
+def test_a_backward_that_ends_well_does_not_hide_one_that_failed(is_shown, is_last):
+    """Two losses are there before the first backward: half of one of them must not join the other."""
+    model, tracker, opt = attached(failing_model(), apply="step")
+    before = weights(model)
+    model[2].is_failing = True
+    failing = loss_of(model)
+    model[2].is_failing = False
+    failing = tracker(failing) if is_shown else failing
+    sound = tracker(loss_of(model))
+    for loss in (sound, failing) if is_last else (failing, sound):
+        with pytest.raises(MemoryError) if loss is failing else contextlib.nullcontext():
+            loss.backward()
+    name = "loss number 1" if is_shown else "a loss that was not shown"
+    with pytest.raises(BackwardError, match=f"the backward of {name} did not come to its end.*6 parameters"):
+        opt.step()
+    assert is_unchanged(model, before) and opt.interrupted == ()
+    train(model, opt, tracker, 1)
+    assert not is_unchanged(model, before)
+
+
 def test_a_step_after_detach():
     model, tracker, opt = attached()
     opt.detach()
     with pytest.raises(AttachError, match="after opt.detach"):
         opt.step()
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_a_graph_from_before_detach_gives_ordinary_gradients(apply, again):
+    model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
+    plain, ids = copy.deepcopy(model), torch.randint(0, 9, (4, 3))
+    plain(ids).square().mean().backward()
+    _, tracker, opt = attached(model, capture="adaptor", apply=apply, rule=gradlr.rules.TrackedMomentum(residual=0))
+    before, loss = weights(model), tracker(model(ids).square().mean())
+    opt.detach()
+    if again:
+        _, other_tracker, other = attached(model, apply="step")
+        other_tracker(1.0)
+    loss.backward()
+    assert is_unchanged(model, before) and opt.slots[1].pending is None
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        if again:
+            (mine,) = (slot.pending.matrix for slot in other.slots if slot.plan.parameter is mine)
+        torch.testing.assert_close(mine if again else mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_a_one_sided_graph_from_before_detach_has_no_gradient_to_give():
+    model, tracker, opt = attached(capture="one_sided")
+    loss = tracker(loss_of(model))
+    opt.detach()
+    with pytest.raises(BackwardError, match=r"opt.detach\(\) since the forward.*capture=\"adaptor\""):
+        loss.backward()
+
+
+def test_detaching_while_gradients_wait_is_told_but_not_after_an_error():
+    model, tracker, opt = attached(apply="step")
+    tracker(loss_of(model)).backward()
+    with pytest.warns(GradlrWarning, match="drops the gradients of 6 parameters"):
+        opt.detach()
+    _, tracker, opt = attached(model, apply="step")
+    tracker(loss_of(model)).backward()
+    opt.__exit__(KeyError, KeyError(), None)
 
 
 def test_no_loss_was_shown_since_a_checkpoint_was_loaded():

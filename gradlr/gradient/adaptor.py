@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import gc
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -13,13 +15,14 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackwardError
 from ..linalg.normalize import widen
 from .factored import Factored
 from .hook import lost_optimizer
-from .linear_maps import LinearMap
+from .linear_maps import LinearMap, linear_map
 from .operator import GradientOperator, Sketched
 
 
@@ -28,7 +31,9 @@ class Receiver(Protocol):
 
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
 
-    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor]) -> Tensor: ...
+    def right_basis(
+        self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -67,40 +72,66 @@ class AdaptedLayer:
     """Mixed into a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
 
     _gradlr_original: type[nn.Module]
+    _gradlr_input: str
 
     @torch.compiler.disable  # the backward changes weights, which no compiler may move
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        # By position, or by the name that the layer's own forward gives it.
+        x = inputs[0] if len(inputs) == 1 and not named else None if inputs or len(named) != 1 else named.get(self._gradlr_input)
+        output = self._captured(x) if isinstance(x, Tensor) and _is_plain(x) else None
+        return super().forward(*inputs, **named) if output is None else output
+
+    def _captured(self, x: Tensor) -> Tensor | None:
+        """The layer's output, whose backward hands the weight's gradient over; None where the layer's own forward is to do it."""
         capture = _captures.get(self.weight)
         # A hook on the weight itself wants to see, or to change, the gradient.
         is_hooked = bool(self.weight._backward_hooks)
         if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
-            return super().forward(x)
+            return None
         if capture.linear_map is None:
-            return _EmbeddingByRows.apply(x, self.weight, weakref.ref(self.weight), self.padding_idx)
-        if not capture.linear_map.accepts(x):
-            return super().forward(x)
+            return self._look_up(x) if is_plain_embedding(self) else None
+        # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
+        found = linear_map(self)
+        if found is None or found.pattern != capture.linear_map.pattern or not found.accepts(x):
+            return None
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        basis = _basis(capture, self.weight, x) if capture.is_one_sided else None
-        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, basis)
+        basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
+        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, found, basis)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
+        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), _captures[self.weight], padding_index)
 
     def __reduce_ex__(self, protocol: int):
         # A copy or a pickle is of the original class: nothing of gradlr is in it.
         return copyreg._reconstructor, (self._gradlr_original, object, None), self.__dict__
 
 
-def _basis(capture: _Capture, weight: Tensor, x: Tensor) -> Tensor:
+def is_plain_embedding(module: nn.Embedding) -> bool:
+    """Whether the rows that were looked up are all there is to its gradient, and looking changes none of them."""
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
+def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
     # Fitted to the inputs at hand: it stands for them until the weight's next update.
     def covariance_times(right: Tensor) -> Tensor:
-        return capture.linear_map.covariance_times(widen(x.detach()), right)
+        return found.covariance_times(widen(x.detach()), right)
 
-    return capture.living_receiver().right_basis(weight, covariance_times)
+    # Not for the eyes of selective checkpointing, which counts what it sees: a recomputation takes the basis that is there.
+    with _disable_current_modes():
+        return capture.living_receiver().right_basis(weight, covariance_times, is_training=is_training)
 
 
 @functools.cache
 def _adapted(original: type[nn.Module]) -> type[nn.Module]:
-    contents = {"_gradlr_original": original, "__doc__": AdaptedLayer.__doc__}
+    input_name = list(inspect.signature(original.forward).parameters)[1]
+    contents = {"_gradlr_original": original, "_gradlr_input": input_name, "__doc__": AdaptedLayer.__doc__}
     return type(f"Adapted{original.__name__}", (AdaptedLayer, original), contents)
+
+
+def _is_plain(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_nested
 
 
 def _is_ordinary_backward() -> bool:
@@ -111,34 +142,34 @@ def _is_ordinary_backward() -> bool:
 
 class _WithoutWeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, owner, capture, basis):
+    def forward(ctx, x, weight, bias, owner, capture, linear_map, basis):
         kept = x
         if basis is not None:
             with torch.autocast(x.device.type, enabled=False):
-                kept = capture.linear_map.project(widen(x), basis)
+                kept = linear_map.project(widen(x), basis)
         # Under checkpointing the saved weight comes back as another object: `owner` is the parameter itself.
         ctx.save_for_backward(kept, weight)
         # The basis lives as long as the graph, also where checkpointing has packed what was saved.
-        ctx.owner, ctx.capture, ctx.x_shape, ctx.basis = owner, capture, x.shape, basis
-        return capture.linear_map.forward(x, weight, bias)
+        ctx.owner, ctx.capture, ctx.linear_map, ctx.x_shape, ctx.basis = owner, capture, linear_map, x.shape, basis
+        return linear_map.forward(x, weight, bias)
 
     @staticmethod
     def backward(ctx, delta):
         (kept, weight), basis = _saved(ctx), ctx.basis
-        linear_map = ctx.capture.linear_map
+        linear_map = ctx.linear_map
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         # The input's gradient first: with updates in backward, the weight is another one after `receive`.
         x_gradient = linear_map.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
         bias_gradient = linear_map.bias_gradient(delta) if needs_bias else None
         weight_gradient = None
-        destination = _destination(ctx.owner())
+        destination = _destination(ctx.owner(), ctx.capture)
         if destination == "returned" and basis is not None:
             raise _input_not_kept(weight.shape)
         if destination == "returned":
             weight_gradient = linear_map.weight_gradient(delta, kept).to(weight.dtype)
         elif destination == "optimizer":
             ctx.capture.living_receiver().receive(ctx.owner(), _operator(linear_map, delta, kept, basis))
-        return x_gradient, weight_gradient, bias_gradient, None, None, None
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
 def _operator(linear_map: LinearMap, delta: Tensor, kept: Tensor, basis: Tensor | None) -> GradientOperator:
@@ -151,9 +182,9 @@ def _operator(linear_map: LinearMap, delta: Tensor, kept: Tensor, basis: Tensor 
 class _EmbeddingByRows(torch.autograd.Function):
     # A sparse gradient adds to whatever else the weight is used for, a tied head included; the hook sees the sum.
     @staticmethod
-    def forward(ctx, ids, weight, owner, padding_index):
+    def forward(ctx, ids, weight, owner, capture, padding_index):
         ctx.save_for_backward(ids)
-        ctx.owner, ctx.padding_index, ctx.shape = owner, padding_index, weight.shape
+        ctx.owner, ctx.capture, ctx.padding_index, ctx.shape = owner, capture, padding_index, weight.shape
         return F.embedding(ids, weight, padding_index)
 
     @staticmethod
@@ -162,22 +193,25 @@ class _EmbeddingByRows(torch.autograd.Function):
         rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
         if ctx.padding_index is not None:
             values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
-        if _destination(ctx.owner()) == "returned":
-            return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None
+        if _destination(ctx.owner(), ctx.capture) == "returned":
+            return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None, None
         gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
-        return None, gradient, None, None
+        return None, gradient, None, None, None
 
 
-def _destination(weight: Tensor) -> str:
+def _destination(weight: Tensor, capture: _Capture) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
+    if not weight.requires_grad:  # frozen since the forward
+        return "nowhere"
     try:
         is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
     except RuntimeError:  # torch.autograd.grad(loss, weight)
         return "returned"
     if not is_accumulated:
         return "nowhere"
-    # Under create_graph the gradient must be differentiable; a hook takes it.
-    return "returned" if torch.is_grad_enabled() else "optimizer"
+    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one.
+    is_ours = _captures.get(weight) is capture and not torch.is_grad_enabled()
+    return "optimizer" if is_ours else "returned"
 
 
 def _saved(ctx) -> tuple[Tensor, ...]:
@@ -195,19 +229,21 @@ def _saved(ctx) -> tuple[Tensor, ...]:
 
 def _input_not_kept(shape: torch.Size) -> BackwardError:
     return BackwardError(
-        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, or create_graph=True), but "
-        'capture="one_sided" keeps only the projection of the layer\'s input: attach with capture="adaptor". Nothing was changed '
-        "by this layer"
+        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, create_graph=True, or "
+        'opt.detach() since the forward), but capture="one_sided" keeps only the projection of the layer\'s input: attach with '
+        'capture="adaptor", or detach before the forward. Nothing was changed by this layer'
     )
 
 
 def release_abandoned(model: nn.Module) -> None:
     """Make those layers of the model plain again whose optimizer does not exist any more."""
-    for module in model.modules():
-        if isinstance(module, AdaptedLayer):
-            capture = _captures.get(module.weight)
-            if capture is None or capture.receiver() is None:
-                _release(module)
+    adapted = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
+    if adapted:
+        gc.collect()  # a scheduler makes its optimizer part of a reference cycle
+    for module in adapted:
+        capture = _captures.get(module.weight)
+        if capture is None or capture.receiver() is None:
+            _release(module)
 
 
 def _release(module: AdaptedLayer) -> None:
@@ -220,8 +256,8 @@ class AdaptorCapture:
 
     Args:
         layers: What to capture; none of them captured already.
-        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_times)` in the
-            forward of one-sided layers; held weakly.
+        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_times,
+            is_training=...)` in the forward of one-sided layers; held weakly.
     """
 
     def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:

@@ -194,7 +194,7 @@ def linear_map(module: nn.Module) -> LinearMap | None:
     if kind in _CONVOLUTIONS and module.groups == 1 and module.padding_mode == "zeros":
         padding = _symmetric_padding(module)
         if padding is not None:
-            sizes = (module.kernel_size, module.stride, padding, module.dilation)
+            sizes = (_per_axis(module, size) for size in (module.kernel_size, module.stride, padding, module.dilation))
             return ConvolutionMap(kind, module.in_channels, *sizes)
     return None
 
@@ -213,9 +213,14 @@ def _symmetric_padding(module: nn.Module) -> tuple[int, ...] | None:
     if module.padding == "valid":
         return (0,) * len(module.kernel_size)
     if module.padding == "same":
-        totals = [step * (size - 1) for step, size in zip(module.dilation, module.kernel_size, strict=True)]
+        totals = [step * (size - 1) for step, size in zip(_per_axis(module, module.dilation), module.kernel_size, strict=True)]
         return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
     return module.padding
+
+
+def _per_axis(module: nn.Module, size: int | tuple[int, ...]) -> tuple[int, ...]:
+    # The constructor makes tuples; who sets an attribute may give a number.
+    return (size,) * len(module.kernel_size) if isinstance(size, int) else tuple(size)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -205,6 +205,11 @@ class Sketched(GradientOperator):
         finite = self.right_sketch.isfinite().all()
         return finite if self.left is None else finite & self.left_sketch.isfinite().all()
 
+    def is_blank(self) -> Tensor:
+        """0-dim boolean on the operator's device: whether both sketches are zero, so that nothing is known of G."""
+        is_filled = self.right_sketch.any()
+        return ~(is_filled if self.left is None else is_filled | self.left_sketch.any())
+
     def squared_norm(self) -> Tensor:
         energy = squared_norm(self.right_sketch)
         if self.left is None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import attached, mlp, regression, train
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import gradlr
 from gradlr.bench.memory import peak_bytes
@@ -255,3 +256,75 @@ def test_factored_agrees_with_dense():
     torch.testing.assert_close(factored.matrix, dense.matrix)
     assert bool(factored.is_finite())
     assert not Factored(delta * float("nan"), x).is_finite()
+
+
+CHANGES = {
+    "stride": ("1", "stride", (2,)), "stride as a number": ("1", "stride", 2), "dilation": ("1", "dilation", (2,)),
+    "padding": ("1", "padding", (2,)), "padding_mode": ("1", "padding_mode", "circular"),
+    "max_norm": ("0", "max_norm", 0.5), "padding_idx": ("0", "padding_idx", 3),
+    "scale_grad_by_freq": ("0", "scale_grad_by_freq", True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capture", ["adaptor", "one_sided"])
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_what_was_changed_in_a_layer_since_attaching_is_followed(name, capture):
+    class Transposed(nn.Module):
+        def forward(self, x):
+            return x.mT
+
+    ids, results = torch.randint(0, 8, (4, 9)), []
+    for used in ("hook", capture):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(8, 6), nn.Conv1d(6, 18, 3, padding=1)).double()
+        model.insert(1, Transposed())
+        # At full rank the projection of the one-sided way is the gradient itself.
+        _, tracker, opt = attached(model, capture=used, rank=18, momentum_rank=18, **PLAIN)
+        place, attribute, value = CHANGES[name]
+        setattr(model[2 * int(place)], attribute, value)
+        for _ in range(3):
+            tracker(model(ids).pow(3).sum()).backward()
+        results.append(weights(model))
+    for one, other in zip(*results, strict=True):
+        # The same numbers summed in another order, and three orthogonalizations.
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("capture", ["adaptor", "one_sided"])
+@pytest.mark.parametrize("kind", ["Linear", "Conv1d", "Embedding", "Conv1D"])
+def test_the_input_may_be_given_by_the_layers_own_name_for_it(kind, capture):
+    arguments = (8, 8, 3) if kind == "Conv1d" else (8, 8)
+    layer = Conv1D(8, 8) if kind == "Conv1D" else getattr(nn, kind)(*arguments)
+    x = torch.arange(8) if kind == "Embedding" else torch.randn(3, 8, 8)
+    _, tracker, opt = attached(layer, capture=capture)
+    expected, (name, stranger) = layer(x), ("x", "input") if kind == "Conv1D" else ("input", "x")
+    assert layer.weight is opt.slots[0].plan.parameter and expected.grad_fn is not None
+    torch.testing.assert_close(layer(**{name: x}), expected, rtol=0, atol=0)
+    assert type(layer(**{name: x}).grad_fn) is type(expected.grad_fn)
+    for positional, named in (((x,), {name: x}), ((), {stranger: x}), ((x, x), {}), ((), {})):
+        with pytest.raises(TypeError, match="argument"):
+            layer(*positional, **named)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.parametrize("capture", ["adaptor", "one_sided"])
+def test_nested_inputs_are_left_to_hooks(capture, layout):
+    layer, parts = nn.Linear(8, 6, dtype=torch.float64), [torch.randn(count, 8, dtype=torch.float64) for count in (2, 5)]
+    plain = copy.deepcopy(layer)
+    _, tracker, opt = attached(layer, capture=capture, apply="step")
+    for module, show in ((layer, tracker), (plain, lambda loss: loss)):
+        show(module(torch.nested.nested_tensor(parts, layout=layout)).to_padded_tensor(0.0).square().sum()).backward()
+    torch.testing.assert_close(opt.slots[0].pending.matrix, plain.weight.grad, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
+def test_a_weight_that_is_frozen_after_the_forward_gets_no_gradient(capture):
+    """As in torch, where autograd then accumulates nothing."""
+    layer, x = nn.Linear(8, 8), torch.randn(4, 8, requires_grad=True)
+    _, tracker, opt = attached(layer, capture=capture)
+    before, loss = layer.weight.detach().clone(), tracker(layer(x).sum())
+    layer.weight.requires_grad_(False)
+    loss.backward()
+    assert torch.equal(layer.weight, before) and layer.weight.grad is None
+    assert opt.state[layer.bias]["step"] == 1 and x.grad is not None

@@ -1,11 +1,13 @@
 """One-sided capture: forward keeps x X instead of x, and the rule sees the projected gradient."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from models import attached, mlp, regression, train
 from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import gradlr
 from gradlr.bench.memory import peak_bytes
@@ -164,6 +166,20 @@ def test_evaluations_and_loaded_checkpoints_leave_the_run_as_it_is():
     assert run(False) == run(True)
 
 
+def test_a_kept_evaluation_does_not_decide_the_basis():
+    x, other = torch.randn(8, 16, dtype=torch.float64), torch.randn(8, 16, dtype=torch.float64)
+    found = []
+    for is_evaluated in (False, True):
+        model, tracker, opt = attached(mlp(16, 2, dtype=torch.float64), capture="one_sided", apply="step")
+        kept = model.eval()(other) if is_evaluated else None
+        tracker(model.train()(x).square().mean()).backward()
+        found.append([slot.pending.matrix for slot in opt.slots])
+        evaluated = model.eval()(other).grad_fn is not None  # and takes the basis that is there
+        assert evaluated and all(slot.basis is slot.pending.right for slot in opt.slots if slot.capture == "one_sided")
+        del kept
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_the_input_is_not_kept():
     """25 Linears in a row: what forward leaves behind is r numbers a token and layer, not n."""
     model, x = nn.Sequential(*(nn.Linear(128, 128, bias=False) for _ in range(25))), torch.randn(512, 128)
@@ -227,3 +243,28 @@ def test_one_bad_batch_spoils_no_other(has_backward):
             scaler.update()
     assert opt.skipped == (1 if has_backward else 0)
     assert int(opt.state[model[0].weight]["step"]) == 4
+
+
+def _save_products(context, operation, *arguments, **options):
+    is_product = operation in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _save_all(context, operation, *arguments, **options):
+    return CheckpointPolicy.MUST_SAVE
+
+
+@pytest.mark.parametrize("policy", [_save_products, _save_all])
+@pytest.mark.parametrize("capture", ["one_sided", "adaptor"])
+def test_selective_checkpointing_changes_nothing(capture, policy):
+    """It hands out in recomputation what it has stored in forward, by count: making a basis must not be counted."""
+    results = []
+    for is_checkpointed in (False, True):
+        model, tracker, opt = attached(mlp(16, 4, dtype=torch.float64), capture=capture, **PLAIN)
+        x, y = regression(16, count=16, dtype=torch.float64)
+        contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+        for _ in range(4):
+            out = checkpoint(model, x, use_reentrant=False, context_fn=contexts) if is_checkpointed else model(x)
+            tracker(nn.functional.mse_loss(out, y)).backward()
+        results.append(weights(model))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
