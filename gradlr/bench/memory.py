@@ -86,6 +86,7 @@ def methods(rank: int, peers: Sequence[str] = ()) -> list[Contender]:
 
 def training_peak(contender: Contender, width: int, depth: int, tokens: int, device: str, steps: int = 3) -> tuple[int, int]:
     """(peak bytes above the parameters over `steps` steps, attach and state included; bytes of state)."""
+    contender.make(stack(8, 1, device), 1e-3)  # what it imports, it imports here: the profiler loses count over that
     model = stack(width, depth, device)
     x = torch.randn(tokens, width, device=device)
     steppers = []
