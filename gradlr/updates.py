@@ -40,6 +40,8 @@ class Updates(KeptState):
         limit: On the global norm of a step's gradients.
     """
 
+    _write = staticmethod(write)
+
     def __init__(
         self,
         groups: list[ParameterGroup],
@@ -141,7 +143,7 @@ class Updates(KeptState):
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, self.state[parameter])
             decay = decay * is_finite if decay else decay
-        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
+        self._write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
         slot.basis = None

@@ -12,7 +12,7 @@ ROOT = Path(gradlr.__file__).parent
 FLOW = (
     "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "slots", "captures",
     "guards", "gauge", "skips", "checkpoint", "describe", "write", "watch", "membership", "state", "updates", "optimizer",
-    "storage", "lora", "attach", "__init__", "integrations", "bench", "demo", "cli", "__main__",
+    "storage", "lora", "attach", "memory", "__init__", "integrations", "bench", "demo", "cli", "__main__",
 )  # fmt: skip
 
 
