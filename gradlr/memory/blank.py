@@ -36,18 +36,19 @@ def blank_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None
     return copy.deepcopy(model, blanks)
 
 
-def checkpoint_blocks(model: nn.Module) -> None:
+def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> None:
     """Recompute each block in backward: transformers' own switch where there is one, else every member of the longest list.
 
     Args:
         model: Changed in place.
+        preserve_rng_state: As for `torch.utils.checkpoint.checkpoint`: whether dropout draws the same again.
 
     Raises:
         ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
     """
-    # Nothing random is recomputed where nothing has values; the state of the generator would be 5 KiB a block.
+    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        model.gradient_checkpointing_enable(options)
         return
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
     if not lists:
@@ -56,7 +57,7 @@ def checkpoint_blocks(model: nn.Module) -> None:
             "torch.utils.checkpoint.checkpoint yourself and leave checkpointing out"
         )
     for block in max(lists, key=len):
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+        block.forward = functools.partial(checkpoint, block.forward, **options)
 
 
 @contextmanager

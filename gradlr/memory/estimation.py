@@ -167,7 +167,8 @@ def _simulated(
     mode, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
     model = blank_copy(subject.model, mode, subject.dtype).train()
     if checkpointing:
-        checkpoint_blocks(model)
+        # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
+        checkpoint_blocks(model, preserve_rng_state=False)
     with warnings.catch_warnings(), mode, ledger, untraced():
         # What attach has to say about speed and guesses, it says at the real attach.
         warnings.simplefilter("ignore", GradlrWarning)

@@ -141,7 +141,9 @@ class LowRankAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
         dtype = result.dtype
-        return (result + self.b(self.a(x.to(self.a.weight.dtype))) * 2.0).to(dtype)
+        x = x.to(self.a.weight.dtype)  # lives until the end
+        result = result + self.b(self.a(x)) * 2.0
+        return result.to(dtype)
 
 
 def add_adapters(model: nn.Module, weights: Iterable[nn.Parameter], rank: int) -> list[nn.Parameter]:
