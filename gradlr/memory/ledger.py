@@ -48,7 +48,8 @@ class Ledger(TorchDispatchMode):
         self.held = dict.fromkeys(KINDS, 0)
         self.largest, self.at_peak = dict(self.held), dict(self.held)
         self.peak, self.peak_stage, self._stage = 0, "", ""
-        self._is_settled = True
+        self._pending: dict[str, int] | None = None
+        self._youngest: _Entry | None = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is torch.ops.prim.device.default:  # half of all calls, and nothing is made
@@ -90,10 +91,14 @@ class Ledger(TorchDispatchMode):
         """From now on these are booked under `kind`, also where no operation has made them."""
         for tensor in tensors:
             entry = self._book(tensor, kind)
-            if entry is not None and entry.kind != kind:
-                self.held[entry.kind] -= entry.nbytes
-                self.held[kind] += entry.nbytes
-                entry.kind, self._is_settled = kind, False
+            if entry is None or entry.kind == kind:
+                continue
+            if entry is not self._youngest:
+                self._note(None)
+            for held in (self.held, self._pending):
+                held[entry.kind] -= entry.nbytes
+                held[kind] += entry.nbytes
+            entry.kind = kind
 
     def replay(self, signature: Hashable, work: Callable[[], Any]) -> None:
         """Do work that leaves nothing behind; where work of the same signature was done, book its excursion instead.
@@ -117,25 +122,27 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         entry = self._entries.get(key)
         if entry is None:
-            self._settle()
             death = weakref.ref(storage, lambda _: self._strike(key))
             entry = self._entries[key] = _Entry(storage.nbytes(), kind, death)
             self.held[kind] += entry.nbytes
-            self._is_settled = False
+            self._note(entry)
         return entry
 
     def _strike(self, key: int) -> None:
-        self._settle()
         entry = self._entries.pop(key)
         self.held[entry.kind] -= entry.nbytes
 
+    def _note(self, born: _Entry | None) -> None:
+        # Counted at the next birth only: by then the last one has its right kind, as a gradient has when it is accumulated.
+        self._settle()
+        self._pending, self._youngest = dict(self.held), born
+
     def _settle(self) -> None:
-        # At the next event only: by then what was born has its right kind.
-        if not self._is_settled:
-            self._is_settled = True
-            if self._summit is not None and sum(self.held.values()) > sum(self._summit.values()):
-                self._summit = dict(self.held)
-            self._reach(self.held)
+        if self._pending is not None:
+            if self._summit is not None and sum(self._pending.values()) > sum(self._summit.values()):
+                self._summit = self._pending
+            self._reach(self._pending)
+            self._pending = self._youngest = None
 
     def _reach(self, held: dict[str, int]) -> None:
         for kind, count in held.items():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..attach import attach
+from ..errors import ArgumentError
 from ..gradient import GradientOperator
 from ..parameters import MATRIX, plan_parameters
 from ..tracker import LossTracker
@@ -85,8 +86,8 @@ class PeerTraining(Training):
         self, model: nn.Module, ledger: Ledger, make: Callable[[list[nn.Parameter]], Peer], *, is_layerwise: bool
     ) -> None:
         super().__init__(model, ledger)
-        with ledger.booking(STATE):
-            self.peer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+        self.peer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+        ledger.move(self.state_tensors(), STATE)
         if is_layerwise:
             for parameter in self.peer.parameters:
                 parameter.register_post_accumulate_grad_hook(self._take_and_drop)
@@ -119,9 +120,10 @@ class GradlrTraining(Training):
 
     def __init__(self, model: nn.Module, ledger: Ledger, options: dict[str, Any]) -> None:
         super().__init__(model, ledger)
-        with ledger.booking(STATE):
+        with ledger.booking(WORKSPACE):
             self.tracker = LossTracker()
             self.optimizer = attach(model, self.tracker, **options)
+        ledger.move(self.state_tensors(), STATE)
         self._receive, self.optimizer.receive = self.optimizer.receive, self._take
         self._write, self.optimizer._write = self.optimizer._write, self._replay_write
 
@@ -213,7 +215,8 @@ def _low_rank(kind: type[LowRankAdam], *, is_layerwise: bool = False) -> Callabl
 
 
 def _lora(model: nn.Module, ledger: Ledger, rank: Any, _: dict[str, Any]) -> Training:
-    add_adapters(model, _matrices(model), rank)
+    if not add_adapters(model, _matrices(model), rank):
+        raise ArgumentError(f"method='lora': {type(model).__name__} has no Linear inside, head aside, to put an adapter around")
     return TorchTraining(model, ledger, lambda adapters: torch.optim.AdamW(adapters, lr=1e-3, fused=True))
 
 
