@@ -39,10 +39,10 @@ def entries(optimizer):
 @pytest.mark.parametrize("name", GRADLR)
 def test_the_state_of_gradlr_is_that_of_the_attached_optimizer(name):
     model, tracker = Mixed(), gradlr.LossTracker()
-    opt = gradlr.attach(model, tracker, **ATTACH[name], rank=4, momentum_rank=2)
+    opt = gradlr.attach(model, tracker, **ATTACH[name], rank=2, momentum_rank=2)
     tracker(mixed_loss(model, *TOKENS)).backward()
     opt.step()
-    found = estimate(Mixed(), method=name, inputs=TOKENS, loss=mixed_loss, rank=4, momentum_rank=2)
+    found = estimate(Mixed(), method=name, inputs=TOKENS, loss=mixed_loss, rank=2, momentum_rank=2)
     assert found.state == held(entries(opt))
     assert held(entries(opt)) == opt.state_bytes() + 8 * len(opt.slots)  # a step count each
 
@@ -177,7 +177,7 @@ def test_it_leaves_the_model_alone():
     estimate(model, inputs=TOKENS, loss=mixed_loss, checkpointing=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and not parameter._post_accumulate_grad_hooks for parameter in model.parameters())
-    _, tracker, opt = Mixed(), gradlr.LossTracker(), None
+    tracker = gradlr.LossTracker()
     opt = gradlr.attach(model, tracker)
     tracker(mixed_loss(model, *TOKENS)).backward()
     assert opt.interrupted == ()
