@@ -93,7 +93,7 @@ def test_their_packages_agree(name, dtype):
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     low = {"params": matrices, "rank": 4, "update_proj_gap": 1, "scale": 1.0, "proj_type": "std", **own}
     vectors = {"params": [parameter for parameter in model.parameters() if parameter.ndim < 2]}
-    optimizer = getattr(package, kind)([vectors, low], lr=1e-3)
+    optimizer = getattr(package, kind)([vectors, low], lr=1e-3, no_deprecation_warning=True)
     for _ in range(2):
         model(torch.randn(5, 32, dtype=dtype)).sum().backward()
         optimizer.step()
