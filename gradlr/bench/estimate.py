@@ -128,7 +128,9 @@ def measured_peak(case: Case, contender: Contender, *, checkpointing: bool) -> t
 def _with_lora(model: nn.Module, case: Case) -> nn.Module:
     library = _library("peft")
     targets = case.adapted if isinstance(case.adapted, str) else list(case.adapted)
-    return library.get_peft_model(model, library.LoraConfig(r=_LORA_RANK, target_modules=targets))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
+        return library.get_peft_model(model, library.LoraConfig(r=_LORA_RANK, target_modules=targets))
 
 
 def compare(case: Case, name: str, *, checkpointing: bool) -> dict[str, Any]:
