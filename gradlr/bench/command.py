@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     five = benches.add_parser("estimate", help="the peak that `gradlr estimate` tells against the measured one")
     five.add_argument("--models", nargs="+", choices=list(estimate.CASES), default=list(estimate.CASES), metavar="NAME",
                       help=f"any of {', '.join(estimate.CASES)}")  # fmt: skip
+    five.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
     for bench in (one, two, three, four, five):
         bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         bench.add_argument("--out", type=Path, help="write the report as JSON to this file")
@@ -93,6 +94,7 @@ def _measure_crossover(arguments: argparse.Namespace) -> dict[str, Any]:
 def _measure_estimate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.device != "cpu":
         raise ArgumentError(f"--device {arguments.device}: the estimate is that of a CPU, and compared on one")
+    _set_threads(arguments.threads)
     return estimate.measure(arguments.models)
 
 
