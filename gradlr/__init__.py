@@ -14,6 +14,7 @@ from .errors import (
     ShapeError,
 )
 from .lora import LoraLayer, LoraReport, export_lora
+from .memory import Estimate, estimate, estimate_all
 from .optimizer import GradLR
 from .ranks import ByEnergy, ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
 from .storage import load, save
@@ -28,6 +29,7 @@ __all__ = [
     "ByEnergy",
     "ByLoss",
     "CheckpointError",
+    "Estimate",
     "Fixed",
     "GradLR",
     "GradlrError",
@@ -42,6 +44,8 @@ __all__ = [
     "ShapeError",
     "attach",
     "decide_rank",
+    "estimate",
+    "estimate_all",
     "export_lora",
     "linalg",
     "load",

@@ -13,6 +13,7 @@ from .errors import ArgumentError, GradlrWarning
 from .gradient import CapturedLayer, Dense, GradientOperator, LinearMap, Rows, Sketched, TokenMap, is_plain_embedding, linear_map
 from .parameters import ParameterPlan
 from .slots import Slot
+from .views import share_memory
 
 CAPTURES = ("hook", "adaptor", "one_sided", "auto")
 
@@ -115,7 +116,7 @@ def operator_of(plan: ParameterPlan, gradient: Tensor) -> GradientOperator | Non
         return None
     is_shared = _is_storage_shared(gradient)
     matrix = plan.view.of(gradient.detach())
-    is_copy = matrix.untyped_storage().data_ptr() != gradient.untyped_storage().data_ptr()
+    is_copy = not share_memory(matrix, gradient)
     # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
     is_ours = not (is_shared or gradient.requires_grad) and len(plan.parameter._post_accumulate_grad_hooks) == 1
     return Dense(matrix, is_owned=is_copy or is_ours)

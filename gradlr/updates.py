@@ -43,6 +43,8 @@ class Updates(Projections):
         limit: On the global norm of a step's gradients.
     """
 
+    _write = staticmethod(write)
+
     def __init__(
         self,
         groups: list[ParameterGroup],
@@ -171,7 +173,7 @@ class Updates(Projections):
         if prepared.observed is not None:
             weight = slot.plan.view.of(parameter)
             slot.observed = seen_update(prepared.observed, weight, update, lr=float(group["lr"]), weight_decay=decay)
-        write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
+        self._write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
         slot.basis = None

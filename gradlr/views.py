@@ -52,6 +52,11 @@ class View:
         return _axis_sizes(_sides(self.pattern)[0], shape, dict(self.sizes))
 
 
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one storage; also told of tensors without values, which have no address."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
 def given_view(glob: str, value: Any) -> tuple[str, dict[str, int]]:
     """One value of `views=`, an expression or a pair of expression and sizes, as that pair.
 

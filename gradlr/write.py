@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import ArgumentError, ShapeError
 from .linalg import stochastic_round
 from .rules import Rule, State, Update
-from .views import View
+from .views import View, share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
@@ -38,7 +38,7 @@ def write(
     else:
         for rows in _row_blocks(weight, is_whole=not _is_narrow(weight) and update.row_scale is None):
             _write_block(weight[rows], _block(update, rows), lr, decay, generator)
-    if weight.untyped_storage().data_ptr() != parameter.untyped_storage().data_ptr():
+    if not share_memory(weight, parameter):
         parameter.copy_(view.back(weight, parameter.shape))
 
 

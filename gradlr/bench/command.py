@@ -1,4 +1,4 @@
-"""`python -m gradlr bench quality|memory|speed|crossover`: measure, print a table, write JSON; `pareto|study`: draw that."""
+"""`python -m gradlr bench quality|memory|speed|crossover|estimate`: measure, print, write JSON; `pareto|study`: draw that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..files import write_atomically
-from . import memory, pareto, quality, speed, study
+from . import estimate, memory, pareto, quality, speed, study
 from .contenders import CONTENDERS, OWN_CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -21,7 +21,8 @@ from .peers import PEERS, installed_peers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks and their options."""
-    benches = parser.add_subparsers(dest="bench", required=True, metavar="quality|memory|speed|crossover|pareto|study")
+    metavar = "quality|memory|speed|crossover|estimate|pareto|study"
+    benches = parser.add_subparsers(dest="bench", required=True, metavar=metavar)
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
     one.add_argument("--contenders", nargs="+", metavar="NAME",
@@ -55,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         bench.add_argument("--width", type=int, default=1024)
         bench.add_argument("--rounds", type=int, default=40)
         bench.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
-    for bench in (one, two, three, four):
+    seven = benches.add_parser("estimate", help="the peak that `gradlr estimate` tells against the measured one")
+    seven.add_argument("--models", nargs="+", choices=list(estimate.CASES), default=list(estimate.CASES), metavar="NAME",
+                      help=f"any of {', '.join(estimate.CASES)}")  # fmt: skip
+    seven.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
+    for bench in (one, two, three, four, seven):
         bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         bench.add_argument("--out", type=Path, help="write the report as JSON to this file")
 
@@ -115,18 +120,26 @@ def _measure_crossover(arguments: argparse.Namespace) -> dict[str, Any]:
     return speed.measure_crossover(**options, ranks=tuple(arguments.ranks))
 
 
+def _measure_estimate(arguments: argparse.Namespace) -> dict[str, Any]:
+    if arguments.device != "cpu":
+        raise ArgumentError(f"--device {arguments.device}: the estimate is that of a CPU, and compared on one")
+    _set_threads(arguments.threads)
+    return estimate.measure(arguments.models)
+
+
 def _set_threads(count: int | None) -> None:
     if count is not None:
         torch.set_num_threads(count)
 
 
 _DRAWINGS = {"pareto": pareto, "study": study}
-_MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed}
+_MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed, "estimate": estimate}
 _MEASURE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": _measure_quality,
     "memory": _measure_memory,
     "speed": _measure_speed,
     "crossover": _measure_crossover,
+    "estimate": _measure_estimate,
 }
 
 

@@ -93,7 +93,7 @@ class Rows(GradientOperator):
         ordered = rows[order]
         is_first = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
         places = is_first.cumsum(0) - 1
-        kept = int(places[-1]) + 1 if rows.device.type == "cpu" else len(rows)
+        kept = min(int(places[-1]) + 1, count) if rows.device.type == "cpu" else len(rows)
         wide = widen(values)
         total = wide.new_zeros((kept, values.shape[-1])).index_add_(0, places, wide[order])
         # Unused places keep the first row's number, with zeros.

@@ -1,0 +1,194 @@
+"""estimate(): what training a model will take, before there is a model."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..errors import ArgumentError, GradlrWarning
+from .blank import blank_copy, checkpoint_blocks, untraced
+from .ledger import ACTIVATIONS, KINDS, STATE, WEIGHTS, Ledger
+from .methods import METHODS, Method
+from .subject import Subject, subject_of
+
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one training step takes on one device.
+
+    Attributes:
+        model: Name of the model.
+        method: Name of the method.
+        label: The same in words.
+        parameters: Number of the model's parameters, adapters included.
+        weights: Parameters and buffers, adapters included.
+        state: What the optimizer keeps from step to step, step counts included.
+        gradients: The most that gradients, or the sketches that wait for `step()`, take at one time.
+        activations: The most that everything else of forward and backward takes at one time: what autograd keeps, its
+            temporaries, and the inputs.
+        workspace: The most that an update takes besides.
+        peak: The most that all of these take together. Not their sum: they are not largest at one time.
+        peak_stage: When that is: "forward", "backward" (for gradlr, updates included) or "step".
+        at_peak: What each of them takes then; adds up to `peak`.
+        tokens: Tokens of one sequence; None where inputs were given.
+        batch_size: Sequences of a step.
+        checkpointing: Whether blocks are recomputed in backward.
+    """
+
+    model: str
+    method: str
+    label: str
+    parameters: int
+    weights: int
+    state: int
+    gradients: int
+    activations: int
+    workspace: int
+    peak: int
+    peak_stage: str
+    at_peak: dict[str, int]
+    tokens: int | None
+    batch_size: int
+    checkpointing: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        fed = "inputs as given" if self.tokens is None else f"{self.batch_size} x {self.tokens} tokens"
+        recomputed = ", checkpointing" if self.checkpointing else ""
+        head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{recomputed}"
+        rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in KINDS]
+        lines = [f"  {name:<12}{size(largest):>12}{size(then):>14}" for name, largest, then in rows]
+        title = f"  {'':<12}{'at most':>12}{'at the peak':>14}"
+        return "\n".join([head, title, *lines, f"  {'peak':<12}{'':>12}{size(self.peak):>14}  in {self.peak_stage}"])
+
+
+def size(count: int) -> str:
+    """Bytes in words: 13.5 GiB."""
+    for unit, name in _UNITS:
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count} B"
+
+
+def estimate(
+    model: Any,
+    *,
+    method: str = "gradlr",
+    rank: Any = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 1,
+    tokens: int | None = None,
+    checkpointing: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Estimate:
+    """Memory that training takes: the step is run on tensors without values, and every allocation is counted.
+
+    Forward, backward and update are the code that will run, the model's own and gradlr's; nothing is allocated, so that 70
+    billion weights take seconds. Ranks are the largest that the schedule gives.
+
+    Args:
+        model: A module on any device (the meta device included; it is not changed), a transformers config, a path to a
+            config.json or its folder, or a name: llama-7b, llama-13b, llama-70b, gpt2, minilm.
+        method: One of `gradlr.memory.METHODS`: adamw, adamw8bit, galore, apollo, lora, gradlr, gradlr_step, ...
+        rank: For gradlr what `attach` takes; for GaLore, APOLLO and LoRA an int. Each one's own default where None.
+        dtype: Of the weights; the model's own where None.
+        batch_size: Sequences of a step.
+        tokens: Tokens of one sequence; 2,048, or the model's context where that is shorter, where None.
+        checkpointing: Recompute each block in backward (`torch.utils.checkpoint`, non-reentrant).
+        inputs: What the model is called with, where it takes neither token ids nor vectors; only shapes and dtypes count.
+        loss: Function of the model and its inputs to the loss; where None, that of transformers' language models, or the sum
+            of the first output.
+        **options: Of `gradlr.attach`, for gradlr's methods: `momentum_rank=16, capture="adaptor", apply="step"`.
+
+    Returns:
+        The bytes of each kind and of the peak.
+
+    Raises:
+        ArgumentError: a name or option is unknown or out of range, or the model cannot be fed without `inputs`.
+    """
+    chosen = _method(method, rank, options)
+    subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
+    return _simulated(subject, chosen, rank, options, batch_size, checkpointing)
+
+
+def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any = None, **arguments: Any) -> list[Estimate]:
+    """`estimate` for several methods, all where None; options of `attach` go to those of gradlr only.
+
+    Args:
+        model: As for `estimate`.
+        methods: Names.
+        rank: For all that have one.
+        **arguments: As for `estimate`.
+    """
+    shared = {"dtype", "batch_size", "tokens", "checkpointing", "inputs", "loss"}
+    common = {key: value for key, value in arguments.items() if key in shared}
+    own = {key: value for key, value in arguments.items() if key not in shared}
+    names = list(METHODS) if methods is None else list(methods)
+    chosen = [_method(name, None, {}) for name in names]
+    return [
+        estimate(
+            model, method=one.name, **common, rank=rank if one.is_gradlr or one.rank else None, **(own if one.is_gradlr else {})
+        )
+        for one in chosen
+    ]
+
+
+def _method(name: str, rank: Any, options: dict[str, Any]) -> Method:
+    if name not in METHODS:
+        raise ArgumentError(f"method={name!r} is unknown; use one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if options and not method.is_gradlr:
+        raise ArgumentError(f"method={name!r} takes no {next(iter(options))!r}: that is an option of gradlr.attach")
+    if rank is not None and not method.is_gradlr:
+        if method.rank is None:
+            raise ArgumentError(f"method={name!r} has no rank: leave rank out")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ArgumentError(f"rank={rank!r}: {name} takes an int of at least 1")
+    return method
+
+
+def _simulated(
+    subject: Subject, method: Method, rank: Any, options: dict[str, Any], batch_size: int, checkpointing: bool
+) -> Estimate:
+    mode, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
+    model = blank_copy(subject.model, mode, subject.dtype).train()
+    if checkpointing:
+        # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
+        checkpoint_blocks(model, preserve_rng_state=False)
+    with warnings.catch_warnings(), mode, ledger, untraced():
+        # What attach has to say about speed and guesses, it says at the real attach.
+        warnings.simplefilter("ignore", GradlrWarning)
+        ledger.move([*model.parameters(), *model.buffers()], WEIGHTS)
+        training = method.prepare(model, ledger, method.rank if rank is None else rank, options)
+        ledger.move([*model.parameters(), *model.buffers()], WEIGHTS)
+        fed = subject.feed()
+        fed = tuple(_cast(value, subject.dtype) for value in fed)
+        ledger.move([value for value in fed if isinstance(value, Tensor)], ACTIVATIONS)
+        ledger.restart(keep_peak=False)
+        for _ in range(training.steps):
+            ledger.restart(keep_peak=True)
+            training.step(lambda: subject.loss(model, *fed))
+        ledger.enter("end")
+    return Estimate(
+        subject.name, method.name, method.label, sum(parameter.numel() for parameter in model.parameters()),
+        **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak, peak_stage=ledger.peak_stage,
+        at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size, checkpointing=bool(checkpointing),
+    )  # fmt: skip
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value

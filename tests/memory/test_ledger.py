@@ -1,0 +1,56 @@
+"""The ledger books births and deaths, and answers what code asks of values that are not there."""
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gradlr.memory.ledger import Ledger
+
+
+def test_births_and_deaths_are_booked_and_views_are_not():
+    with FakeTensorMode(), Ledger() as ledger:
+        x = torch.empty(100)
+        y = x.view(10, 10).T[2:]
+        assert ledger.held["activations"] == 400
+        del x
+        assert ledger.held["activations"] == 400
+        del y
+        assert ledger.held["activations"] == 0
+        ledger.enter("end")
+    assert ledger.peak == ledger.largest["activations"] == 400
+
+
+def test_kinds_can_be_moved_and_the_peak_follows():
+    with FakeTensorMode(), Ledger() as ledger:
+        with ledger.booking("workspace"):
+            x = torch.empty(100)
+        ledger.move([x], "state")
+        ledger.enter("end")
+    assert ledger.at_peak == {"weights": 0, "state": 400, "gradients": 0, "activations": 0, "workspace": 0}
+    assert ledger.largest["workspace"] == 0
+
+
+def test_work_of_the_same_form_is_done_once_and_counted_each_time():
+    calls = []
+
+    def work():
+        calls.append(torch.empty(50).add(1).numel())
+
+    with FakeTensorMode(), Ledger() as ledger:
+        ledger.replay("one", work)
+        first = ledger.peak
+        kept = torch.empty(100)
+        ledger.replay("one", work)
+        ledger.enter("end")
+    assert kept.numel() == 100
+    assert calls == [50]
+    assert (first, ledger.peak) == (400, 800)
+
+
+def test_a_step_in_which_nothing_goes_wrong():
+    with FakeTensorMode(), Ledger():
+        x = torch.empty(7)
+        assert x.isfinite().all()
+        is_scaled = x[0] != 1
+        assert not is_scaled
+        assert float(x.sum()) == 1.0
+        assert int(torch.arange(7)[-1]) == 6
