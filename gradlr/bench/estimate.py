@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..errors import ArgumentError
 from ..memory import METHODS, checkpoint_blocks
 from ..memory import estimate as estimated
-from .contenders import Contender, Stepper, adamw, forward_backward, gradlr
 from .environment import environment
 from .memory import MIB, peak_bytes
 from .pretrain import load_pretrained
+from .steppers import Contender, Stepper, adamw, forward_backward, gradlr
 from .transformer import language_model_loss
 
 # Enough for state that is made late, and for whatever a step leaves behind.

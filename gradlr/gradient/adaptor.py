@@ -8,6 +8,7 @@ import gc
 import inspect
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,7 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackwardError
@@ -25,15 +27,15 @@ from .hook import lost_optimizer
 from .linear_maps import LinearMap, linear_map
 from .operator import GradientOperator, Sketched
 
+_SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
+
 
 class Receiver(Protocol):
     """Who takes the gradients, and says in which basis they are wanted."""
 
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
 
-    def right_basis(
-        self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool
-    ) -> Tensor: ...
+    def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -118,9 +120,14 @@ def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor, is_tr
     def covariance_times(right: Tensor) -> Tensor:
         return found.covariance_times(widen(x.detach()), right)
 
-    # Not for the eyes of selective checkpointing, which counts what it sees: a recomputation takes the basis that is there.
-    with _disable_current_modes():
+    with _unseen_by_checkpoints():
         return capture.living_receiver().right_basis(weight, covariance_times, is_training=is_training)
+
+
+def _unseen_by_checkpoints() -> AbstractContextManager[None]:
+    # Selective checkpointing counts what it sees, and a recomputation takes the basis that is there. Other modes may look on.
+    is_selective = any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
+    return _disable_current_modes() if is_selective else nullcontext()
 
 
 @functools.cache
