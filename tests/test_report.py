@@ -245,6 +245,12 @@ def test_which_parameters_are_observed_and_until_when():
     assert {row.steps for row in opt.report().rows} == {3}
     opt.load_state_dict(opt.state_dict())
     assert not opt.report().is_observed
+    first, second = opt.observe("0.*"), opt.observe("0.weight")
+    first.stop()
+    train(model, opt, tracker, 1)
+    assert [row.name for row in opt.report().rows if row.observed_step is not None] == ["0.weight"]
+    second.stop()
+    assert not any(slot.is_observed for slot in opt.slots)
 
 
 class Overflowing(TrackedMomentum):
