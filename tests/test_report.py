@@ -300,6 +300,18 @@ def test_stable_rank_of_the_momentum():
             assert row.momentum_stable_rank is None
 
 
+def test_a_momentum_that_is_not_finite_has_no_stable_rank():
+    model, tracker, opt = attached()
+    train(model, opt, tracker, 1)
+    for state in opt.state.values():
+        for value in state.values():
+            if value.is_floating_point():
+                value.fill_(torch.nan)
+    report = opt.report()
+    assert all(row.momentum_stable_rank is None for row in report.rows)
+    assert not any("momentum_stable_rank" in name for name in report.scalars())
+
+
 def test_bytes_are_those_of_the_tensors_and_of_torchs_adamw():
     model, tracker, opt = attached(Mixed(), groups=[{"match": "conv.weight", "rank": 2}])
     report = opt.report()
