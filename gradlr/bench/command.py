@@ -168,6 +168,11 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ArgumentError(f"--out {arguments.out}: the picture is a .png or .svg")
     else:
         require_device(arguments.device)
+    if getattr(arguments, "model", None) == "transformer":
+        if arguments.width % max(1, arguments.width // 64):
+            raise ArgumentError(f"--width {arguments.width}: heads of about 64 do not divide it: give a multiple of 64")
+        if arguments.tokens < speed.SEQUENCES:
+            raise ArgumentError(f"--tokens {arguments.tokens}: it must be at least {speed.SEQUENCES}, one for each sequence")
     if arguments.bench in ("memory", "speed"):
         require_contenders(_peers(arguments))
     if arguments.bench == "quality":

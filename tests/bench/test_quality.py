@@ -86,6 +86,8 @@ def test_a_table_tells_of_divergence():
         ["quality", "--contenders", "k4_x9"],
         ["memory", "--out", "missing/x.json"],
         ["speed", "--device", "nonsense"],
+        ["speed", "--model", "transformer", "--width", "200"],
+        ["speed", "--model", "transformer", "--tokens", "3"],
         ["memory", "--out", "/"],
         ["pareto", "x.json", "--out", "x.docx"],
     ],
