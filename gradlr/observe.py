@@ -64,16 +64,15 @@ class Observation:
         for glob in match:
             if not any(fnmatchcase(slot.plan.name, glob) for slot in slots):
                 raise ArgumentError(f"observe({glob!r}) matches no attached parameter; names look like {slots[0].plan.name!r}")
-        wanted = [slot for slot in slots if any(fnmatchcase(slot.plan.name, glob) for glob in match)]
-        # Those that another observation has begun are left to it.
-        self._slots = [slot for slot in wanted if not slot.is_observed]
+        self._slots = [slot for slot in slots if any(fnmatchcase(slot.plan.name, glob) for glob in match)]
+        # A count: observations may overlap, and end in any order.
         for slot in self._slots:
-            slot.is_observed = True
+            slot.observers += 1
 
     def stop(self) -> None:
         """Observe no more. Calling it again does nothing."""
         for slot in self._slots:
-            slot.is_observed = False
+            slot.observers -= 1
         self._slots = []
 
     def __enter__(self) -> Observation:

@@ -45,7 +45,7 @@ class Slot:
         pending: The gradient that waits for `step()`.
         is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where known.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
-        is_observed: Whether the next updates leave numbers for `report()`.
+        observers: Number of observations that want the next updates' numbers for `report()`.
         observed: Those of the last update that did.
     """
 
@@ -60,12 +60,17 @@ class Slot:
     last_loss: int | None = None
     pending: GradientOperator | None = None
     capture: str = "hook"
-    is_observed: bool = False
+    observers: int = 0
     observed: Observed | None = None
     is_pending_blank: Deferred | None = None
     _basis: weakref.ref[Tensor] | None = None
     _is_basis_sound: Deferred | None = None
     _is_basis_for_training: bool = True
+
+    @property
+    def is_observed(self) -> bool:
+        """Whether the next updates leave numbers for `report()`."""
+        return self.observers > 0
 
     @property
     def basis(self) -> Tensor | None:

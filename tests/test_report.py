@@ -245,6 +245,12 @@ def test_which_parameters_are_observed_and_until_when():
     assert {row.steps for row in opt.report().rows} == {3}
     opt.load_state_dict(opt.state_dict())
     assert not opt.report().is_observed
+    first, second = opt.observe("0.*"), opt.observe("0.weight")
+    first.stop()
+    train(model, opt, tracker, 1)
+    assert [row.name for row in opt.report().rows if row.observed_step is not None] == ["0.weight"]
+    second.stop()
+    assert not any(slot.is_observed for slot in opt.slots)
 
 
 class Overflowing(TrackedMomentum):
@@ -292,6 +298,18 @@ def test_stable_rank_of_the_momentum():
             assert 1 <= row.momentum_stable_rank <= 3
         else:
             assert row.momentum_stable_rank is None
+
+
+def test_a_momentum_that_is_not_finite_has_no_stable_rank():
+    model, tracker, opt = attached()
+    train(model, opt, tracker, 1)
+    for state in opt.state.values():
+        for value in state.values():
+            if value.is_floating_point():
+                value.fill_(torch.nan)
+    report = opt.report()
+    assert all(row.momentum_stable_rank is None for row in report.rows)
+    assert not any("momentum_stable_rank" in name for name in report.scalars())
 
 
 def test_bytes_are_those_of_the_tensors_and_of_torchs_adamw():

@@ -17,6 +17,7 @@ from . import estimate, memory, pareto, quality, speed, study
 from .contenders import CONTENDERS, OWN_CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 from .peers import PEERS, installed_peers
+from .workloads import Workload
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -85,10 +86,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measure_quality(arguments: argparse.Namespace) -> dict[str, Any]:
+    seeds, options = list(range(arguments.seeds)), {"device": arguments.device, "jobs": arguments.jobs}
+    return quality.measure(_contenders(arguments), seeds, _workload(arguments), **options)
+
+
+def _workload(arguments: argparse.Namespace) -> Workload:
     sizes = {key: getattr(arguments, key) for key in ("steps", "batch_size") if getattr(arguments, key) is not None}
-    workload = quality.WORKLOADS[arguments.workload](**sizes)
-    seeds = list(range(arguments.seeds))
-    return quality.measure(_contenders(arguments), seeds, workload, device=arguments.device, jobs=arguments.jobs)
+    return quality.WORKLOADS[arguments.workload](**sizes)
 
 
 def _contenders(arguments: argparse.Namespace) -> list[str]:
@@ -152,9 +156,11 @@ def write_json(path: Path, report: dict[str, Any]) -> None:
 def _check_addition(arguments: argparse.Namespace) -> None:
     if arguments.out is None:
         raise ArgumentError("--add needs --out, the report that the rows are put into")
-    held = pareto.read_report(arguments.out)["workload"]["name"]
-    if held != arguments.workload:
-        raise ArgumentError(f"--out {arguments.out} is about {held}, not {arguments.workload}")
+    held = pareto.read_report(arguments.out)
+    if held["workload"]["name"] != arguments.workload:
+        raise ArgumentError(f"--out {arguments.out} is about {held['workload']['name']}, not {arguments.workload}")
+    seeds = range(arguments.seeds)
+    quality.require_same_conditions(held, quality.conditions(seeds, _workload(arguments), arguments.device, arguments.jobs))
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -166,8 +172,20 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"{small[0]}: it must be at least 1")
     if arguments.out is not None and not arguments.out.parent.is_dir():
         raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} does not exist; make it first")
-    if arguments.bench not in _DRAWINGS:
+    if arguments.out is not None and arguments.out.is_dir():
+        raise ArgumentError(f"--out {arguments.out}: this is a folder; give a file")
+    if arguments.out is not None and not os.access(arguments.out.parent, os.W_OK | os.X_OK):
+        raise ArgumentError(f"--out {arguments.out}: the folder {arguments.out.parent} cannot be written")
+    if arguments.bench in _DRAWINGS:
+        if arguments.out.suffix not in ("", ".png", ".svg"):
+            raise ArgumentError(f"--out {arguments.out}: the picture is a .png or .svg")
+    else:
         require_device(arguments.device)
+    if getattr(arguments, "model", None) == "transformer":
+        if arguments.width % max(1, arguments.width // 64):
+            raise ArgumentError(f"--width {arguments.width}: heads of about 64 do not divide it: give a multiple of 64")
+        if arguments.tokens < speed.SEQUENCES:
+            raise ArgumentError(f"--tokens {arguments.tokens}: it must be at least {speed.SEQUENCES}, one for each sequence")
     if arguments.bench in ("memory", "speed"):
         require_contenders(_peers(arguments))
     if arguments.bench == "quality":

@@ -22,6 +22,8 @@ TITLES = {
     "minilm": "Fine-tuning MiniLM on source code, one epoch",
     "digits": "A convolutional net on 8 × 8 digits, ten epochs",
 }
+# What every row is drawn from.
+_ROW = {"name", "label", "mean", "spread", "step_ms", "state_bytes"}
 _NOT_OURS = ("AdamW", "Muon", "GaLore", "APOLLO", "AdaLomo", "LoRA")
 
 
@@ -29,7 +31,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> Figure:
     """One row of two panels per report of `bench quality`: loss against state, loss against the time of a step.
 
     Raises:
-        ArgumentError: matplotlib or adjustText is not installed.
+        ArgumentError: matplotlib or adjustText is not installed, or every run of a report diverged.
     """
     try:
         import adjustText  # noqa: F401
@@ -39,6 +41,8 @@ def draw(reports: Sequence[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(11, 4.4 * len(reports)), layout="constrained")
     for row, report in zip(figure.subplots(len(reports), 2, squeeze=False), reports, strict=True):
         rows = [entry for entry in report["results"] if entry["mean"] is not None]
+        if not rows:
+            raise ArgumentError("the report holds no run that did not diverge: there is nothing to draw")
         times = {entry["name"]: entry["step_ms"] for entry in rows}
         reference = times.get("adamw", min(times.values()))
         _panel(row[0], rows, [entry["state_bytes"] / 2**20 for entry in rows])
@@ -64,15 +68,17 @@ def read_report(path: Path) -> dict[str, Any]:
     """The report of `bench quality` in a JSON file.
 
     Raises:
-        ArgumentError: it is none, or one without state and time of each row.
+        ArgumentError: it is none, or one without rows, or a row without its loss, state or time.
     """
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
-        if report["bench"] == "quality" and {"step_ms", "state_bytes"} <= set(report["results"][0]):
+        rows = [report["results"][0], *report["results"]]  # no row is no report
+        if report["bench"] == "quality" and report["workload"]["name"] and all(set(row) >= _ROW for row in rows):
             return report
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
         raise ArgumentError(f"{path}: {error!r}; give JSON that `python -m gradlr bench quality --out` wrote") from None
-    raise ArgumentError(f"{path} holds no state or time of each row; give JSON that `python -m gradlr bench quality --out` wrote")
+    what = f"{path} holds no loss, state and time of each row"
+    raise ArgumentError(f"{what}; give JSON that `python -m gradlr bench quality --out` wrote")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -83,7 +83,7 @@ def train(contender: Contender, lr: float, seed: int, workload: Workload, device
 
 
 def measure(
-    names: Iterable[str],
+    names: Sequence[str],
     seeds: Sequence[int],
     workload: Workload,
     *,
@@ -102,8 +102,13 @@ def measure(
     Returns:
         A JSON-able report: environment, workload, and per contender the sweep, the best rate, mean and spread over the seeds,
         state, and the milliseconds of one step on one thread.
+
+    Raises:
+        ArgumentError: none of the contenders can train the workload.
     """
     contenders = choose(names, workload)
+    if not contenders:
+        raise ArgumentError(f"none of {', '.join(names)} can train {_name_of(workload)}: name others, such as adamw")
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
@@ -119,12 +124,26 @@ def measure(
         for c in contenders
     ]
     return {
-        "environment": {**environment(device), "threads": 1, "jobs": jobs},
-        "workload": {"name": _name_of(workload), **asdict(workload)},
-        "seeds": list(seeds),
+        **conditions(seeds, workload, device, jobs),
         "before": workload.evaluate(workload.model(seeds[0], device)),
         "results": results,
     }
+
+
+def conditions(seeds: Sequence[int], workload: Workload, device: str, jobs: int) -> dict[str, Any]:
+    """What rows of one report have in common: environment, workload and seeds."""
+    return {
+        "environment": {**environment(device), "threads": 1, "jobs": jobs},
+        "workload": {"name": _name_of(workload), **asdict(workload)},
+        "seeds": list(seeds),
+    }
+
+
+def require_same_conditions(old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raise an ArgumentError unless both were measured on the same workload, seeds and machine."""
+    for key in ("environment", "workload", "seeds"):
+        if old.get(key) != new[key]:
+            raise ArgumentError(f"the rows do not belong together: {key} was {old.get(key)} and is {new[key]}; measure all anew")
 
 
 def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -133,9 +152,7 @@ def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ArgumentError: they were not measured on the same workload, seeds and machine.
     """
-    for key in ("environment", "workload", "seeds"):
-        if old[key] != new[key]:
-            raise ArgumentError(f"the rows do not belong together: {key} was {old[key]} and is {new[key]}; measure all anew")
+    require_same_conditions(old, new)
     rows = {row["name"]: row for row in (*old["results"], *new["results"])}
     return {**old, "results": list(rows.values())}
 

@@ -97,6 +97,9 @@ def _check_lora(arguments: argparse.Namespace) -> None:
         return
     if importlib.util.find_spec("safetensors") is None:
         raise ArgumentError("--lora-out needs safetensors, which is not installed: pip install 'gradlr[finetune]'")
+    run, adapter = arguments.out.resolve(), arguments.lora_out.resolve()
+    if adapter in (run, *run.parents) or run / "model" in (adapter, *adapter.parents):
+        raise ArgumentError(f"--lora-out {arguments.lora_out}: the folder of --out {arguments.out} or its model: give another")
     require_free(arguments.lora_out)
     require_writable("--lora-out", arguments.lora_out)
 

@@ -61,9 +61,11 @@ class RunFolder:
     def _check_same(self, settings: dict[str, Any]) -> None:
         try:
             saved = json.loads(self._settings.read_text(encoding="utf-8"))
-            names = [*saved, *(name for name in settings if name not in saved)]
+            if not isinstance(saved, dict):
+                raise TypeError(f"it holds a {type(saved).__name__}")
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self._settings}: cannot be read ({error}): --overwrite starts anew") from error
+        names = [*saved, *(name for name in settings if name not in saved)]
         differences = [name for name in names if saved.get(name) != settings.get(name)]
         if differences:
             tale = "".join(f"\n  {name}: {saved.get(name)!r} there, {settings.get(name)!r} now" for name in differences)
@@ -125,8 +127,8 @@ class RunFolder:
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, which will be done again, and a line that was cut off."""
         kept = []
-        for line in self._log.read_text(encoding="utf-8").splitlines() if self._log.is_file() else ():
-            with suppress(ValueError):
+        for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if self._log.is_file() else ():
+            with suppress(ValueError, TypeError, KeyError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
         write_atomically(self._log, lambda file: file.write("".join(kept).encode()))

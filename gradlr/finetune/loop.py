@@ -125,6 +125,8 @@ def train(run: Run) -> int | None:
                 progress.say(f"validation loss {run.validate():.4f} after step {done.step}")
             if done.step % plan.save_every == 0 or done.step == plan.steps or signals:
                 run.save()
+        if signals and not run.folder.checkpoint.is_file():  # before the first step
+            run.save()
     return signals[0] if signals and done.step < plan.steps else None
 
 

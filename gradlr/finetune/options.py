@@ -14,6 +14,9 @@ from ..attach import DEFAULT_LR, DEFAULT_MOMENTUM_RANK
 from ..captures import CAPTURES
 from ..lora.export import DEFAULT_RANK as DEFAULT_LORA_RANK
 
+# Torch takes seeds of 64 bits; a whole number of epochs beyond is a slip of the keyboard.
+_MOST = 2**63 - 1
+
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -46,7 +49,7 @@ def _add_data(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_training(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--epochs", type=_number(0), default=1.0, help="times each document is seen (default 1)")
+    group.add_argument("--epochs", type=_number(0, _MOST), default=1.0, help="times each document is seen (default 1)")
     group.add_argument("--steps", type=_whole(1), help="optimizer steps, in place of --epochs")
     group.add_argument("--batch-size", type=_whole(1), default=8, help="sequences in memory at a time (default 8)")
     group.add_argument("--accumulate", type=_whole(1), default=1, help="such batches a step (default 1)")
@@ -58,7 +61,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--rank", type=_rank, help="r, an int or a fraction of min(m, n) (default: up to 64, by the loss)")
     group.add_argument("--momentum-rank", type=_rank, default=DEFAULT_MOMENTUM_RANK,
                        help=f"k, int or fraction (default {DEFAULT_MOMENTUM_RANK})")  # fmt: skip
-    group.add_argument("--seed", type=_whole(0), default=0, help="of data order, split and random directions (default 0)")
+    group.add_argument("--seed", type=_whole(0, _MOST), default=0, help="of data order, split and random directions (default 0)")
 
 
 def _add_memory(group: argparse._ArgumentGroup) -> None:
@@ -70,10 +73,11 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default=device, help="default: cuda if there, else cpu")
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number of at least {least}")
+        if not text.strip().isdecimal() or int(text) < least or (most is not None and int(text) > most):
+            limit = "" if most is None else f" and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number of at least {least}{limit}")
         return int(text)
 
     return read

@@ -100,6 +100,8 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
         raise ArgumentError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise ArgumentError(f"{where}: broken JSON: nested too deeply") from None
+    except ValueError as error:  # of an integer that Python will not read
+        raise ArgumentError(f"{where}: broken JSON: {error}") from None
     if not isinstance(record, dict):
         raise ArgumentError(f'{where}: holds a {type(record).__name__}; each line is an object such as {{"text": "..."}}')
     return record

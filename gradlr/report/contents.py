@@ -206,7 +206,10 @@ def _momentum_stable_rank(slot: Slot, state: dict[str, Tensor]) -> float | None:
         return None
     # The singular values of left rightᵀ are those of the k × k product of the two triangular factors.
     left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in factors)
-    energies = torch.linalg.svdvals(left @ right.mT).square()
+    core = left @ right.mT
+    if not core.isfinite().all():  # svdvals would raise
+        return None
+    energies = torch.linalg.svdvals(core).square()
     return _read(mean_stable_rank(energies.sum(dim=-1), energies[..., 0]))
 
 

@@ -45,13 +45,25 @@ def test_the_command_writes_a_picture(tmp_path):
     assert out.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("content", ["{", "{}", '{"bench": "memory", "results": [{}]}', '{"bench": "quality", "results": [{}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "{}", '{"bench": "memory", "results": [{}]}', '{"bench": "quality", "results": [{}]}',
+        json.dumps(report(results=[])), json.dumps(report(workload={})),
+        json.dumps(report(results=[*report()["results"], {"name": "y"}])),
+    ],
+)  # fmt: skip
 def test_what_is_no_result_is_named(content, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(ArgumentError, match=r"x\.json.*bench quality"):
         pareto.write([path], tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_a_report_of_nothing_but_divergence_is_told():
+    with pytest.raises(ArgumentError, match="nothing to draw"):
+        pareto.draw([report(results=report()["results"][2:])])
 
 
 def grid_report():

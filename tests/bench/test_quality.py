@@ -86,6 +86,10 @@ def test_a_table_tells_of_divergence():
         ["quality", "--contenders", "k4_x9"],
         ["memory", "--out", "missing/x.json"],
         ["speed", "--device", "nonsense"],
+        ["speed", "--model", "transformer", "--width", "200"],
+        ["speed", "--model", "transformer", "--tokens", "3"],
+        ["memory", "--out", "/"],
+        ["pareto", "x.json", "--out", "x.docx"],
     ],
 )
 def test_bad_options_are_refused_before_anything_is_measured(options, capsys, monkeypatch):
@@ -115,9 +119,19 @@ def test_rows_measured_later_join_those_of_the_same_machine_and_workload():
 def test_adding_to_another_workloads_report_is_refused_before_measuring(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(quality, "measure", None)
     out = tmp_path / "digits.json"
-    row = {"name": "a", "step_ms": 1, "state_bytes": 1}
-    out.write_text(json.dumps({"bench": "quality", "workload": {"name": "digits"}, "results": [row]}))
+    row = {"name": "a", "label": "a", "mean": 1, "spread": 0, "step_ms": 1, "state_bytes": 1}
+    held = {"bench": "quality", "workload": {"name": "digits"}, "results": [row]}
+    out.write_text(json.dumps(held))
     assert main(["bench", "quality", "--contenders", "adamw", "--add", "--out", str(out)]) == 2
     assert "is about digits, not pretrained" in capsys.readouterr().err
+    held |= quality.conditions([0, 1, 2], quality.WORKLOADS["pretrained"](), "cpu", jobs=1)
+    out.write_text(json.dumps(held))
+    assert main(["bench", "quality", "--contenders", "adamw", "--add", "--out", str(out), "--jobs", "2"]) == 2
+    assert "do not belong together: environment" in capsys.readouterr().err
     assert main(["bench", "quality", "--contenders", "adamw", "--add"]) == 2
     assert "--add needs --out" in capsys.readouterr().err
+
+
+def test_contenders_that_cannot_train_the_workload_are_not_an_empty_report():
+    with pytest.raises(ArgumentError, match="none of lora can train scratch"):
+        quality.measure(["lora"], [0], quality.WORKLOADS["scratch"]())

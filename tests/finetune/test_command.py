@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -179,6 +180,8 @@ def test_accumulation_weighs_every_token_the_same(tmp_path, model, data):
 
 BAD = {
     "json": (lambda p: jsonl_file(p / "a.jsonl", [*['{"text": "x"}'] * 6, "{"]), [], r"a.jsonl:7: broken JSON"),
+    "endless number": (lambda p: jsonl_file(p / "a.jsonl", ['{"text": "x", "n": ' + "1" * 5000 + "}"]), [],
+                       "a.jsonl:1: broken JSON: Exceeds the limit"),
     "missing data": (lambda p: p / "none.txt", [], "none.txt: there is no such file"),
     "one document": (lambda p: text_file(p / "a.txt", count=1), [], "one more is needed to validate on"),
     "short": (lambda p: text_file(p / "a.txt", count=3, length=1), ["--length", "64"],
@@ -195,6 +198,8 @@ BAD = {
     "limit": (None, ["--memory-limit", "8 apples"], "give a size such as 8GiB"),
     "validation": (None, ["--validation", "1"], "a number above 0 and below 1"),
     "rank": (None, ["--rank", "1.5"], "argument --rank"),
+    "seed": (None, ["--seed", str(2**64)], "argument --seed"),
+    "epochs": (None, ["--epochs", "1e308"], "argument --epochs"),
     "field": (None, ["--field", "x"], "leave it out for .txt"),
     "messages": (lambda p: jsonl_file(p / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 3), [],
                  "a.jsonl:1: 'messages' need a chat template"),
@@ -264,6 +269,9 @@ def test_a_folder_with_other_things_or_another_run_is_left_alone(tmp_path, model
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert finetune("builtin", data, out, *SHORT, "--lr", "0.01", "--overwrite") == 0
     assert logged(out, "lr")[0] == pytest.approx(0.01)
+    (out / "run.json").write_text("[1]")
+    assert finetune("builtin", data, out, *SHORT) == 2
+    assert "run.json: cannot be read (it holds a list)" in capsys.readouterr().err
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     assert finetune("builtin", data, tmp_path / "mine", *SHORT, "--overwrite") == 2
@@ -272,6 +280,30 @@ def test_a_folder_with_other_things_or_another_run_is_left_alone(tmp_path, model
     assert "this is a file" in capsys.readouterr().err
     assert finetune("builtin", data, data / "below", *SHORT) == 2
     assert "is a file" in capsys.readouterr().err
+    for adapter in (tmp_path / "new", tmp_path / "new" / "model", tmp_path):
+        assert finetune("builtin", data, tmp_path / "new", *SHORT, "--lora-out", str(adapter)) == 2
+        assert "--lora-out" in capsys.readouterr().err
+
+
+def test_a_stop_before_the_first_step_saves_what_it_says(tmp_path, data, monkeypatch, capsys):
+    out, validate = tmp_path / "out", loop.Run.validate
+    monkeypatch.setattr(loop.Run, "validate", lambda run: (signal.raise_signal(signal.SIGINT), validate(run))[1])
+    assert finetune("builtin", data, out, *SHORT) == 130
+    assert "stopped after step 0 of 4, all of it saved" in capsys.readouterr().out
+    assert (out / "checkpoint.pt").is_file()
+    monkeypatch.setattr(loop.Run, "validate", validate)
+    assert finetune("builtin", data, out, *SHORT) == 0
+    assert "going on from step 0 of 4" in capsys.readouterr().out
+    assert len(logged(out, "validation_loss")) == 2
+
+
+def test_a_damaged_log_does_not_keep_a_run_from_going_on(tmp_path, data):
+    out = tmp_path / "out"
+    assert finetune("builtin", data, out, *SHORT) == 0
+    log = (out / "log.jsonl").read_bytes()
+    (out / "log.jsonl").write_bytes(log + b'[1]\n5\n{"loss": 1}\n{"st\xff\n')
+    assert finetune("builtin", data, out, *SHORT) == 0
+    assert (out / "log.jsonl").read_bytes() == log
 
 
 def test_a_full_disk_is_told_before_any_work(tmp_path, data, monkeypatch, capsys):
