@@ -56,12 +56,14 @@ class Observation:
         match: Globs on parameter names.
 
     Raises:
-        ArgumentError: a glob matches no attached parameter.
+        ArgumentError: a glob is no string, or matches no attached parameter.
     """
 
     def __init__(self, slots: Iterable[Slot], match: Iterable[str]) -> None:
         slots = list(slots)
         for glob in match:
+            if not isinstance(glob, str):
+                raise ArgumentError(f"observe({glob!r}): give globs on parameter names, each as a string")
             if not any(fnmatchcase(slot.plan.name, glob) for slot in slots):
                 raise ArgumentError(f"observe({glob!r}) matches no attached parameter; names look like {slots[0].plan.name!r}")
         self._slots = [slot for slot in slots if any(fnmatchcase(slot.plan.name, glob) for glob in match)]

@@ -34,7 +34,7 @@ CONTENDERS: dict[str, Contender] = {
 # Those that need no package beside torch.
 OWN_CONTENDERS = [name for name in CONTENDERS if name not in PEERS]
 
-_SPELLED = re.compile(r"k(?P<k>\d+)_(?P<schedule>r|loss|energy)(?P<rank>\d+)(?P<forms>(_[a-z_]+)?)")
+_SPELLED = re.compile(r"k(?P<k>[1-9]\d*)_(?P<schedule>r|loss|energy)(?P<rank>[1-9]\d*)(?P<forms>(_[a-z_]+)?)")
 _SCHEDULES: dict[str, tuple[Callable[[int], Any], str]] = {
     "r": (lambda rank: rank, "r{}"),
     "loss": (ByLoss, "r ≤ {} by loss"),

@@ -30,6 +30,8 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
 
 def require_device(device: str) -> None:
     """Raise an ArgumentError unless tensors can be made on `device`."""
+    if device == "meta":
+        raise ArgumentError("--device meta holds no values; use --device cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -71,7 +71,7 @@ def train(contender: Contender, lr: float, seed: int, workload: Workload, device
             ranks.append(stepper.mean_rank())
             if not is_finite:
                 break
-    except NonFiniteError:
+    except (NonFiniteError, torch.linalg.LinAlgError):
         is_finite = False
     metrics = workload.evaluate(model) if is_finite else {"loss": math.inf}
     if not math.isfinite(metrics["loss"]):

@@ -127,4 +127,3 @@ def _finish(run: Run, task: Task) -> None:
 
 def _say(text: str) -> None:
     print(text, file=sys.stdout, flush=True)
-

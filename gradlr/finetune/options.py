@@ -16,6 +16,8 @@ from ..lora.export import DEFAULT_RANK as DEFAULT_LORA_RANK
 
 # Torch takes seeds of 64 bits; a whole number of epochs beyond is a slip of the keyboard.
 _MOST = 2**63 - 1
+# Sequences, tokens, steps: beyond, too.
+_MOST_COUNTED = 2**31 - 1
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer, if not the model's")
     group.add_argument("--field", help="field of the .jsonl that holds the text (default text)")
-    group.add_argument("--length", type=_whole(1), help="tokens of a sequence (default: the model's, at most 1024; builtin 128)")
+    group.add_argument("--length", type=_whole(1, 2**20), help="tokens of a sequence (default: the model's, at most 1024; builtin 128)")
     group.add_argument("--validation", type=_number(0, 1), default=0.05, metavar="SHARE",
                        help="share of the documents to validate on, at least one (default 0.05)")  # fmt: skip
     group.add_argument("--validation-data", type=Path, metavar="FILE", help="validate on this file instead")
@@ -73,11 +75,10 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--device", default=device, help="default: cuda if there, else cpu")
 
 
-def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
+def _whole(least: int, most: int = _MOST_COUNTED) -> Callable[[str], int]:
     def read(text: str) -> int:
-        if not text.strip().isdecimal() or int(text) < least or (most is not None and int(text) > most):
-            limit = "" if most is None else f" and at most {most}"
-            raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number of at least {least}{limit}")
+        if not text.strip().isdecimal() or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be a whole number from {least} to {most}")
         return int(text)
 
     return read

@@ -47,9 +47,10 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
         ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
     """
     options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
-    if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(options)
-        return
+    for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' new name, and its old
+        if hasattr(model, switch):
+            getattr(model, switch)(options)
+            return
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
     if not lists:
         raise ArgumentError(

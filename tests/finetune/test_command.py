@@ -191,7 +191,7 @@ BAD = {
     "no config": (None, ["--model", "{path}"], "no config.json in this folder"),
     "builtin and tokenizer": (None, ["--model", "builtin", "--tokenizer", "x"], "leave --tokenizer out"),
     "memory": (None, ["--memory-limit", "1MiB"],
-               "activations, {any} at work; --memory-limit is 1.0 MiB. To need less: --batch-size below 8"),
+               "state, {any} for a step; --memory-limit is 1.0 MiB. To need less: --batch-size below 8"),
     "device": (None, ["--device", "nonsense"], "--device nonsense"),
     "rate": (None, ["--lr", "0"], "argument --lr: '0': it must be a number above 0"),
     "steps": (None, ["--steps", "-1"], "argument --steps"),

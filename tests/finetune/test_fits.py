@@ -32,53 +32,25 @@ def test_weights_and_state_are_what_the_run_will_hold(language):
         opt = gradlr.attach(model, gradlr.LossTracker())
         # Buffers that no checkpoint holds (rotary frequencies) count too.
         weights = sum(parameter.nbytes for parameter in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers())
-        assert (found.weights, found.state) == (weights, opt.state_bytes())
+        assert (found.weights, found.state) == (weights, opt.state_bytes() + 8 * len(opt.slots))  # and the step counts
         opt.detach()
-
-
-def saved_in_forward(language):
-    """Bytes that a real forward keeps for backward, weights left out."""
-    model = language.load(torch.float32, 0).train()
-    own = {parameter.data_ptr() for parameter in model.parameters()}
-    kept, alive = {}, []
-
-    def pack(tensor):
-        alive.append(tensor)
-        if tensor.data_ptr() not in own:
-            memory = tensor.untyped_storage()
-            kept[memory.data_ptr()] = memory.nbytes()
-        return tensor
-
-    tokens = torch.zeros(2, 32, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = cross_entropy(language.logits(model, tokens), tokens)
-    assert loss.requires_grad
-    return sum(kept.values())
-
-
-def test_activations_are_those_of_a_real_forward(language):
-    for kind in (language, BuiltinModel()):
-        kept = saved_in_forward(kind)
-        # Without values, attention gives its output in another memory layout, and each layer keeps a copy of it: 4 % more here.
-        assert kept <= need(kind).activations < 1.06 * kept
 
 
 def test_what_is_advised_needs_less(language):
     plain = need(language)
-    assert need(language, batch_size=1).activations < plain.activations
-    assert need(language, length=16).activations < plain.activations
-    assert need(language, is_checkpointed=True).activations < plain.activations
-    assert need(language, capture="one_sided", rank=2).activations < plain.activations
+    assert need(language, batch_size=1).total < plain.total
+    assert need(language, length=16).total < plain.total
+    assert need(language, is_checkpointed=True).total < plain.total
+    assert need(language, capture="one_sided", rank=2).total < plain.total
     half = need(language, dtype=torch.bfloat16)
-    assert half.weights < plain.weights and half.activations < plain.activations
-    assert need(language, apply="step").total > plain.total
+    assert half.weights < plain.weights and half.total < plain.total
 
 
 @pytest.mark.parametrize(
     ("options", "is_checkpointed"),
     [({}, False), ({}, True), ({"capture": "one_sided", "rank": 4}, False), ({"apply": "step"}, False)],
 )
-def test_the_whole_is_no_less_than_the_measured_peak_and_not_far_above(language, options, is_checkpointed):
+def test_it_is_the_measured_peak(language, options, is_checkpointed):
     sizes = {"batch_size": 8, "length": 64}
     found = need(language, **sizes, is_checkpointed=is_checkpointed, **options)
     model = language.load(torch.float32, 0).train()
@@ -94,20 +66,21 @@ def test_the_whole_is_no_less_than_the_measured_peak_and_not_far_above(language,
             opt.step()
         return opt
 
-    peak = peak_bytes(work)
-    # Small things (norms, masks, buffers of kernels) against the largest ones only: a tenth below, a third above.
-    assert 0.9 * peak < found.total - found.weights < 1.33 * peak
+    # 5 KiB for the state of random numbers of each recomputed block, which no estimate counts.
+    assert found.total == pytest.approx(found.weights + peak_bytes(work), rel=0.05)
 
 
-def test_a_model_that_needs_values_is_counted_without_its_activations(language, monkeypatch):
-    monkeypatch.setattr(language, "logits", lambda model, inputs: model(input_ids=inputs).logits * float(inputs.sum()))
+def test_of_a_model_that_cannot_be_run_without_values_the_weights_are_counted(language, monkeypatch):
+    def logits(model, inputs):
+        raise NotImplementedError("a kernel of its own that knows no tensors without values")
+
+    monkeypatch.setattr(language, "logits", logits)
     found = need(language)
-    assert found.activations is None and "activations not counted" in str(found)
-    assert found.total == found.weights + found.state + found.work
+    assert found.total == found.weights and "could not be counted" in str(found)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_numbers():
-    size = fits.Need(weights=2**30, state=2**20, activations=2**20, work=0)
+    size = fits.Need(weights=2**30, state=2**20, total=2**30 + 2**21)
     fits.require_fit(size, size.total, "there is", [])
     fits.require_fit(size, None, "there is", [])
     numbers = r"about 1\.0 GiB: 1\.0 GiB weights, 1\.0 MiB state.*; cpu has 1\.0 GiB\. .* less: --bf16"
@@ -127,3 +100,8 @@ def test_a_control_group_limits_what_is_free(tmp_path):
     assert fits._room(*paths) == 350
     (tmp_path / "max").write_text("max")
     assert fits._room(*paths) is None
+
+
+def test_what_no_memory_holds_is_refused_at_once(language):
+    with pytest.raises(ArgumentError, match=r"--batch-size 2147483647 of 1024 tokens each"):
+        need(language, batch_size=2**31 - 1, length=1024)
