@@ -247,9 +247,7 @@ def _patterns(index: int, group: dict[str, Any]) -> list[str]:
     return patterns
 
 
-def _by_kind(
-    label: str, options: dict[str, Any], plans: list[ParameterPlan], *, given: dict[str, Any]
-) -> list[ParameterGroup]:
+def _by_kind(label: str, options: dict[str, Any], plans: list[ParameterPlan], *, given: dict[str, Any]) -> list[ParameterGroup]:
     if "kind" in options:
         plans = [with_kind(plan, options["kind"]) for plan in plans]
     _require_used(label, given, {plan.kind for plan in plans})

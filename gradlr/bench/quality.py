@@ -251,19 +251,25 @@ def _finite(loss: float) -> float | None:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as a Markdown table, best first; a run that diverged comes last."""
+    """The report as a Markdown table, best first; a run that diverged comes last. Columns that no row has are left out."""
     rows = sorted(report["results"], key=lambda row: math.inf if row["mean"] is None else row["mean"])
-    has_accuracy = any("accuracy" in row for row in rows)
-    heads = ["optimizer", "state per matrix weight", "state, MiB", "step, ms", "best lr", "validation loss"]
-    heads += ["accuracy"] * has_accuracy
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    lines += ["| " + " | ".join(_cells(row, has_accuracy)) + " |" for row in rows]
+    columns = {head: cell for head, (key, cell) in _COLUMNS.items() if any(key in row for row in rows)}
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines += ["| " + " | ".join(cell(row) for cell in columns.values()) + " |" for row in rows]
     return "\n".join(lines)
 
 
-def _cells(row: dict[str, Any], has_accuracy: bool) -> list[str]:
+def _loss_cell(row: dict[str, Any]) -> str:
     spread = "" if row["spread"] is None else f" ± {row['spread']:.4f}"
-    loss = "diverged" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
-    state = [f"{row['matrix_state_per_weight']:.3g}", f"{row['state_bytes'] / 2**20:.2f}"]
-    accuracy = [f"{row.get('accuracy', 0):.3f}"] * has_accuracy
-    return [row["label"], *state, f"{row['step_ms']:.1f}", f"{row['best_lr']:g}", loss, *accuracy]
+    return "diverged" if row["mean"] is None else f"{row['mean']:.4f}{spread}"
+
+
+_COLUMNS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "optimizer": ("label", lambda row: row["label"]),
+    "state per matrix weight": ("matrix_state_per_weight", lambda row: f"{row['matrix_state_per_weight']:.3g}"),
+    "state, MiB": ("state_bytes", lambda row: f"{row['state_bytes'] / 2**20:.2f}"),
+    "step, ms": ("step_ms", lambda row: f"{row['step_ms']:.1f}"),
+    "best lr": ("best_lr", lambda row: f"{row['best_lr']:g}"),
+    "validation loss": ("mean", _loss_cell),
+    "accuracy": ("accuracy", lambda row: f"{row['accuracy']:.3f}" if "accuracy" in row else ""),
+}

@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_data(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder of the tokenizer, if not the model's")
     group.add_argument("--field", help="field of the .jsonl that holds the text (default text)")
-    group.add_argument("--length", type=_whole(1, 2**20), help="tokens of a sequence (default: the model's, at most 1024; builtin 128)")
+    group.add_argument(
+        "--length", type=_whole(1, 2**20), help="tokens of a sequence (default: the model's, at most 1024; builtin 128)"
+    )
     group.add_argument("--validation", type=_number(0, 1), default=0.05, metavar="SHARE",
                        help="share of the documents to validate on, at least one (default 0.05)")  # fmt: skip
     group.add_argument("--validation-data", type=Path, metavar="FILE", help="validate on this file instead")

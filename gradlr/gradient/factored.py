@@ -134,4 +134,3 @@ class Rows(GradientOperator):
             return Dense(self.matrix, is_owned=True).add_(gradient)
         rows, values = torch.cat([self.rows, gradient.rows]), torch.cat([self.values, gradient.values])
         return Rows.summed(rows, values, self.shape[0])
-

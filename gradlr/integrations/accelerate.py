@@ -1,14 +1,14 @@
 """accelerate: attach where an Accelerator trains, and clip through the optimizer; everything else works as it is.
 
-    accelerator, tracker = Accelerator(gradient_accumulation_steps=4), gradlr.LossTracker()
-    opt = gradlr.integrations.accelerate.attach(accelerator, model, tracker, max_grad_norm=1.0)
-    model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
-    for x, y in loader:
-        with accelerator.accumulate(model):
-            accelerator.backward(tracker(loss_fn(model(x), y)))   # the loss in its true size: accelerate divides it afterwards
-            opt.step()
-            scheduler.step()
-            opt.zero_grad()                                       # of the optimizer: model.zero_grad() finds no gradients
+accelerator, tracker = Accelerator(gradient_accumulation_steps=4), gradlr.LossTracker()
+opt = gradlr.integrations.accelerate.attach(accelerator, model, tracker, max_grad_norm=1.0)
+model, opt, loader, scheduler = accelerator.prepare(model, opt, loader, scheduler)
+for x, y in loader:
+    with accelerator.accumulate(model):
+        accelerator.backward(tracker(loss_fn(model(x), y)))   # the loss in its true size: accelerate divides it afterwards
+        opt.step()
+        scheduler.step()
+        opt.zero_grad()                                       # of the optimizer: model.zero_grad() finds no gradients
 """
 
 from __future__ import annotations

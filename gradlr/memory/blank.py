@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -64,10 +64,9 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
 @contextmanager
 def untraced() -> Iterator[None]:
     """Transformers takes tensors without values for a trace by torch.compile and masks attention then: here it is a step."""
-    try:
-        imports = importlib.import_module("transformers.utils.import_utils")
-        original = imports.is_fake_tensor
-    except (ImportError, AttributeError):
+    imports = sys.modules.get("transformers.utils.import_utils")  # of a model of transformers it is there
+    original = getattr(imports, "is_fake_tensor", None)
+    if original is None:
         yield
         return
     imports.is_fake_tensor = lambda tensor: False
