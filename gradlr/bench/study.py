@@ -42,9 +42,19 @@ def draw(reports: Sequence[dict[str, Any]]) -> Figure:
 
 
 def write(paths: Sequence[Path], out: Path) -> None:
-    """Draw the reports in the given JSON files, whole or not at all."""
-    figure = draw([read_report(path) for path in paths])
+    """Draw the reports in the given JSON files, those of one workload and of the same seeds together, whole or not at all."""
+    figure = draw(together([read_report(path) for path in paths]))
     write_atomically(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=110))
+
+
+def together(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The reports, with the rows of those on the same workload and seeds in one; a row that comes again takes the first's place."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        key = repr((report["workload"], report.get("seeds")))
+        rows = {row["name"]: row for row in (*found.get(key, report)["results"], *report["results"])}
+        found[key] = {**report, "results": list(rows.values())}
+    return list(found.values())
 
 
 def grid(report: dict[str, Any]) -> dict[int, list[tuple[int, float]]]:

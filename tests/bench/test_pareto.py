@@ -91,3 +91,11 @@ def test_the_study_draws_a_line_per_momentum_rank_and_a_point_per_schedule(tmp_p
     source.write_text(json.dumps(grid_report()))
     assert main(["bench", "study", str(source), "--out", str(tmp_path / "study.png")]) == 0
     assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reports_of_one_workload_are_drawn_together():
+    one, other = grid_report(), grid_report()
+    one["results"], other["results"] = one["results"][:3], other["results"][2:]
+    (merged,) = study.together([one, other])
+    assert [row["name"] for row in merged["results"]] == [row["name"] for row in grid_report()["results"]]
+    assert len(study.together([one, {**other, "seeds": [0]}])) == 2
