@@ -100,11 +100,11 @@ class SourceClassification(_Classification):
         training_examples, validation_examples: Examples of each class; validation is the end of every module.
     """
 
-    steps: int = 80
+    steps: int = 40
     batch_size: int = 16
     length: int = 48
     classes: int = 20
-    training_examples: int = 64
+    training_examples: int = 32
     validation_examples: int = 20
     rate_scale = 0.25
 

@@ -48,7 +48,7 @@ def write(paths: Sequence[Path], out: Path) -> None:
 
 
 def together(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The reports, with the rows of those on the same workload and seeds in one; a row that comes again takes the first's place."""
+    """The reports, those on one workload and the same seeds in one; a row that comes again takes the first's place."""
     found: dict[str, dict[str, Any]] = {}
     for report in reports:
         key = repr((report["workload"], report.get("seeds")))
