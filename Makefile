@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m gradlr demo
 
 test: $(TESTABLE)
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet ruff
