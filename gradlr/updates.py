@@ -126,7 +126,7 @@ class Updates(Projections):
         losses = self.tracker.recent(self._watch.shown_losses)
         try:
             self._watch.step_begins(pending=len(self._waiting()))
-            if self._gauge.is_touched:
+            if self._gauge.is_changed():
                 raise guards.clipped_alone()
         except Exception:  # the others wait for this process
             with contextlib.suppress(ParallelError), full_precision(self._gauge.parameter.device):

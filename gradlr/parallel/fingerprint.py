@@ -20,35 +20,38 @@ def fingerprint(slots: Iterable[Slot], groups: list[dict[str, Any]], options: Ma
     The number of threads is among them, since products of matrices may round differently with another.
     """
     slots = list(slots)
-    versions = {"gradlr's version": sys.modules["gradlr"].__version__, "torch's version": torch.__version__}
+    versions = {"the call": "attach", "gradlr's version": sys.modules["gradlr"].__version__, "torch's version": torch.__version__}
     if all(slot.plan.parameter.device.type == "cpu" for slot in slots):
         options = {**options, "torch.get_num_threads()": torch.get_num_threads()}
-    told = {**versions, **options, **{f"parameter {slot.plan.name!r}": _form(slot, groups[slot.group_index]) for slot in slots}}
+    forms = [_form(slot, groups[slot.group_index]) for slot in slots]
+    told = {**versions, **options, **{key: value for form in forms for key, value in form.items()}}
     # What prints where it lies in memory differs between processes.
     return {key: re.sub(r" at 0x[0-9a-f]+", "", str(value)) for key, value in told.items()}
 
 
-def _form(slot: Slot, group: dict[str, Any]) -> str:
+def _form(slot: Slot, group: dict[str, Any]) -> dict[str, Any]:
     parameter, plan = slot.plan.parameter, slot.plan
+    told = {
+        "place in the order": slot.index, "shape": tuple(parameter.shape), "dtype": parameter.dtype,
+        "device": parameter.device.type, "kind": plan.kind, "view": plan.view.pattern, "view's shape": tuple(plan.shape),
+        "rule": slot.rule, "rank schedule": slot.schedule, "momentum_rank": slot.momentum_rank, "capture": slot.capture,
+    }  # fmt: skip
     rates = {key: float(group[key]) for key in ("lr", "beta", "weight_decay")}
-    return (
-        f"number {slot.index}, {tuple(parameter.shape)} {parameter.dtype} on {parameter.device.type}, {plan.kind} seen as "
-        f"{tuple(plan.shape)} by {plan.view.pattern!r}, {slot.rule!r}, {slot.schedule!r}, momentum_rank {slot.momentum_rank}, "
-        f"{slot.capture}, {rates}"
-    )
+    return {f"{key} of {plan.name!r}": value for key, value in {**told, **rates}.items()}
 
 
 def state_fingerprint(
     slots: Iterable[Slot], states: Mapping[Tensor, dict[str, Tensor]], groups: list[dict[str, Any]], options: Mapping[str, Any]
 ) -> dict[str, str]:
     """The same of what a checkpoint brings: ranks, rates, step counts and a checksum of each parameter's state."""
-    told = dict(options)
+    told = {"the call": "load_state_dict", **options}
     for slot in slots:
         state = states[slot.plan.parameter]
         bits = 0
         for key, value in sorted(rule_entries(state).items()):
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             bits = zlib.crc32(flat.numpy().tobytes(), zlib.crc32(key.encode(), bits))
-        loaded = f"rank {slot.rank}, step {int(state['step'])}, state {bits:08x}"
-        told[f"parameter {slot.plan.name!r}"] = f"{loaded}, {_form(slot, groups[slot.group_index])}"
+        loaded = {"rank": slot.rank, "step count": int(state["step"]), "state": f"{bits:08x}"}
+        rates = {key: float(groups[slot.group_index][key]) for key in ("lr", "beta", "weight_decay")}
+        told |= {f"{key} of {slot.plan.name!r}": value for key, value in {**loaded, **rates}.items()}
     return {key: str(value) for key, value in told.items()}

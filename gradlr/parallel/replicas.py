@@ -174,7 +174,7 @@ def _tale_of_difference(expected: dict[str, str], different: dict[int, dict[str,
     what, others = keys[0] if keys else "the parameters", f" ({len(keys) - 1} more things differ)" if len(keys) > 1 else ""
     return (
         f"{ranks_named(different)} and rank 0 do not train the same: on rank {rank}, {what}: {there}; on rank 0: {here}{others}. "
-        "Give every process the same model, arguments and checkpoint. Nothing is attached"
+        "Give every process the same model, arguments and checkpoint"
     )
 
 

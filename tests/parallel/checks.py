@@ -74,7 +74,7 @@ def assert_like(model, reference):
         torch.testing.assert_close(one, other, **AGREEMENT, msg=lambda tale, name=name: f"{name}: {tale}")
 
 
-def compare_with_one_process(rank, size, *, micro=1, **options):
+def compare_with_one_process(rank, size, /, *, micro=1, **options):
     model, reference = mixed(seed=rank), mixed()
     tracker, opt = attach(model, **options)
     train(model, tracker, opt, 20, part=part_of(rank, size), micro=micro)
@@ -195,29 +195,30 @@ def one_process_with_nan_skips_the_step_on_all(rank, size):
     model = mixed()
     tracker, opt = attach(model)
     train(model, tracker, opt, 1, part=part_of(rank, size))
-    before, ratio = copy.deepcopy(model.state_dict()), tracker.ratio
+    before, latest = copy.deepcopy(model.state_dict()), tracker.state_dict()["latest"]
     states = copy.deepcopy([opt.state[slot.plan.parameter] for slot in opt.slots])
     tokens = tokens_of(1)[part_of(rank, size)]
     loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     tracker(loss * math.nan if rank == 1 else loss).backward()
-    with pytest.warns(gradlr.GradlrWarning, match="on rank 1" if rank != 1 else "on rank 1. Here, on rank 1: loss number 2 is nan"):
+    own = ". Here, on rank 1: loss number 2 is nan" if rank == 1 else ""
+    with pytest.warns(gradlr.GradlrWarning, match=f"NaN or infinity in a loss or a gradient on rank 1{own}"):
         opt.step()
     assert opt.skipped == 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     for slot, state in zip(opt.slots, states, strict=True):
         assert all(torch.equal(value, opt.state[slot.plan.parameter][key]) for key, value in state.items())
-    assert ratio != tracker.ratio  # that of the processes whose loss was sound
+    assert tracker.state_dict()["latest"] != latest  # that of the processes whose loss was sound
     train(model, tracker, opt, 2, part=part_of(rank, size), start=2)
     assert_same_everywhere(model)
     assert opt.skipped == 1
 
 
 def other_arguments_are_told(rank, size):
-    with pytest.raises(gradlr.ParallelError, match=r"rank 1 and rank 0.*on rank 1, parameter 'embedding.weight'.*0\.0004.*0\.0002"):
+    with pytest.raises(gradlr.ParallelError, match=r"rank 1, lr of 'conv.weight': 0\.02; on rank 0: 0\.01 \(7 more"):
         attach(mixed(), lr=2e-2 if rank == 1 else 1e-2)
     with pytest.raises(gradlr.ParallelError, match=r"on rank 1, seed: 7; on rank 0: 0\. Give"):
         attach(mixed(), seed=7 if rank == 1 else 0)
-    with pytest.raises(gradlr.ParallelError, match=r"parameter '2.weight'.*: not there; on rank 0: number 2, \(16, 16\)"):
+    with pytest.raises(gradlr.ParallelError, match=r"order of '2.weight': not there; on rank 0: 1 "):
         attach(mlp(depth=1 if rank == 1 else 2))
     error, tale = (gradlr.ArgumentError, "^lr=-1") if rank == 1 else (gradlr.ParallelError, "On rank 1: ArgumentError: lr=-1")
     with pytest.raises(error, match=tale):
@@ -275,7 +276,7 @@ def a_resumed_run_goes_on_bit_for_bit(rank, size):
     model = mixed()
     tracker, opt = attach(model, rank=gradlr.ByLoss(3), state_dtype=torch.bfloat16)
     train(model, tracker, opt, 3, part=part_of(rank, size))
-    saved = [copy.deepcopy(model.state_dict()), opt.state_dict()] if rank == 0 else [None, None]
+    saved = [copy.deepcopy(model.state_dict()), copy.deepcopy(opt.state_dict())] if rank == 0 else [None, None]
     distributed.broadcast_object_list(saved)
     train(model, tracker, opt, 3, part=part_of(rank, size), start=3)
     other = mixed(seed=5)
@@ -287,8 +288,8 @@ def a_resumed_run_goes_on_bit_for_bit(rank, size):
     assert other_tracker.ratio == tracker.ratio
     changed = copy.deepcopy(saved[1])
     if rank == 1:
-        changed["state"][0]["square"] += 1
-    with pytest.raises(gradlr.ParallelError, match=r"on rank 1, parameter '.*: rank .* state"):
+        next(iter(changed["state"].values()))["P"][0] += 1
+    with pytest.raises(gradlr.ParallelError, match=r"on rank 1, state of '"):
         other_opt.load_state_dict(changed)
     error, tale = (gradlr.CheckpointError, "lacks") if rank == 1 else (gradlr.ParallelError, "On rank 1: CheckpointError")
     with pytest.raises(error, match=tale):
@@ -308,7 +309,8 @@ def drifting_weights_are_told(rank, size):
 @contextmanager
 def counted_bytes():
     """Bytes that this process hands to collectives of torch.distributed."""
-    counts, names = [], [name for name in dir(distributed) if name.startswith(("all_", "broadcast", "reduce", "gather", "scatter"))]
+    counts, kinds = [], ("all_", "broadcast", "reduce", "gather", "scatter")
+    names = [name for name in dir(distributed) if name.startswith(kinds)]
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             original = getattr(distributed, name)
@@ -331,7 +333,7 @@ def bytes_are_those_of_the_formula(rank, size):
     # Formula of docs/devices.md. Matrices: conv 12 x 24, mix 8 x 12.
     matrices = 2 * (12 + 24) + 2 * (8 + 12)
     vectors = 8 + 8 + 12 + 8
-    tables = [parameter for parameter in (model.embedding.weight, model.head.weight)]
+    tables = [model.embedding.weight, model.head.weight]
     seen = len(tokens_of(0)[:, :-1].unique())
     rows = seen * 8 + 11 * 8  # of the embedding what any rank has seen, of the head all
     header = 2 + 2 * size + 8
@@ -341,7 +343,9 @@ def bytes_are_those_of_the_formula(rank, size):
 
 def a_process_that_stops_early_is_named(rank, size):
     """Alive, with fewer batches: the others wait for the group's timeout."""
-    group = distributed.new_group(list(range(size)), timeout=timedelta(seconds=3))
+    group = distributed.new_group(list(range(size)))
+    # Shorter only now: on a busy machine the processes may need longer to find each other.
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=4), group)
     model = mixed()
     tracker, opt = attach(model, group)
     train(model, tracker, opt, 2, part=part_of(rank, size))

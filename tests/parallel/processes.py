@@ -1,13 +1,17 @@
 """Starts a few processes that form a gloo group, runs checks in each of them, and brings back what became of them."""
 
+import functools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
+import sys
 import time
 import traceback
 import warnings
 from datetime import timedelta
 
+import pytest
 import torch
 from torch import distributed
 
@@ -22,7 +26,7 @@ def run_in_processes(size, module, names, path, *, patience=100):
         path: An empty folder.
         patience: Seconds until what has not ended is killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _server_of(module)
     workers = [context.Process(target=_work, args=(rank, size, module, names, str(path))) for rank in range(size)]
     for worker in workers:
         worker.start()
@@ -37,9 +41,19 @@ def run_in_processes(size, module, names, path, *, patience=100):
     return {name: [one.get(name, "nothing") for one in told] for name in names}
 
 
+@functools.cache
+def _server_of(module):
+    # A fresh process imports torch and the checks once; those that run them are forked from it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
 def _work(rank, size, module, names, path):
     warnings.simplefilter("error")
-    # torch's own, at the first collective of a process.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     checks = __import__(module, fromlist=["any"])

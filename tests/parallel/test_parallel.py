@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
-from processes import run_in_processes  # noqa: E402
+from processes import run_in_processes
 
 IN_TWO = (
     "hooks_equal_one_process",
