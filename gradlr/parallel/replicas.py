@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from ..errors import ArgumentError, GradlrWarning, ParallelError
 
 # How long a process that is merely late may take to show that it is there, before it is named as missing.
 _GRACE_SECONDS = 2.0
-_serials = itertools.count()
+_attached: Counter[str] = Counter()
 
 
 class Replicas:
@@ -44,7 +45,9 @@ class Replicas:
                 "after torch.distributed.init_process_group()"
             )
         self.group, self.size, self.rank, self.meetings = group, group.size(), group.rank(), 0
-        self._name = f"gradlr {next(_serials)}"
+        # Processes attach to a group in the same order, whatever they do besides.
+        self._name = f"gradlr {_attached[group.group_name]}"
+        _attached[group.group_name] += 1
         self._store = distributed.distributed_c10d._get_process_group_store(group)
 
     def meet(self) -> None:
@@ -180,7 +183,9 @@ def _tale_of_difference(expected: dict[str, str], different: dict[int, dict[str,
 
 def warn_of_processes() -> None:
     """Warn where several processes run and `attach` was given no group of them."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
+    # torchrun sets it, also where the program goes on to forget the group.
+    launched = os.environ.get("WORLD_SIZE", "")
+    count = int(launched) if launched.isdecimal() else 1
     if distributed.is_available() and distributed.is_initialized():
         count = distributed.get_world_size()
     if count > 1:
