@@ -117,6 +117,21 @@ def other_rules_equal_one_process(rank, size):
     compare_with_one_process(rank, size, rule=gradlr.rules.FactorMoments(newton_schulz_dtype=torch.float64), table_rule="adam")
 
 
+def narrow_weights_and_sparse_rows_stay_equal(rank, size):
+    """Stochastic rounding draws the same numbers everywhere; an observed process makes the same steps as the others."""
+    torch.manual_seed(0)
+    model = Mixed()
+    model.embedding = nn.Embedding(11, 8, sparse=True)
+    model = model.bfloat16()
+    tracker, opt = attach(model, weight_decay=0.1)
+    if rank == 1:
+        opt.observe()
+    train(model, tracker, opt, 5, part=part_of(rank, size))
+    assert_same_everywhere(model)
+    assert str(opt.report())
+    assert all(int(opt.state[slot.plan.parameter]["step"]) == 5 for slot in opt.slots)
+
+
 def full_rank_sees_the_whole_gradient(rank, size):
     """Where sketches would be larger than gradients, these are exchanged: the update is that of one process without a group."""
     model, reference = mixed(seed=rank), mixed()

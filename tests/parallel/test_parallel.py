@@ -21,6 +21,7 @@ IN_TWO = (
     "adaptors_equal_one_process",
     "one_sided_layers_equal_one_process",
     "other_rules_equal_one_process",
+    "narrow_weights_and_sparse_rows_stay_equal",
     "full_rank_sees_the_whole_gradient",
     "parameters_may_be_unused",
     "a_process_without_batches_counts_as_zero",
