@@ -11,6 +11,7 @@ from .errors import (
     GradlrWarning,
     LossError,
     NonFiniteError,
+    ParallelError,
     ShapeError,
 )
 from .lora import LoraLayer, LoraReport, export_lora
@@ -39,6 +40,7 @@ __all__ = [
     "LossError",
     "LossTracker",
     "NonFiniteError",
+    "ParallelError",
     "RankInputs",
     "RankSchedule",
     "ShapeError",

@@ -9,15 +9,14 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
-from torch.nn.parameter import UninitializedParameter
 
 from . import guards
-from .errors import ArgumentError, AttachError, GradlrWarning
+from .errors import ArgumentError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import release_abandoned
-from .membership import is_compiled_whole
+from .membership import is_compiled_whole, require_plain_model, require_trainable
 from .optimizer import GradLR
+from .parallel import Replicas, fingerprint, together, warn_of_processes
 from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, tale_of_guesses, with_kind, with_views
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
 from .rules import Rule, resolve
@@ -68,6 +67,7 @@ def attach(
     max_norm_growth: float | None = None,
     state_dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    process_group: distributed.ProcessGroup | None = None,
 ) -> GradLR:
     """Update every trainable weight of `model` inside backward; no gradient is left over.
 
@@ -107,6 +107,9 @@ def attach(
         max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
+        process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
+            `opt.step()` exchanges sketches, r(m + n) numbers per matrix, whose mean all take; needs `apply="step"`. All processes
+            call `attach`, `step` and `load_state_dict` alike; rank 0's weights and buffers go to all. See `docs/devices.md`.
 
     Returns:
         The optimizer, a `torch.optim.Optimizer`. Keep it in a variable: hooks hold it weakly.
@@ -115,44 +118,66 @@ def attach(
         ArgumentError: an argument is out of range, unknown, or matches no parameter. Nothing was changed.
         AttachError: the model is wrapped, sharded or spread for several devices, has no trainable parameter, holds gradients, or
             is attached already.
+        ParallelError: the processes of the group differ in model or arguments; names the ranks.
 
     Warns:
-        GradlrWarning: several processes form a group; gradlr does not synchronize them yet. The model is compiled as a whole.
+        GradlrWarning: several processes run and no group is given. The model is compiled as a whole.
             With `capture`: ranks are so large that hooks would be faster. Parameters of no known layer have four axes or more,
             three with one in front, or names that speak of a table or of logarithms ("emb...", "pos...", "table", "log..."):
             what was assumed, and how to overrule it.
     """
-    _require_plain_model(model)
-    if not isinstance(loss_tracker, LossTracker):
-        raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
-    if apply not in ("backward", "step"):
-        raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
-    if state_dtype not in (torch.float32, torch.bfloat16):
-        raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
-    defaults = {
-        "lr": lr, "vector_lr": vector_lr, "table_lr": table_lr, "rank": rank, "momentum_rank": momentum_rank, "beta": beta,
-        "weight_decay": weight_decay, "rule": rule, "vector_rule": vector_rule, "table_rule": table_rule,
-    }  # fmt: skip
-    release_abandoned(model)
-    plans = plan_parameters(model)
-    _require_trainable(model, plans)
-    _warn_of_processes()
-    if is_compiled_whole(model):
-        warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=2)
-    matched = _match(with_views(plans, {} if views is None else views), groups)
-    parameter_groups = [
-        group
-        for (label, options), members in matched
-        for group in _by_kind(label, _merged(defaults, options), members, given=options)
-    ]  # fmt: skip
-    limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
-    if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
-        warnings.warn(tale_of_guesses(guesses), GradlrWarning, stacklevel=2)
-    return GradLR(
-        model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture, limit=limit, state_dtype=state_dtype
-    )
+    if process_group is None:
+        warn_of_processes()
+    replicas = None if process_group is None else Replicas(process_group)
+    with together(replicas):
+        require_plain_model(model)
+        if not isinstance(loss_tracker, LossTracker):
+            raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
+        if apply not in ("backward", "step"):
+            raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
+        if replicas is not None and apply == "backward":
+            raise ArgumentError('process_group= needs apply="step": what processes exchange waits for opt.step()')
+        if state_dtype not in (torch.float32, torch.bfloat16):
+            raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
+        defaults = {
+            "lr": lr, "vector_lr": vector_lr, "table_lr": table_lr, "rank": rank, "momentum_rank": momentum_rank, "beta": beta,
+            "weight_decay": weight_decay, "rule": rule, "vector_rule": vector_rule, "table_rule": table_rule,
+        }  # fmt: skip
+        release_abandoned(model)
+        plans = plan_parameters(model)
+        require_trainable(model, plans)
+        if is_compiled_whole(model):
+            warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=2)
+        matched = _match(with_views(plans, {} if views is None else views), groups)
+        parameter_groups = [
+            group
+            for (label, options), members in matched
+            for group in _by_kind(label, _merged(defaults, options), members, given=options)
+        ]  # fmt: skip
+        limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
+        if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
+            warnings.warn(tale_of_guesses(guesses), GradlrWarning, stacklevel=2)
+        optimizer = GradLR(
+            model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture, limit=limit, state_dtype=state_dtype,
+            replicas=replicas,
+        )  # fmt: skip
+    if replicas is not None:
+        _join(optimizer, model, replicas)
+    return optimizer
+
+
+def _join(optimizer: GradLR, model: nn.Module, replicas: Replicas) -> None:
+    tracker, limit = optimizer.tracker, optimizer.limit
+    options = {"seed": optimizer.seed, "state_dtype": optimizer._state_dtype, "max_grad_norm": limit.max_norm,
+               "max_norm_growth": limit.max_growth, "loss ratio": tracker.ratio, "max_loss": tracker.max_loss}  # fmt: skip
+    try:
+        replicas.agree(fingerprint(optimizer.slots, optimizer.param_groups, options))
+        replicas.broadcast(model)
+    except BaseException:
+        optimizer.detach()
+        raise
 
 
 def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> NormLimit:
@@ -166,49 +191,6 @@ def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) ->
             'a limit on the global norm needs all gradients before the first update: attach with apply="step", call opt.step()'
         )
     return limit
-
-
-def _require_plain_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
-    for name, module in model.named_modules():
-        if isinstance(module, (DistributedDataParallel, DataParallel)):
-            raise AttachError(
-                f"{name or 'the model'} is wrapped in {type(module).__name__}: hooks would see each replica's own gradient, and "
-                "the replicas would drift apart. Attach to the plain module instead of wrapping it, and train it on one device"
-            )
-
-
-def _warn_of_processes() -> None:
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        warnings.warn(
-            f"{distributed.get_world_size()} processes form a group; gradlr does not synchronize them yet: each trains alone",
-            GradlrWarning,
-            stacklevel=3,
-        )
-
-
-def _require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
-    if not plans:
-        count = sum(1 for _ in model.parameters())
-        raise AttachError(f"none of the model's {count} parameters requires a gradient: call requires_grad_(True) first")
-    devices = sorted({str(plan.parameter.device) for plan in plans if not plan.parameter.is_meta})
-    if len(devices) > 1:
-        raise AttachError(f"the trainable parameters lie on {' and '.join(devices)}; gradlr trains models on one device so far")
-    for plan in plans:
-        if isinstance(plan.parameter, UninitializedParameter) or plan.parameter.is_meta:
-            raise AttachError(f"parameter {plan.name!r} has no values yet: run one batch through the model (or load it) first")
-        if any(size > 1 and stride == 0 for size, stride in zip(plan.parameter.shape, plan.parameter.stride(), strict=True)):
-            raise AttachError(f"parameter {plan.name!r} is an expanded view, several entries in one place: clone() it first")
-        if plan.parameter.is_complex():
-            raise AttachError(f"parameter {plan.name!r} is complex ({plan.parameter.dtype}); gradlr trains real parameters")
-        if type(plan.parameter.data).__name__ == "DTensor":
-            raise AttachError(f"parameter {plan.name!r} is sharded (DTensor); gradlr trains models on one device so far")
-        if plan.parameter.grad is not None:
-            raise AttachError(
-                f"parameter {plan.name!r} holds a gradient from an earlier backward, which would be added to the first update: "
-                "call model.zero_grad() before attaching"
-            )
 
 
 def _match(plans: list[ParameterPlan], groups: Sequence[dict[str, Any]]):

@@ -25,6 +25,10 @@ class BackwardError(GradlrError, RuntimeError):
     """A backward pass does something that an update inside backward would get wrong."""
 
 
+class ParallelError(GradlrError, RuntimeError):
+    """The processes of a group do not train one and the same model, or one of them is gone."""
+
+
 class NonFiniteError(GradlrError, ArithmeticError):
     """A gradient holds NaN or infinity."""
 

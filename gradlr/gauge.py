@@ -59,6 +59,10 @@ class Gauge:
         grad = self.parameter.grad
         return grad is not None and self._total is not None and grad._version != self._version
 
+    def is_changed(self) -> bool:
+        """Whether somebody has, ways included that leave no trace but the value, as of `GradScaler`; waits for the device."""
+        return self.is_touched or not bool((self.ratios() == 1).all())
+
     def ratios(self) -> Tensor:
         """What has become of both elements, (2,)."""
         grad = self.parameter.grad

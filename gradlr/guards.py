@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ArgumentError, AttachError, BackwardError, CheckpointError, LossError, NonFiniteError
+from .errors import ArgumentError, AttachError, BackwardError, CheckpointError, LossError, NonFiniteError, ParallelError
 
 SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
@@ -198,4 +198,27 @@ def compiled_whole() -> str:
     return (
         "the model is compiled as a whole: its backward makes all gradients at once, so that all are in memory before the first "
         "is taken. The updates are right; for the memory, compile block by block (for block in model.blocks: block.compile())"
+    )
+
+
+def clipped_alone() -> ArgumentError:
+    """Clipping or unscaling before the processes have exchanged what waits."""
+    return ArgumentError(
+        "the gradients were clipped or unscaled over opt.param_groups (clip_grad_norm_, GradScaler?), but with a process group "
+        "each process holds its own part of them until opt.step(). Give max_grad_norm= to attach, and train in bfloat16 rather "
+        "than with a GradScaler. What waited for this step is dropped"
+    )
+
+
+def not_finite_on(ranks: Sequence[int], own_rank: int, own_reason: str) -> str:
+    """Why a step is left out by all processes."""
+    own = f". Here, on rank {own_rank}: {own_reason}" if own_rank in ranks else ""
+    return f"NaN or infinity in a loss or a gradient on rank {' and '.join(map(str, ranks))}{own}"
+
+
+def failed_elsewhere(ranks: Sequence[int]) -> ParallelError:
+    """Another process came to the step with an error."""
+    return ParallelError(
+        f"opt.step() ended with an error on rank {' and '.join(map(str, ranks))}, which tells it there. This step is dropped on "
+        "all ranks; nothing was changed"
     )

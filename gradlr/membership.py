@@ -1,4 +1,4 @@
-"""Whether the model is still the one that was attached to: same parameters, same shapes and dtypes, no new ones."""
+"""Whether a model can be attached to, and is still the one later: same parameters, same shapes and dtypes, no new ones."""
 
 from __future__ import annotations
 
@@ -8,10 +8,49 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedParameter
 
 from . import guards
-from .errors import GradlrWarning
+from .errors import ArgumentError, AttachError, GradlrWarning
 from .parameters import ParameterPlan
+
+
+def require_plain_model(model: nn.Module) -> None:
+    """Raise where nothing can be attached to: an ArgumentError for what is no module, an AttachError for what is wrapped."""
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
+    for name, module in model.named_modules():
+        if isinstance(module, (DistributedDataParallel, DataParallel)):
+            raise AttachError(
+                f"{name or 'the model'} is wrapped in {type(module).__name__}: hooks would see each replica's own gradient, and "
+                "the replicas would drift apart. Attach to the plain module instead of wrapping it; for several processes, give "
+                'attach process_group= and apply="step"'
+            )
+
+
+def require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
+    """Raise an AttachError unless the model's trainable parameters, its `plans`, are plain tensors on one device."""
+    if not plans:
+        count = sum(1 for _ in model.parameters())
+        raise AttachError(f"none of the model's {count} parameters requires a gradient: call requires_grad_(True) first")
+    devices = sorted({str(plan.parameter.device) for plan in plans if not plan.parameter.is_meta})
+    if len(devices) > 1:
+        raise AttachError(f"the trainable parameters lie on {' and '.join(devices)}; gradlr trains models on one device so far")
+    for plan in plans:
+        if isinstance(plan.parameter, UninitializedParameter) or plan.parameter.is_meta:
+            raise AttachError(f"parameter {plan.name!r} has no values yet: run one batch through the model (or load it) first")
+        if any(size > 1 and stride == 0 for size, stride in zip(plan.parameter.shape, plan.parameter.stride(), strict=True)):
+            raise AttachError(f"parameter {plan.name!r} is an expanded view, several entries in one place: clone() it first")
+        if plan.parameter.is_complex():
+            raise AttachError(f"parameter {plan.name!r} is complex ({plan.parameter.dtype}); gradlr trains real parameters")
+        if type(plan.parameter.data).__name__ == "DTensor":
+            raise AttachError(f"parameter {plan.name!r} is sharded (DTensor); gradlr trains models on one device so far")
+        if plan.parameter.grad is not None:
+            raise AttachError(
+                f"parameter {plan.name!r} holds a gradient from an earlier backward, which would be added to the first update: "
+                "call model.zero_grad() before attaching"
+            )
 
 
 class Membership:

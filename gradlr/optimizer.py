@@ -17,6 +17,7 @@ from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import AdaptorCapture, GradientOperator, HookCapture
 from .membership import Membership
+from .parallel import Replicas, state_fingerprint, together
 from .slots import ParameterGroup, follow_loss, working_form
 from .tracker import LossTracker
 from .updates import Updates
@@ -49,9 +50,11 @@ class GradLR(Updates):
         capture: str,
         limit: NormLimit,
         state_dtype: torch.dtype,
+        replicas: Replicas | None = None,
     ) -> None:
         is_immediate = apply == "backward"
-        super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, is_immediate=is_immediate, limit=limit)
+        how = {"is_immediate": is_immediate, "limit": limit, "replicas": replicas}
+        super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, **how)
         self.apply = apply
         self._dropped_serial: int | None = None
         self._bad_backward: tuple[int, str] | None = None
@@ -93,7 +96,9 @@ class GradLR(Updates):
         self._membership.check()
         for slot in self._slots.values():
             # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
-            if not slot.rule.needs_dense and slot.pending is None and slot.basis is None:
+            # Processes that train together set it in step(), from what they all know.
+            is_free = slot.pending is None and slot.basis is None and self._replicas is None
+            if is_free and not slot.rule.needs_dense:
                 follow_loss(slot, tracker.ratio, self.state[slot.plan.parameter])
 
     def begin_backward(self, scale: Tensor) -> None:
@@ -178,10 +183,12 @@ class GradLR(Updates):
         if self._is_detached:
             raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
         try:
-            self._watch.step_begins(pending=len(self._waiting()))
-            if self.apply == "step" and (self._waiting() or self._skips.reason):
+            self._begin_step()
+            if self.apply == "step":
                 with full_precision(self._gauge.parameter.device):
                     self._take_step()
+            if self._replicas is not None:
+                self._follow_group()
         except BaseException:  # out of memory, Ctrl-C: nothing of this step may join the next one
             changed = tuple(self._watch.changed)
             self._give_up()
@@ -247,9 +254,19 @@ class GradLR(Updates):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`; momentum rank and rank may differ from the saved ones. State keeps its own dtype.
 
+        With a process group, every process loads the same one at the same time.
+
         Raises:
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
+            ParallelError: the processes have loaded different ones, or one has failed to load.
         """
+        with together(self._replicas):
+            self._load(state_dict)
+        if self._replicas is not None:
+            options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
+            self._replicas.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         self._restore(state_dict)
         last = state_dict["gradlr"].get("last_norm")
         self.limit.last = None if last is None else torch.tensor(last, **working_form(self._gauge.parameter))

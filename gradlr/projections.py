@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .slots import ParameterGroup, follow_loss, working_form
+from .parallel import Replicas
+from .slots import ParameterGroup, Slot, follow_loss, working_form
 from .state import KeptState
 from .tracker import LossTracker
 from .write import full_precision
@@ -18,11 +19,30 @@ class Projections(KeptState):
 
     Args:
         groups, tracker, seed, state_dtype: As for `KeptState`.
+        replicas: The processes that train together; None where this one trains alone.
     """
 
-    def __init__(self, groups: list[ParameterGroup], tracker: LossTracker, seed: int, state_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        tracker: LossTracker,
+        seed: int,
+        state_dtype: torch.dtype,
+        replicas: Replicas | None = None,
+    ) -> None:
         super().__init__(groups, tracker, seed, state_dtype)
+        self._replicas = replicas
         self._failed_tasks: set[int] = set()
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that train the model together."""
+        return 1 if self._replicas is None else self._replicas.size
+
+    @property
+    def tells_mean(self) -> bool:
+        """Whether the tracker hears of the mean loss of several processes from this optimizer."""
+        return self._replicas is not None
 
     @torch.no_grad()
     def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
@@ -30,9 +50,13 @@ class Projections(KeptState):
 
         Made in the first forward after an update whose inputs are not all zero, of the inputs there; its rank follows the loss
         shown before that forward. A forward of a layer in training mode takes none that one in evaluation mode has made.
+        Where several processes train, the inputs, which differ between them, have no say.
         """
         self._forget_failed_backward()
         slot = self._slots[id(parameter)]
+        if self._replicas is not None:
+            with full_precision(parameter.device):
+                return self._shared_bases(slot)[0]
         basis = slot.sound_basis(is_training)
         if basis is None:
             products: list[Tensor] = []
@@ -49,6 +73,17 @@ class Projections(KeptState):
             is_sound = torch.stack([basis.isfinite().all(), *(product.any() for product in products)]).all()
             slot.keep_basis(basis, is_sound, is_training)
         return basis
+
+    def _shared_bases(self, slot: Slot) -> tuple[Tensor, Tensor | None]:
+        """X and L (None where only X is asked for) of state and random numbers alone: the same in every process."""
+        known, like = (slot.plan.shape, self._rule_state(slot), self._settings(slot)), working_form(slot.plan.parameter)
+        if slot.capture != "one_sided":
+            return slot.rule.right_basis(*known, **like), slot.rule.left_basis(*known, **like)
+        # A graph may hold it already; the layer's input was projected on that very tensor.
+        basis = slot.basis
+        if basis is None:
+            slot.basis = basis = slot.rule.right_basis(*known, **like)
+        return basis, None
 
     def _forget_failed_backward(self) -> None:
         # A backward that is open and not under way has failed: the bases that its graph may still hold are of no further use.

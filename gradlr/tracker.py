@@ -18,7 +18,10 @@ _HISTORY_LENGTH = 65_536
 
 
 class LossListener(Protocol):
-    """What an optimizer implements to be told of every loss before its backward pass, and of the scale as it begins."""
+    """What an optimizer implements to be told of every loss before its backward pass, and of the scale as it begins.
+
+    One that trains with other processes has a true `tells_mean`: it calls `record_mean` after each step.
+    """
 
     def before_backward(self, tracker: LossTracker) -> None: ...
 
@@ -30,6 +33,9 @@ class LossTracker:
 
     The running maximum never falls: after a spike, or a loss on another scale (a sum, an evaluation), later ratios stay small.
     Give `max_loss` where that may happen.
+
+    With a process group (`attach(process_group=...)`) ratio and maximum follow the mean over all processes instead of the losses
+    shown here. It comes with the step's own exchange, so the ratio is that of the last step; 1 in the first one.
 
     On the CPU the ratio holds the loss just shown. On CUDA reading it would make the host wait for the device, so the ratio
     there lags exactly one call: the loss is copied to pinned memory in the background and read at the next call.
@@ -127,6 +133,11 @@ class LossTracker:
         """The losses read so far, oldest first, the last 65,536 of them."""
         return list(self._history)
 
+    def recent(self, count: int) -> list[float]:
+        """The last `count` losses, latest first; one on its way from the device is waited for."""
+        self._collect()
+        return [self._history[-1 - index] for index in range(min(count, len(self._history)))]
+
     def subscribe(self, listener: LossListener) -> None:
         """Call `listener.before_backward(self)` at every loss, as long as the listener lives (held weakly)."""
         self._listeners.add(listener)
@@ -183,6 +194,11 @@ class LossTracker:
 
     def _record(self, value: float) -> None:
         self._history.append(value)
+        if not any(getattr(listener, "tells_mean", False) for listener in self._listeners):
+            self.record_mean(value)
+
+    def record_mean(self, value: float) -> None:
+        """Let ratio and maximum follow this loss; those that are not finite are passed over."""
         if math.isfinite(value):
             self._latest = value
             self._running_max = value if self._running_max is None else max(self._running_max, value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -10,16 +11,18 @@ from torch import Tensor
 from . import guards
 from .captures import as_dense, compact, waits_as_it_is
 from .deferred import Deferred
+from .errors import ParallelError
 from .gauge import Gauge, NormLimit
 from .gradient import Factored, GradientOperator, Sketched
 from .observe import Observed, kept, seen_gradient, seen_update
+from .parallel import FAILED, FINE, NOT_FINITE, Replicas, as_shared, exchange
 from .projections import Projections
 from .rules import Settings, State, Update
 from .skips import Skips
-from .slots import ParameterGroup, Slot, working_form
+from .slots import ParameterGroup, Slot, follow_loss, working_form
 from .tracker import LossTracker
 from .watch import BackwardWatch
-from .write import all_finite, checked, keep_where, write
+from .write import all_finite, checked, full_precision, keep_where, write
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Updates(Projections):
         groups, tracker, seed, state_dtype: As for `KeptState`.
         is_immediate: Whether weights change inside backward.
         limit: On the global norm of a step's gradients.
+        replicas: The processes that train together; None where this one trains alone.
     """
 
     _write = staticmethod(write)
@@ -54,8 +58,9 @@ class Updates(Projections):
         state_dtype: torch.dtype,
         is_immediate: bool,
         limit: NormLimit,
+        replicas: Replicas | None = None,
     ) -> None:
-        super().__init__(groups, tracker, seed, state_dtype)
+        super().__init__(groups, tracker, seed, state_dtype, replicas)
         self.limit = limit
         self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=is_immediate)
         self._skips = Skips()
@@ -75,7 +80,11 @@ class Updates(Projections):
 
     def _accumulate(self, slot: Slot, gradient: GradientOperator) -> None:
         """Add a gradient to what waits."""
-        if not self._skips.look(gradient.is_finite(), self._blame(slot)):
+        is_sound = self._skips.look(gradient.is_finite(), self._blame(slot))
+        if self._replicas is not None:
+            self._accumulate_shared(slot, gradient if is_sound else None)
+            return
+        if not is_sound:
             self._gauge.record(slot.index, torch.full((), torch.nan, dtype=torch.float64, device=gradient.device))
             return
         if self._gauge.is_touched:  # clipped between two micro-batches: what has come so far is scaled, what comes now is not
@@ -100,8 +109,63 @@ class Updates(Projections):
             slot.is_pending_blank = Deferred(slot.pending.is_blank())
         self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
 
+    def _accumulate_shared(self, slot: Slot, gradient: GradientOperator | None) -> None:
+        """The same in bases that all processes know; the norm is not known before they have exchanged what waits."""
+        # A mark that shows whether somebody clips or unscales here, which each process would do to its own part.
+        self._gauge.record(slot.index, torch.ones((), dtype=torch.float64, device=slot.plan.parameter.device))
+        if gradient is None:
+            return
+        if slot.pending is None:
+            slot.pending = as_shared(slot, gradient, self._shared_bases)
+        else:
+            slot.pending = slot.pending.add_(gradient)
+
+    def _begin_step(self) -> None:
+        """See that what waits belongs together, and where several processes train, exchange it."""
+        if self._replicas is None:
+            self._watch.step_begins(pending=len(self._waiting()))
+            return
+        losses = self.tracker.recent(self._watch.shown_losses)
+        try:
+            self._watch.step_begins(pending=len(self._waiting()))
+            if self._gauge.is_changed():
+                raise guards.clipped_alone()
+        except Exception:  # the others wait for this process
+            with contextlib.suppress(ParallelError), full_precision(self._gauge.parameter.device):
+                self._exchange(losses, has_failed=True)
+            raise
+        with full_precision(self._gauge.parameter.device):
+            self._exchange(losses)
+
+    def _exchange(self, losses: list[float], *, has_failed: bool = False) -> None:
+        """Put the mean over all processes in the place of what waits here; the step is left out where one is not finite."""
+        verdict = self._skips.verdict()
+        is_finite = self._skips.reason is None and (verdict is None or bool(verdict))
+        status = FAILED if has_failed else FINE if is_finite else NOT_FINITE
+        own_reason = self._skips.reason or "a gradient held NaN or infinity"
+        self._skips.clear()
+        told = exchange(self._replicas, self.slots, self._shared_bases, losses=losses, status=status)
+        if told.failed:
+            raise guards.failed_elsewhere(told.failed)
+        if told.not_finite:
+            self._skips.reason = guards.not_finite_on(told.not_finite, self._replicas.rank, own_reason)
+        if told.loss is not None:
+            self.tracker.record_mean(told.loss)
+        self._gauge.clear()
+        for slot in self._waiting():
+            self._gauge.record(slot.index, slot.pending.squared_norm())
+
+    def _follow_group(self) -> None:
+        """After a step, the ranks of the next one: by the mean loss of all processes, once a step on each."""
+        self._forget_bases()
+        for slot in self._slots.values():
+            if not slot.rule.needs_dense:
+                follow_loss(slot, self.tracker.ratio, self.state[slot.plan.parameter])
+
     def _take_step(self) -> None:
         """Write all that waits, or nothing: all is prepared before the first weight is written."""
+        if not (self._waiting() or self._skips.reason):
+            return
         prepared = [] if self._skips.reason else self._prepare_waiting()
         if self._skips.reason:
             self._drop_waiting()

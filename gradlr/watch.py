@@ -44,6 +44,11 @@ class BackwardWatch:
         self._stepped_serial = self._tracker.serial
 
     @property
+    def shown_losses(self) -> int:
+        """Number of losses shown since the last step."""
+        return self._tracker.serial - self._stepped_serial
+
+    @property
     def is_interrupted(self) -> bool:
         """Whether an exception has ended a backward, and nobody has told or dropped anything since."""
         return not self._handled.issuperset(self._tracker.open_backwards)

@@ -275,6 +275,12 @@ def test_sharded_parameters_and_several_processes_are_not_passed_over(tmp_path, 
         torch.distributed.destroy_process_group()
 
 
+def test_a_launcher_whose_processes_never_meet_is_told(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # as torchrun sets it
+    with pytest.warns(gradlr.GradlrWarning, match="4 processes run, and each trains alone: .*process_group="):
+        gradlr.attach(mlp(), LossTracker())
+
+
 class Elsewhere(nn.Parameter):
     """A parameter that says to lie on another device."""
 

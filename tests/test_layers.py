@@ -11,8 +11,9 @@ ROOT = Path(gradlr.__file__).parent
 # Each entry may import what stands before it. Rooms of one line do not import each other, except inside a folder.
 FLOW = (
     "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "observe", "slots",
-    "captures", "guards", "gauge", "skips", "checkpoint", "describe", "report", "write", "watch", "membership", "state",
-    "projections", "updates", "optimizer", "storage", "lora", "attach", "memory", "__init__", "integrations", "bench", "demo",
+    "captures", "guards", "gauge", "skips", "checkpoint", "describe", "report", "write", "watch", "membership", "parallel",
+    "state", "projections", "updates", "optimizer", "storage", "lora", "attach", "memory", "__init__", "integrations", "bench",
+    "demo",
     "finetune", "cli", "__main__",
 )  # fmt: skip
 

@@ -144,6 +144,19 @@ class Rule:
         draw = gaussian((*batch, n, settings.rank), settings.generator, dtype=dtype, device=device)
         return orthonormalize(draw if covariance_times is None else covariance_times(draw))
 
+    def left_basis(
+        self, shape: torch.Size, state: State, settings: Settings, *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """L, (..., m, r) with orthonormal columns: the other side of a sketch whose bases are known before the gradient.
+
+        Asked for after `right_basis`, of the same settings, whose random numbers go on. Here random directions.
+
+        Args:
+            shape, state, settings, dtype, device: As for `right_basis`.
+        """
+        *batch, m, _ = shape
+        return orthonormalize(gaussian((*batch, m, settings.rank), settings.generator, dtype=dtype, device=device))
+
     def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
         return state

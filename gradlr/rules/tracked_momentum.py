@@ -109,6 +109,14 @@ class TrackedMomentum(Rule):
         """
         return orthonormalize(self._test_matrix(state, settings, covariance_times), method=self._method(state["R"]))
 
+    def left_basis(
+        self, shape: torch.Size, state: State, settings: Settings, *, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The momentum's own directions, and random ones beside them."""
+        *batch, m, _ = shape
+        fresh = gaussian((*batch, m, settings.rank), settings.generator, dtype=dtype, device=device)
+        return orthonormalize(_fill(state["P"][..., : settings.rank], fresh), method=self._method(fresh))
+
     def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own."""
         method = self._method(state["R"])

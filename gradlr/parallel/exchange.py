@@ -1,0 +1,207 @@
+"""What the processes exchange at a step: one flat buffer of sketches, in the order of the parameters, summed over all of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed
+
+from ..captures import as_dense, compact
+from ..errors import ParallelError
+from ..gradient import Dense, GradientOperator, Rows, Sketched
+from ..parameters import TABLE
+from ..slots import Slot, working_form
+from .replicas import Replicas, ranks_named
+
+# How a process comes to a step: with sound gradients (or none), with NaN or infinity, or with an error.
+FINE, NOT_FINITE, FAILED = 0, 1, 2
+
+# Checksums are kept below this, so that float32 holds them exactly.
+_CHECKSUMS = 2**23
+
+Bases = Callable[[Slot], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What all processes know of each other after an exchange.
+
+    Attributes:
+        loss: Mean over the processes that have shown a finite loss since the last step; None where none has.
+        not_finite: Ranks that had NaN or infinity.
+        failed: Ranks that came with an error.
+    """
+
+    loss: float | None
+    not_finite: list[int]
+    failed: list[int]
+
+
+def form_of(slot: Slot) -> str:
+    """How a parameter's gradient waits and travels: alike on every rank, whatever came there.
+
+    "entries" are all of them, "rows" those of a table that any rank has touched, "sketch" the two products r(m + n) in bases that
+    all ranks know, "projection" the one product rm of a one-sided layer.
+    """
+    shape, rule = slot.plan.shape, slot.rule
+    if rule.needs_dense:
+        return "rows" if slot.plan.kind == TABLE and len(shape) == 2 else "entries"
+    if slot.capture == "one_sided":
+        return "projection"
+    m, n = shape[-2:]
+    return "entries" if slot.rank * (m + n) >= m * n else "sketch"
+
+
+def as_shared(slot: Slot, gradient: GradientOperator, bases: Bases) -> GradientOperator:
+    """A step's first gradient of a parameter in that form; further ones are added with `add_`."""
+    form = form_of(slot)
+    if form == "rows":
+        return compact(gradient)
+    if form == "entries":
+        return as_dense(gradient)
+    right, left = bases(slot)
+    is_done = isinstance(gradient, Sketched) and gradient.right is right and gradient.left is left
+    return gradient if is_done else Sketched.of(gradient, right, left)
+
+
+def exchange(replicas: Replicas, slots: Sequence[Slot], bases: Bases, *, losses: Sequence[float], status: int) -> Told:
+    """Put the mean over all processes in the place of what waits; a process where nothing waits counts as zero.
+
+    One all-reduce of `2 + 2 · processes + parameters` numbers and the parameters' own; before it one of a byte per row where
+    there are tables. A parameter that no process has used waits nowhere afterwards; where one has NaN or an error, none does.
+
+    Args:
+        replicas: The processes.
+        slots: All parameters, in the same order everywhere.
+        bases: X and L of a parameter, the same everywhere.
+        losses: Shown here since the last step.
+        status: Of this process: `FINE`, `NOT_FINITE` or `FAILED`.
+
+    Raises:
+        ParallelError: a process is missing, or the weights are no longer the same.
+    """
+    replicas.meet()
+    if status != FINE:
+        for slot in slots:
+            slot.pending = None
+    touched = _touched_rows(replicas, slots)
+    watched = slots[replicas.meetings % len(slots)]
+    header = _header(replicas, slots, watched, losses, status)
+    sizes = [[math.prod(shape) for shape in _shapes(slot, touched)] for slot in slots]
+    buffer = _packed(header, slots, touched, sum(map(sum, sizes)))
+    known = {slot.index: (slot.pending.right, slot.pending.left) for slot in slots if isinstance(slot.pending, Sketched)}
+    for slot in slots:
+        slot.pending = None
+    replicas.all_reduce(buffer)
+    told, has_any = _read(buffer[: len(header)].tolist(), replicas.size, watched)
+    body = buffer[len(header) :].div_(replicas.size)
+    is_whole = not (told.not_finite or told.failed)
+    for slot, own, has in zip(slots, body.split([sum(size) for size in sizes]), has_any, strict=True):
+        if has and is_whole:
+            slot.pending = _unpacked(slot, own, touched, lambda slot: known.get(slot.index) or bases(slot))
+    return told
+
+
+def _touched_rows(replicas: Replicas, slots: Sequence[Slot]) -> dict[int, Tensor]:
+    """Row numbers of each table that any process has a gradient of, ascending."""
+    tables = [slot for slot in slots if form_of(slot) == "rows"]
+    if not tables:
+        return {}
+    counts = [slot.plan.shape[0] for slot in tables]
+    masks = torch.zeros(sum(counts), dtype=torch.uint8, device=tables[0].plan.parameter.device)
+    for slot, mask in zip(tables, masks.split(counts), strict=True):
+        if isinstance(slot.pending, Rows):
+            mask.index_fill_(0, slot.pending.rows, 1)
+        elif slot.pending is not None:
+            mask.copy_((slot.pending.matrix != 0).any(dim=-1))
+    replicas.all_reduce(masks, distributed.ReduceOp.MAX)
+    return {slot.index: mask.nonzero().squeeze(-1) for slot, mask in zip(tables, masks.split(counts), strict=True)}
+
+
+def _header(replicas: Replicas, slots: Sequence[Slot], watched: Slot, losses: Sequence[float], status: int) -> list[float]:
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    own = [0.0] * (2 * replicas.size)
+    own[replicas.rank], own[replicas.size + replicas.rank] = status, _checksum(watched.plan.parameter)
+    loss = [sum(finite) / len(finite), 1.0] if finite else [0.0, 0.0]
+    return [*loss, *own, *(float(slot.pending is not None) for slot in slots)]
+
+
+def _checksum(parameter: Tensor) -> int:
+    """Of the bits of a parameter: another one where two replicas have drifted apart, almost surely."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
+    return int(parameter.detach().contiguous().reshape(-1).view(bits).sum(dtype=torch.int64) % _CHECKSUMS)
+
+
+def _read(header: list[float], size: int, watched: Slot) -> tuple[Told, list[float]]:
+    loss, count = header[:2]
+    statuses, sums, has_any = header[2 : 2 + size], header[2 + size : 2 + 2 * size], header[2 + 2 * size :]
+    told = Told(
+        loss / count if count else None,
+        [rank for rank, status in enumerate(statuses) if status == NOT_FINITE],
+        [rank for rank, status in enumerate(statuses) if status == FAILED],
+    )
+    drifted = [rank for rank, checksum in enumerate(sums) if checksum != sums[0]]
+    if drifted and not told.failed:
+        raise ParallelError(
+            f"{watched.plan.name!r} has other weights on {ranks_named(drifted)} than on rank 0: the replicas have drifted apart. "
+            "Load the same checkpoint on every rank, change weights on all ranks alike, and run them on the same hardware"
+        )
+    return told, has_any
+
+
+def _shapes(slot: Slot, touched: dict[int, Tensor]) -> list[tuple[int, ...]]:
+    form, shape = form_of(slot), tuple(slot.plan.shape)
+    if form == "entries":
+        return [shape]
+    *batch, m, n = shape
+    if form == "rows":
+        return [(len(touched[slot.index]), n)]
+    sides = (m, n) if form == "sketch" else (m,)
+    return [(*batch, side, slot.rank) for side in sides]
+
+
+def _packed(header: list[float], slots: Sequence[Slot], touched: dict[int, Tensor], count: int) -> Tensor:
+    forms = [working_form(slot.plan.parameter) for slot in slots]
+    dtype = max((form["dtype"] for form in forms), key=lambda dtype: dtype.itemsize)
+    buffer = torch.zeros(len(header) + count, dtype=dtype, device=forms[0]["device"])
+    buffer[: len(header)] = torch.tensor(header, dtype=dtype)
+    start = len(header)
+    for slot in slots:
+        shapes = _shapes(slot, touched)
+        for shape, part in zip(shapes, _parts(slot, touched) or [None] * len(shapes), strict=True):
+            end = start + math.prod(shape)
+            if part is not None:
+                buffer[start:end].view(shape).copy_(part)
+            start = end
+    return buffer
+
+
+def _parts(slot: Slot, touched: dict[int, Tensor]) -> list[Tensor]:
+    waiting = slot.pending
+    if waiting is None:
+        return []
+    if isinstance(waiting, Sketched):
+        return [waiting.right_sketch] if waiting.left is None else [waiting.right_sketch, waiting.left_sketch]
+    if slot.index not in touched:
+        return [waiting.matrix]
+    rows = touched[slot.index]
+    if isinstance(waiting, Rows):
+        places = torch.searchsorted(rows, waiting.rows)
+        return [waiting.values.new_zeros((len(rows), waiting.shape[1])).index_add_(0, places, waiting.values)]
+    return [waiting.matrix[rows]]
+
+
+def _unpacked(slot: Slot, numbers: Tensor, touched: dict[int, Tensor], bases: Bases) -> GradientOperator:
+    shapes, form = _shapes(slot, touched), form_of(slot)
+    numbers = numbers.to(working_form(slot.plan.parameter)["dtype"])
+    parts = [part.view(shape) for part, shape in zip(numbers.split([math.prod(shape) for shape in shapes]), shapes, strict=True)]
+    if form == "entries":
+        return Dense(parts[0], is_owned=True)
+    if form == "rows":
+        rows, count = touched[slot.index], slot.plan.shape[0]
+        return Dense(parts[0], is_owned=True) if len(rows) == count else Rows(rows, parts[0], count)
+    right, left = bases(slot)
+    return Sketched(right, parts[0], left, parts[1] if form == "sketch" else None)
