@@ -177,7 +177,11 @@ BAD_ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=[str(options)[:60].split(" at 0x")[0] for options, _ in BAD_ARGUMENTS])
+def bad_name(options):
+    return str(options)[:60].split(" at 0x")[0]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=[bad_name(options) for options, _ in BAD_ARGUMENTS])
 def test_arguments_out_of_range_leave_the_model_unattached(options, message):
     model = mlp()
     with pytest.raises(ArgumentError, match=message):
