@@ -37,6 +37,8 @@ def test_the_transfer_rule_is_what_the_sweeps_found():
         best = {row["name"]: row["best_lr"] for row in results(name)["results"]}
         assert {best[key] / best["adamw"] for key in few} == {8.0}
         assert best["k32_r64"] / best["adamw"] == 4.0
+    best = {row["name"]: row["best_lr"] for row in results("quality-minilm")["results"]}
+    assert best["default"] / best["adamw"] == best["k32_r64"] / best["adamw"] == 8.0
 
 
 TABLES = {
