@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..files import write_atomically
-from .pareto import OTHERS, OURS, TITLES, read_report
+from .pareto import OTHERS, OURS, TITLES, read_report, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,5 +93,5 @@ def _draw_schedules(axes: Axes, report: dict[str, Any]) -> None:
         if is_scheduled and row["mean"] is not None:
             mark = "s" if "energy" in row["name"] else "D"
             axes.plot(row["mean_rank"], row["mean"], mark, color=OTHERS, markersize=6)
-            axes.annotate(f" {row['label']}", (row["mean_rank"], row["mean"]), fontsize=8, color=OTHERS, va="bottom")
+            axes.annotate(f" {short(row['label'])}", (row["mean_rank"], row["mean"]), fontsize=8, color=OTHERS, va="bottom")
     axes.set(xlabel="mean rank over the run")

@@ -155,6 +155,15 @@ def test_every_way_of_training_goes_on_bit_for_bit(model, data, tmp_path, monkey
     assert_same(straight, stopped)
 
 
+@pytest.fixture
+def _python_hears_ctrl_c():
+    """As in a terminal: processes that run tests may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_python_hears_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once(model, data, tmp_path, monkeypatch, capsys):
     def twice(run):
         signal.raise_signal(signal.SIGINT)
