@@ -42,6 +42,7 @@ _SCHEDULES: dict[str, tuple[Callable[[int], Any], str]] = {
 }
 # What may follow `k4_r64`, longest first: the words in a table, and arguments of the rule or of attach.
 _FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "_fast_tables": ("tables at lr / 8", {}, {"table_share": 1 / 8}),
     "_no_residual": ("no residual", {"residual": 0.0}, {}),
     "_one_sided": ('capture="one_sided"', {}, {"capture": "one_sided"}),
     "_products": ("products only", {"arithmetic": "products"}, {}),

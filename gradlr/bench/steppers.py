@@ -149,15 +149,21 @@ def muon(model: nn.Module, lr: float) -> Stepper:
     return Stepper(ordinary_step(optimizers), optimizers)
 
 
-def gradlr(**options: Any) -> Callable[[nn.Module, float], Stepper]:
-    """gradlr with the given arguments of `attach`; its vectors and tables follow its one learning rate."""
+def gradlr(*, table_share: float | None = None, **options: Any) -> Callable[[nn.Module, float], Stepper]:
+    """gradlr with the given arguments of `attach`; its vectors and tables follow its one learning rate.
+
+    Args:
+        table_share: Rate of tables as a share of it; that of `attach` where None.
+        **options: Of `attach`.
+    """
 
     def make(model: nn.Module, lr: float) -> Stepper:
         tracker = LossTracker()
         with warnings.catch_warnings():
             # What an adaptor of so large a rank costs is measured here, too.
             warnings.filterwarnings("ignore", "capture=.* costs more than hooks would", GradlrWarning)
-            optimizer = attach(model, tracker, lr=lr, **options)
+            tables = {} if table_share is None else {"table_lr": lr * table_share}
+            optimizer = attach(model, tracker, lr=lr, **tables, **options)
 
         def step(compute: Loss) -> Tensor:
             loss = compute()
