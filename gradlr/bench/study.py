@@ -36,6 +36,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> Figure:
         row[0].set_title(TITLES.get(name, name), loc="left", fontsize=11)
         for axes in row:
             axes.spines[["top", "right"]].set_visible(False)
+            axes.ticklabel_format(axis="y", useOffset=False)
             if axes.get_legend_handles_labels()[0]:
                 axes.legend(frameon=False, fontsize=8)
     return figure
