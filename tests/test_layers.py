@@ -13,8 +13,7 @@ FLOW = (
     "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "observe", "slots",
     "captures", "guards", "gauge", "skips", "checkpoint", "describe", "report", "write", "watch", "membership", "parallel",
     "state", "projections", "updates", "optimizer", "storage", "lora", "attach", "memory", "__init__", "integrations", "bench",
-    "demo",
-    "finetune", "cli", "__main__",
+    "interrupts", "demo", "finetune", "cli", "__main__",
 )  # fmt: skip
 
 

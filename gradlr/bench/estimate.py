@@ -17,7 +17,7 @@ from ..memory import estimate as estimated
 from .environment import environment
 from .memory import MIB, peak_bytes
 from .pretrain import load_pretrained
-from .steppers import Contender, Stepper, adamw, forward_backward, gradlr
+from .steppers import Contender, Stepper, adamw, forward_backward, fused_adamw, gradlr
 from .transformer import language_model_loss
 
 # Enough for state that is made late, and for whatever a step leaves behind.
@@ -83,17 +83,13 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def _lora(adapters: nn.Module, lr: float) -> Stepper:
-    return adamw(adapters, lr, fused=True)
-
-
 CONTENDERS: dict[str, Contender] = {
     name: Contender(name, METHODS[name].label, make, ())
     for name, make in {
         "no_optimizer": forward_backward,
-        "adamw": lambda model, lr: adamw(model, lr, fused=True),
+        "adamw": fused_adamw,
         "adamw_foreach": lambda model, lr: adamw(model, lr, foreach=True),
-        "lora": _lora,
+        "lora": fused_adamw,  # of the adapters
         "gradlr": gradlr(),
         "gradlr_step": gradlr(apply="step"),
         "gradlr_adaptor": gradlr(capture="adaptor"),

@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from .. import rules
 from .environment import environment
 from .peers import PEERS
-from .steppers import Contender, Stepper, adamw, forward_backward, gradlr
+from .steppers import Contender, Stepper, adamw, forward_backward, fused_adamw, gradlr
 
 MIB = 2**20
 # The profiler's library prints its own start and stop to stderr; errors still come as exceptions.
@@ -68,7 +68,7 @@ def methods(rank: int, peers: Sequence[str] = ()) -> list[Contender]:
     bare = rules.TrackedMomentum(residual=0)
     return [
         Contender("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True), ()),
-        Contender("adamw_fused", "AdamW (fused)", lambda model, lr: adamw(model, lr, fused=True), ()),
+        Contender("adamw_fused", "AdamW (fused)", fused_adamw, ()),
         Contender("no_optimizer", "forward + backward, no optimizer", forward_backward, ()),
         *(PEERS[name] for name in peers),
         Contender("adamw_in_backward", "AdamW inside backward", gradlr(rule="adam"), ()),

@@ -60,7 +60,11 @@ def write(paths: Sequence[Path], out: Path) -> None:
     Raises:
         ArgumentError: a file is no report of `bench quality`.
     """
-    figure = draw([read_report(path) for path in paths])
+    save_figure(draw([read_report(path) for path in paths]), out)
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write the picture, as PNG or whatever the name of `out` says, whole or not at all."""
     write_atomically(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=110))
 
 
@@ -91,10 +95,10 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _panel(axes: Axes, rows: list[dict[str, Any]], costs: list[float]) -> None:
-    points = [(cost, entry["mean"]) for cost, entry in zip(costs, rows, strict=True)]
     from adjustText import adjust_text  # an extra, as matplotlib
     from matplotlib.ticker import LogLocator
 
+    points = [(cost, entry["mean"]) for cost, entry in zip(costs, rows, strict=True)]
     axes.step(*zip(*front(points), strict=True), where="post", color=FRONT, linewidth=5, zorder=1, solid_capstyle="round")
     for (cost, loss), entry in zip(points, rows, strict=True):
         axes.errorbar(cost, loss, yerr=entry["spread"], fmt="o", color=_color(entry), markersize=5, elinewidth=0.6)

@@ -14,7 +14,7 @@ from torch import nn
 from .. import rules
 from .environment import environment
 from .peers import PEERS
-from .steppers import Contender, adamw, forward_backward, gradlr, muon, sgd
+from .steppers import Contender, forward_backward, fused_adamw, gradlr, muon, sgd
 from .text import batches, documentation
 from .transformer import ByteTransformer, language_model_loss
 
@@ -34,7 +34,7 @@ def linear_methods(rank: int) -> list[Contender]:
         Contender("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
         *adaptors(rank),
         Contender("sgd", "SGD", sgd, ()),
-        Contender("adamw", "AdamW (fused)", _fused_adamw, ()),
+        Contender("adamw", "AdamW (fused)", fused_adamw, ()),
     ]
 
 
@@ -55,16 +55,12 @@ def transformer_methods(rank: int, device: str, peers: Sequence[str] = ()) -> li
     """
     return [
         Contender("sgd", "SGD", sgd, ()),
-        Contender("adamw", "AdamW (fused)", _fused_adamw, ()),
+        Contender("adamw", "AdamW (fused)", fused_adamw, ()),
         *([Contender("muon", "Muon", muon, ())] if torch.device(device).type == "cuda" else []),
         Contender("hook", "gradlr", gradlr(rank=rank), ()),
         *adaptors(rank),
         *(PEERS[name] for name in peers),
     ]
-
-
-def _fused_adamw(model: nn.Module, lr: float):
-    return adamw(model, lr, fused=True)
 
 
 def measure(

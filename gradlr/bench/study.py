@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
-from ..files import write_atomically
-from .pareto import OTHERS, OURS, TITLES, read_report, short
+from .pareto import OTHERS, OURS, TITLES, read_report, save_figure, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,8 +43,7 @@ def draw(reports: Sequence[dict[str, Any]]) -> Figure:
 
 def write(paths: Sequence[Path], out: Path) -> None:
     """Draw the reports in the given JSON files, those of one workload and of the same seeds together, whole or not at all."""
-    figure = draw(together([read_report(path) for path in paths]))
-    write_atomically(out, lambda file: figure.savefig(file, format=out.suffix[1:] or "png", dpi=110))
+    save_figure(draw(together([read_report(path) for path in paths])), out)
 
 
 def together(reports: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +23,7 @@ from ..bench.transformer import evaluate, language_model_loss
 from ..describe import format_bytes
 from ..errors import GradlrError
 from ..files import write_atomically
+from ..interrupts import deferred_signals
 from ..parameters import MATRIX
 
 SAVE_EVERY = 20
@@ -136,7 +134,7 @@ def _run(model: nn.Module, stepper: Stepper, record: Record, plan: Plan) -> None
     data = batches(documentation().train, seed=plan.seed, start=start, **sizes)
     pause = 0.1 if sys.stderr.isatty() else 10.0  # in a log, few lines
     bar = tqdm(total=plan.steps, initial=start, desc=f"{record.label:>6s}", unit="step", mininterval=pause, maxinterval=pause)
-    with _deferred_interrupt() as interrupt, bar:
+    with deferred_signals(signal.SIGINT) as interrupts, bar:
         for step, (inputs, targets) in enumerate(data, start=start):
             stepper.set_rate(workload.rate_factor(step))
             _step(model, stepper, record, inputs.to(plan.device), targets.to(plan.device))
@@ -145,9 +143,9 @@ def _run(model: nn.Module, stepper: Stepper, record: Record, plan: Plan) -> None
             is_last = step + 1 == plan.steps
             if (step + 1) % SAVE_EVERY == 0 or is_last:
                 record.validation.append((step + 1, evaluate(model, held_out)))
-            if (step + 1) % SAVE_EVERY == 0 or is_last or interrupt.is_set():
+            if (step + 1) % SAVE_EVERY == 0 or is_last or interrupts:
                 write_atomically(record.resume_path, partial(torch.save, _resume_point(record, model, stepper, plan)))
-            if interrupt.is_set():
+            if interrupts:
                 raise InterruptedRun(f"{record.label} after {step + 1} of {plan.steps} steps")
 
 
@@ -182,26 +180,6 @@ def _measure_peak(method: Contender, model: nn.Module, plan: Plan) -> int:
         return stepper
 
     return peak_bytes(work, plan.device)
-
-
-@contextmanager
-def _deferred_interrupt() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that a step is never left half done; a second Ctrl-C stops at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, previous)
-
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _resume_point(record: Record, model: nn.Module, stepper: Stepper, plan: Plan) -> dict[str, Any]:

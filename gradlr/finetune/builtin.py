@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..bench.pretrain import CHECKPOINT, load_pretrained
 from ..bench.transformer import VOCABULARY, ByteTransformer
 from ..errors import ArgumentError
 from ..files import write_atomically
+from ..memory import checkpoint_blocks
 from .packing import Tokens
 from .reading import Document
 
@@ -76,8 +76,7 @@ class BuiltinModel:
 
     def enable_checkpointing(self, model: nn.Module) -> None:
         """Keep each block's input for backward, and nothing from inside it."""
-        for block in model.blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        checkpoint_blocks(model)
 
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of int64 inputs (batch, length)."""

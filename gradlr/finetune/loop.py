@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import GradlrError, NonFiniteError
+from ..interrupts import deferred_signals
 from ..optimizer import GradLR
 from ..parameters import MATRIX
 from ..storage import load, save
@@ -114,7 +112,7 @@ def train(run: Run) -> int | None:
     """
     plan, done = run.plan, run.done
     run.model.train()
-    with deferred_signals() as signals, Progress(plan.steps, done.step) as progress:
+    with deferred_signals(signal.SIGINT, signal.SIGTERM) as signals, Progress(plan.steps, done.step) as progress:
         if not done.validation:
             progress.say(f"validation loss {run.validate():.4f} before training")
         while done.step < plan.steps and not signals:
@@ -187,31 +185,6 @@ def _diverged(run: Run, what: str) -> GradlrError:
         f"training stopped in step {run.done.step + 1}: {what}. {kept}. Start anew (--overwrite) with a lower --lr than "
         f"{rate:g}, a longer --warmup, or --max-grad-norm 1"
     )
-
-
-@contextmanager
-def deferred_signals() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM are noted, so that a step is never left half done; a second one stops at once."""
-    noted: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def note(number: int, frame: Any) -> None:
-        noted.append(number)
-        _set_handlers(previous)
-
-    _set_handlers(dict.fromkeys(previous, note))
-    try:
-        yield noted
-    finally:
-        _set_handlers(previous)
-
-
-def _set_handlers(handlers: dict[int, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def _random_state(device: str) -> dict[str, Tensor]:

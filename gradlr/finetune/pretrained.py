@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..errors import ArgumentError
+from ..memory import checkpoint_blocks
 from .packing import Tokens
 from .reading import Document
 
@@ -150,7 +151,7 @@ class PretrainedModel:
         """Keep each layer's input for backward, and nothing from inside it."""
         if not model.supports_gradient_checkpointing:
             raise ArgumentError(f"--checkpointing: transformers cannot checkpoint a {type(model).__name__}; leave it out")
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_blocks(model)
 
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of int64 inputs (batch, length)."""
