@@ -16,8 +16,19 @@ from .gauge import NormLimit
 from .gradient import release_abandoned
 from .membership import is_compiled_whole, require_plain_model, require_trainable
 from .optimizer import GradLR
-from .parallel import Replicas, fingerprint, together, warn_of_processes
-from .parameters import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, plan_parameters, tale_of_guesses, with_kind, with_views
+from .parallel import Replicas, together, warn_of_processes
+from .parameters import (
+    KINDS,
+    MATRIX,
+    TABLE,
+    VECTOR,
+    ParameterPlan,
+    plan_parameters,
+    tale_of_guesses,
+    with_kind,
+    with_views,
+)
+from .processes import join, shards_of, spread
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
 from .rules import Rule, resolve
 from .rules.base import require_fraction, require_number, require_positive
@@ -109,7 +120,8 @@ def attach(
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
         process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
             `opt.step()` exchanges sketches, r(m + n) numbers per matrix, whose mean all take; needs `apply="step"`. All processes
-            call `attach`, `step` and `load_state_dict` alike; rank 0's weights and buffers go to all. See `docs/devices.md`.
+            call `attach`, `step` and `load_state_dict` alike; rank 0's weights and buffers go to all. A model that `fully_shard`
+            or `parallelize_module` has sharded needs none. See `docs/devices.md`.
 
     Returns:
         The optimizer, a `torch.optim.Optimizer`. Keep it in a variable: hooks hold it weakly.
@@ -126,10 +138,12 @@ def attach(
             three with one in front, or names that speak of a table or of logarithms ("emb...", "pos...", "table", "log..."):
             what was assumed, and how to overrule it.
     """
-    if process_group is None:
+    shards = shards_of(model, process_group, capture)
+    if process_group is None and shards is None:
         warn_of_processes()
     replicas = None if process_group is None else Replicas(process_group)
-    with together(replicas):
+    everyone = replicas if shards is None else shards.everyone
+    with together(everyone):
         require_plain_model(model)
         if not isinstance(loss_tracker, LossTracker):
             raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
@@ -156,28 +170,18 @@ def attach(
             for (label, options), members in matched
             for group in _by_kind(label, _merged(defaults, options), members, given=options)
         ]  # fmt: skip
+        if shards is not None:
+            spread(parameter_groups, shards)
         limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
         if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
             warnings.warn(tale_of_guesses(guesses), GradlrWarning, stacklevel=2)
         optimizer = GradLR(
-            model, parameter_groups, loss_tracker, apply=apply, seed=seed, capture=capture, limit=limit, state_dtype=state_dtype,
-            replicas=replicas,
+            model, parameter_groups, loss_tracker, apply=apply, seed=seed, limit=limit, state_dtype=state_dtype,
+            capture="hook" if shards is not None else capture, replicas=replicas, shards=shards,
         )  # fmt: skip
-    if replicas is not None:
-        _join(optimizer, model, replicas)
+    if everyone is not None:
+        join(optimizer, model, everyone, shards)
     return optimizer
-
-
-def _join(optimizer: GradLR, model: nn.Module, replicas: Replicas) -> None:
-    tracker, limit = optimizer.tracker, optimizer.limit
-    options = {"seed": optimizer.seed, "state_dtype": optimizer._state_dtype, "max_grad_norm": limit.max_norm,
-               "max_norm_growth": limit.max_growth, "loss ratio": tracker.ratio, "max_loss": tracker.max_loss}  # fmt: skip
-    try:
-        replicas.agree(fingerprint(optimizer.slots, optimizer.param_groups, options))
-        replicas.broadcast(model)
-    except BaseException:
-        optimizer.detach()
-        raise
 
 
 def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> NormLimit:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, GradlrWarning
 from .gradient import CapturedLayer, Dense, GradientOperator, LinearMap, Rows, Sketched, TokenMap, is_plain_embedding, linear_map
-from .parameters import ParameterPlan
+from .parameters import ParameterPlan, is_sharded, local
 from .slots import Slot
 from .views import share_memory
 
@@ -114,12 +114,25 @@ def operator_of(plan: ParameterPlan, gradient: Tensor) -> GradientOperator | Non
         return Rows.summed(gradient._indices()[0], gradient._values(), plan.shape[0])
     if gradient.layout != torch.strided or gradient.is_complex():
         return None
+    if is_sharded(gradient):
+        gradient = _block(gradient.detach(), plan.parameter)
     is_shared = _is_storage_shared(gradient)
     matrix = plan.view.of(gradient.detach())
     is_copy = not share_memory(matrix, gradient)
     # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
     is_ours = not (is_shared or gradient.requires_grad) and len(plan.parameter._post_accumulate_grad_hooks) == 1
-    return Dense(matrix, is_owned=is_copy or is_ours)
+    return Dense(matrix, is_owned=is_copy or is_ours, layout=plan.layout)
+
+
+def _block(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Of a sharded gradient what belongs to the parameter's part in this process."""
+    if gradient.placements != parameter.placements:  # partial sums, as of a norm under sequence parallelism
+        gradient = gradient.redistribute(placements=parameter.placements)
+    block = local(gradient)
+    block = block.wait() if hasattr(block, "wait") else block  # a redistribution may be under way
+    if block.device.type == "cpu" and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # offloaded: older versions of torch have not waited for the copy
+    return block
 
 
 def _is_storage_shared(gradient: Tensor) -> bool:
@@ -132,8 +145,9 @@ def waits_as_it_is(slot: Slot, gradient: GradientOperator) -> bool:
     """Whether a gradient that waits for `step()` need not be sketched: nothing smaller would serve."""
     if slot.rule.needs_dense or isinstance(gradient, Sketched):
         return True
-    # Two bases and two products: r columns on the right, r + k on the left.
-    m, n = gradient.shape[-2:]
+    # Two bases and two products: r columns on the right, r + k on the left. Of a shard, what would wait here.
+    layout = slot.plan.layout
+    m, n = (-(-size // axis.parts) for axis, size in zip((layout.rows, layout.columns), slot.plan.shape[-2:], strict=True))
     return isinstance(gradient, Dense) and (2 * slot.rank + slot.momentum_rank) * (m + n) >= m * n
 
 

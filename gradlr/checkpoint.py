@@ -23,17 +23,33 @@ def check_layout(state_dict: Any, groups: list[dict[str, Any]]) -> None:
         raise CheckpointError(f"the checkpoint has {counts}: attach with the same groups=")
     for saved, group in zip(saved_groups, groups, strict=True):
         _check_group(saved, group)
-    extra = state_dict["gradlr"]
+    extra = extra_of(state_dict)
     if len(extra["ranks"]) != sum(len(group["param_names"]) for group in groups):
         raise CheckpointError(f"the checkpoint holds {len(extra['ranks'])} ranks, not one per parameter")
     LossTracker().load_state_dict(extra["tracker"])
 
 
+def extra_of(state_dict: dict[str, Any]) -> Any:
+    """What a checkpoint holds besides states and groups: its "gradlr", which torch.distributed.checkpoint finds in a group."""
+    if "gradlr" in state_dict:
+        return state_dict["gradlr"]
+    return _in_first_group(state_dict)
+
+
+def _in_first_group(state_dict: dict[str, Any]) -> Any:
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, list) and groups else None
+    return first.get("gradlr") if isinstance(first, dict) else None
+
+
 def _check_entries(state_dict: Any) -> None:
-    extra = state_dict.get("gradlr") if isinstance(state_dict, dict) else None
+    extra = extra_of(state_dict) if isinstance(state_dict, dict) else None
     has_extra = isinstance(extra, dict) and {"seed", "ranks", "tracker"} <= extra.keys()
     if not (has_extra and {"state", "param_groups"} <= state_dict.keys()):
         raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
+    copy = _in_first_group(state_dict)
+    if extra is not copy and copy is not None and repr(copy) != repr(extra):  # NaN in a history equals nothing
+        raise CheckpointError("the checkpoint's two records of ranks, seed and losses differ: it is damaged")
     if not (isinstance(extra.get("version"), int) and extra["version"] == 1):
         raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads format 1")
     is_sound = {

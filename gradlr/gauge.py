@@ -54,6 +54,17 @@ class Gauge:
         self._version = self.parameter.grad._version
 
     @property
+    def energy(self) -> Tensor | None:
+        """Squared norm of all that waits, 0-dim float64; None where nothing does."""
+        return self._total
+
+    def become(self, energy: float) -> None:
+        """Of all processes together it is this much."""
+        if self._total is not None:
+            self._total = torch.full_like(self._total, energy)
+            self._show()
+
+    @property
     def is_touched(self) -> bool:
         """Whether somebody has written to the norm since the last gradient came."""
         grad = self.parameter.grad

@@ -13,7 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from . import guards
 from .errors import ArgumentError, AttachError, GradlrWarning
-from .parameters import ParameterPlan
+from .parameters import ParameterPlan, is_sharded
 
 
 def require_plain_model(model: nn.Module) -> None:
@@ -44,8 +44,6 @@ def require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
             raise AttachError(f"parameter {plan.name!r} is an expanded view, several entries in one place: clone() it first")
         if plan.parameter.is_complex():
             raise AttachError(f"parameter {plan.name!r} is complex ({plan.parameter.dtype}); gradlr trains real parameters")
-        if type(plan.parameter.data).__name__ == "DTensor":
-            raise AttachError(f"parameter {plan.name!r} is sharded (DTensor); gradlr trains models on one device so far")
         if plan.parameter.grad is not None:
             raise AttachError(
                 f"parameter {plan.name!r} holds a gradient from an earlier backward, which would be added to the first update: "
@@ -66,6 +64,8 @@ class Membership:
         # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.
         self._plans = {id(plan.parameter): plan for plan in plans}
         self._owners = _owners(model, self._plans)
+        # Between forward and backward FSDP2 puts plain tensors in the place of its shards.
+        self._sharded_names = {plan.name for plan in plans if is_sharded(plan.parameter)}
         self._forms = {key: _form(plan.parameter) for key, plan in self._plans.items()}
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)
@@ -79,7 +79,7 @@ class Membership:
         Warns:
             GradlrWarning: the model has trainable parameters that are not attached, or is compiled as a whole (once each).
         """
-        lost = [self._plans[key].name for owner, keys in self._owners for key in _missing(owner(), keys)]
+        lost = [self._plans[key].name for owner, keys in self._owners for key in self._missing(owner(), keys)]
         if lost:
             raise guards.lost_parameters(lost, len(self._plans))
         for key, plan in self._plans.items():
@@ -89,10 +89,20 @@ class Membership:
         if model is not None and not self._was_compiled and is_compiled_whole(model):
             self._was_compiled = True
             warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=5)
-        strangers = [name for name, parameter in self._trainable() if id(parameter) not in self._plans]
+        strangers = [
+            name for name, parameter in self._trainable() if id(parameter) not in self._plans and name not in self._sharded_names
+        ]
         if strangers and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.strangers(strangers), GradlrWarning, stacklevel=5)
+
+    def _missing(self, owner: nn.Module | None, keys: list[int]) -> list[int]:
+        # A parametrized weight has moved into a submodule of its owner.
+        if owner is None:
+            return []
+        held = {id(parameter) for parameter in owner.parameters()}
+        gathered = any(not is_sharded(parameter) for parameter in owner.parameters())
+        return [key for key in keys if key not in held and not (gathered and is_sharded(self._plans[key].parameter))]
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:
         model = self._model()
@@ -106,12 +116,6 @@ def is_compiled_whole(model: nn.Module) -> bool:
     is_compiled = type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None
     layers = sum(1 for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
     return is_compiled and layers > 1
-
-
-def _missing(owner: nn.Module | None, keys: list[int]) -> list[int]:
-    # A parametrized weight has moved into a submodule of its owner.
-    held = {id(parameter) for parameter in owner.parameters()} if owner is not None else set(keys)
-    return [key for key in keys if key not in held]
 
 
 def _owners(model: nn.Module, plans: dict[int, ParameterPlan]) -> list[tuple[weakref.ref[nn.Module], list[int]]]:

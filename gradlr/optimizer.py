@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from . import guards
 from .captures import captured_layers, operator_of
+from .checkpoint import extra_of
 from .describe import describe
 from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import AdaptorCapture, GradientOperator, HookCapture
 from .membership import Membership
-from .parallel import Replicas, state_fingerprint, together
+from .parallel import Replicas, Shards, state_fingerprint, together
 from .slots import ParameterGroup, follow_loss, working_form
 from .tracker import LossTracker
 from .updates import Updates
@@ -51,13 +52,15 @@ class GradLR(Updates):
         limit: NormLimit,
         state_dtype: torch.dtype,
         replicas: Replicas | None = None,
+        shards: Shards | None = None,
     ) -> None:
         is_immediate = apply == "backward"
-        how = {"is_immediate": is_immediate, "limit": limit, "replicas": replicas}
+        how = {"is_immediate": is_immediate, "limit": limit, "replicas": replicas, "shards": shards}
         super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, **how)
         self.apply = apply
         self._dropped_serial: int | None = None
         self._bad_backward: tuple[int, str] | None = None
+        self._bad_loss: str | None = None
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
         self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
@@ -94,6 +97,8 @@ class GradLR(Updates):
         if tracker.open_backwards:
             self._give_up()
         self._membership.check()
+        if self._shards is not None:
+            self._hear_losses()
         for slot in self._slots.values():
             # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
             # Processes that train together set it in step(), from what they all know.
@@ -101,12 +106,24 @@ class GradLR(Updates):
             if is_free and not slot.rule.needs_dense:
                 follow_loss(slot, tracker.ratio, self.state[slot.plan.parameter])
 
+    def _hear_losses(self) -> None:
+        # The loss at hand, or on CUDA, where that one is on its way, the one before.
+        heard = self._shards.hear(self.slots, self.tracker.value)
+        if heard.loss is not None:
+            self.tracker.record_mean(heard.loss)
+        own = f"the loss is {self.tracker.value}"
+        ranks = heard.not_finite if self.tracker.is_current else []
+        self._bad_loss = guards.not_finite_on(ranks, self._everyone.rank, own) if ranks else None
+
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
         self._watch.backward_begins(scale)
-        if self.tracker.is_current and not math.isfinite(self.tracker.value):
+        reason = self._bad_loss
+        if self._shards is None and self.tracker.is_current and not math.isfinite(self.tracker.value):
+            reason = guards.bad_loss(self.tracker.count, self.tracker.value)
+        if reason is not None:
             # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
-            self._bad_backward = torch._C._current_graph_task_id(), guards.bad_loss(self.tracker.count, self.tracker.value)
+            self._bad_backward = torch._C._current_graph_task_id(), reason
 
     def _look_at_loss(self) -> None:
         if self._bad_backward is None or self._bad_backward[0] not in self.tracker.open_backwards:
@@ -247,8 +264,7 @@ class GradLR(Updates):
         self._skips.read()
         self._watch.raise_unread()
         last = None if self.limit.last is None else float(self.limit.last)
-        saved = self._saved()
-        return {**saved, "gradlr": {**saved["gradlr"], "skipped": self.skipped, "last_norm": last}}
+        return self._saved({"skipped": self.skipped, "last_norm": last})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -260,17 +276,18 @@ class GradLR(Updates):
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
             ParallelError: the processes have loaded different ones, or one has failed to load.
         """
-        with together(self._replicas):
+        with together(self._everyone):
             self._load(state_dict)
-        if self._replicas is not None:
+        if self._everyone is not None:
             options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
-            self._replicas.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
+            self._everyone.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._restore(state_dict)
-        last = state_dict["gradlr"].get("last_norm")
+        extra = extra_of(state_dict)
+        last = extra.get("last_norm")
         self.limit.last = None if last is None else torch.tensor(last, **working_form(self._gauge.parameter))
-        self._skips.count = state_dict["gradlr"].get("skipped", 0)
+        self._skips.count = extra.get("skipped", 0)
         self._gauge.clear()
         self._skips.clear()
         self._watch.forget()

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .errors import ArgumentError
 from .gradient import is_transposed_linear
+from .linalg import HERE, Layout
 from .views import View, checked_view, given_view
 
 MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
@@ -38,6 +39,7 @@ class ParameterPlan:
         view: How it becomes (a batch of) matrices; the identity for vectors.
         is_guess: Whether neither a layer, nor its shape, nor the user says what it is.
         natural: The view that its layer suggests, which a vector does without.
+        layout: How the view is spread over processes, where the parameter is sharded.
     """
 
     name: str
@@ -46,11 +48,43 @@ class ParameterPlan:
     view: View
     is_guess: bool = False
     natural: View = field(default_factory=View)
+    layout: Layout = HERE
 
     @property
     def shape(self) -> torch.Size:
-        """Shape of the view."""
-        return self.view.of(self.parameter.detach()).shape
+        """Shape of the view, of the whole parameter where it is sharded."""
+        return self.view.of(outline(self.parameter)).shape
+
+    @property
+    def shape_here(self) -> torch.Size:
+        """Shape of the view of what lies in this process."""
+        return self.matrix_here.shape
+
+    @property
+    def here(self) -> Tensor:
+        """The parameter's entries in this process, detached: all of them, or its shard's."""
+        return local(self.parameter.detach())
+
+    @property
+    def matrix_here(self) -> Tensor:
+        """Their view."""
+        return self.view.of(self.here)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, spread over the processes of a device mesh."""
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process."""
+    with torch.no_grad():
+        return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def outline(tensor: Tensor) -> Tensor:
+    """A detached tensor of the same shape, for asking what a view makes of it: without values where it is sharded."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor.detach()
 
 
 def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
@@ -111,7 +145,7 @@ def _classify(parameter: Tensor, owner: nn.Module, name: str, table_ids: set[int
     if parameter.ndim < 2 or parameter.numel() == 0 or isinstance(owner, _NORMS) or name == "bias" or name.endswith("_bias"):
         return VECTOR, View()
     view = _natural_view(parameter, owner, name)
-    if min(view.of(parameter.detach()).shape[-2:]) == 1:
+    if min(view.of(outline(parameter)).shape[-2:]) == 1:
         return VECTOR, View()
     return MATRIX, view
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .parallel import Replicas
+from .parallel import Replicas, Shards
 from .slots import ParameterGroup, Slot, follow_loss, working_form
 from .state import KeptState
 from .tracker import LossTracker
@@ -20,6 +20,7 @@ class Projections(KeptState):
     Args:
         groups, tracker, seed, state_dtype: As for `KeptState`.
         replicas: The processes that train together; None where this one trains alone.
+        shards: The processes that each hold a part of the model; None where it is not sharded.
     """
 
     def __init__(
@@ -29,20 +30,22 @@ class Projections(KeptState):
         seed: int,
         state_dtype: torch.dtype,
         replicas: Replicas | None = None,
+        shards: Shards | None = None,
     ) -> None:
         super().__init__(groups, tracker, seed, state_dtype)
-        self._replicas = replicas
+        self._replicas, self._shards = replicas, shards
+        self._everyone = replicas if shards is None else shards.everyone
         self._failed_tasks: set[int] = set()
 
     @property
     def processes(self) -> int:
         """Number of processes that train the model together."""
-        return 1 if self._replicas is None else self._replicas.size
+        return 1 if self._everyone is None else self._everyone.size
 
     @property
     def tells_mean(self) -> bool:
         """Whether the tracker hears of the mean loss of several processes from this optimizer."""
-        return self._replicas is not None
+        return self._everyone is not None
 
     @torch.no_grad()
     def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:

@@ -143,7 +143,7 @@ def initial_state(slot: Slot, settings: Settings) -> dict[str, Tensor]:
     """
     parameter = slot.plan.parameter
     try:
-        state = slot.rule.init(slot.plan.shape, settings, **working_form(parameter))
+        state = slot.rule.init(slot.plan.shape_here, settings, **working_form(parameter))
     except ShapeError as error:
         raise ArgumentError(f"parameter {slot.plan.name!r}, a {slot.plan.kind}: {error}") from error
     # The count stays on the CPU, wherever the parameter lies: it is read at every step.

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import check_layout, fitted_state
+from .checkpoint import check_layout, extra_of, fitted_state
 from .errors import ArgumentError, AttachError
 from .linalg import stochastic_round
 from .observe import Observation
+from .parallel import saved_state, whole_state
 from .report import Report, report
 from .rules import Settings
 from .slots import Noise, ParameterGroup, Slot, initial_state, make_slots, rule_entries, state_bytes, torch_group
@@ -83,25 +84,29 @@ class KeptState(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         raise AttachError("an optimizer with hooks cannot be copied or pickled: save opt.state_dict() instead")
 
-    def _saved(self) -> dict[str, Any]:
+    def _saved(self, more: dict[str, Any]) -> dict[str, Any]:
         state = super().state_dict()
+        state["state"] = {slot.index: whole_state(slot, self.state[slot.plan.parameter]) for slot in self.slots}
         for group, packed in zip(self.param_groups, state["param_groups"], strict=True):
             packed["params"] = packed["params"][: len(group["param_names"])]
         ranks = [slot.rank for slot in self.slots]
-        return {**state, "gradlr": {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict()}}
+        extra = {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict(), **more}
+        # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only.
+        state["param_groups"][0]["gradlr"] = extra
+        return {**state, "gradlr": extra}
 
     def _restore(self, state_dict: dict[str, Any]) -> None:
         check_layout(state_dict, self.param_groups)
-        extra, slots = state_dict["gradlr"], self.slots
+        extra, slots = extra_of(state_dict), self.slots
         ranks = [min(rank, slot.largest_rank) for rank, slot in zip(extra["ranks"], slots, strict=True)]
         states = [
-            fitted_state(slot, state_dict["state"].get(slot.index), self.state[slot.plan.parameter], self._settings(slot, rank))
+            fitted_state(slot, saved_state(state_dict, slot), self.state[slot.plan.parameter], self._settings(slot, rank))
             for slot, rank in zip(slots, ranks, strict=True)
         ]
         self.tracker.load_state_dict(extra["tracker"])
         # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
         groups = [
-            {**saved, "params": list(range(len(group["params"])))}
+            {**{key: value for key, value in saved.items() if key != "gradlr"}, "params": list(range(len(group["params"])))}
             for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
         ]
         super().load_state_dict({"state": {}, "param_groups": groups})
@@ -128,4 +133,5 @@ class KeptState(torch.optim.Optimizer):
         step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
         generator = self._noise.at(parameter.device, self.seed, slot.index, step)
         beta = self.param_groups[slot.group_index]["beta"]
-        return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, slot.schedule.needs_spectrum)
+        needs_spectrum, layout = slot.schedule.needs_spectrum, slot.plan.layout
+        return Settings(rank or slot.rank, slot.momentum_rank, beta, step, generator, needs_spectrum, layout)

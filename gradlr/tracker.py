@@ -147,14 +147,15 @@ class LossTracker:
         self._listeners.discard(listener)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and one float64 tensor; a loss still on its way from the device is waited for."""
+        """Plain numbers and a list of them; a loss still on its way from the device is waited for."""
         self._collect()
         return {
             "max_loss": self._fixed_max,
             "running_max": self._running_max,
             "latest": self._latest,
             "count": self.count,
-            "history": torch.tensor(list(self._history), dtype=torch.float64, device="cpu"),
+            # No tensor, whose size loaders of distributed checkpoints would compare.
+            "history": list(self._history),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,7 +177,8 @@ class LossTracker:
         self.is_shown = self.has_graph = self.has_begun = self.has_gradient = False
         self._fixed_max, self._running_max, self._latest = state["max_loss"], state["running_max"], state["latest"]
         self.count = int(state["count"])
-        self._history = deque(state["history"].tolist(), maxlen=_HISTORY_LENGTH)
+        history = state["history"]
+        self._history = deque(history.tolist() if isinstance(history, Tensor) else history, maxlen=_HISTORY_LENGTH)
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy and pickle: the record, without listeners and graphs.
@@ -247,6 +249,9 @@ def _as_scalar(loss: float | Tensor) -> float | Tensor:
 
 def _is_sound(key: str, value: Any) -> bool:
     if key == "history":
+        if isinstance(value, list):
+            return all(isinstance(loss, float) for loss in value)
+        # What earlier versions wrote.
         is_dense = isinstance(value, Tensor) and value.layout == torch.strided
         return is_dense and value.ndim == 1 and not value.is_complex()
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -15,11 +15,12 @@ from .errors import ParallelError
 from .gauge import Gauge, NormLimit
 from .gradient import Factored, GradientOperator, Sketched
 from .observe import Observed, kept, seen_gradient, seen_update
-from .parallel import FAILED, FINE, NOT_FINITE, Replicas, as_shared, exchange
+from .parallel import FAILED, FINE, NOT_FINITE, Replicas, Shards, as_shared, exchange
+from .parameters import local
 from .projections import Projections
 from .rules import Settings, State, Update
 from .skips import Skips
-from .slots import ParameterGroup, Slot, follow_loss, working_form
+from .slots import ParameterGroup, Slot, follow_loss, mixed_seed, working_form
 from .tracker import LossTracker
 from .watch import BackwardWatch
 from .write import all_finite, checked, full_precision, keep_where, write
@@ -45,6 +46,7 @@ class Updates(Projections):
         is_immediate: Whether weights change inside backward.
         limit: On the global norm of a step's gradients.
         replicas: The processes that train together; None where this one trains alone.
+        shards: The processes that each hold a part of the model; None where it is not sharded.
     """
 
     _write = staticmethod(write)
@@ -59,22 +61,26 @@ class Updates(Projections):
         is_immediate: bool,
         limit: NormLimit,
         replicas: Replicas | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        super().__init__(groups, tracker, seed, state_dtype, replicas)
-        self.limit = limit
+        super().__init__(groups, tracker, seed, state_dtype, replicas, shards)
+        self.limit, self._is_immediate = limit, is_immediate
         self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=is_immediate)
         self._skips = Skips()
         self._grad_norm: Tensor | None = None
         self._gauge = Gauge(**working_form(self.slots[0].plan.parameter))
-        if not is_immediate:
+        # Loaders of distributed checkpoints look for every parameter of a group in the model.
+        if not is_immediate and shards is None:
             self.param_groups[-1]["params"].append(self._gauge.parameter)
 
     def _update(self, slot: Slot, gradient: GradientOperator) -> None:
         """Update one weight at once."""
         is_finite = gradient.is_finite()
-        if not is_finite.is_cuda:
+        if not is_finite.is_cuda and self._shards is None:
             self._watch.require_finite(slot.plan.name, is_finite)
         prepared = self._prepare(slot, gradient, is_finite)
+        # With blocks in several processes, each takes part in what the others compute, and all hear of it.
+        prepared.is_finite = ~slot.plan.layout.anywhere(~prepared.is_finite)
         self._watch.require_finite(slot.plan.name, prepared.is_finite)
         self._apply(prepared)
 
@@ -84,7 +90,7 @@ class Updates(Projections):
         if self._replicas is not None:
             self._accumulate_shared(slot, gradient if is_sound else None)
             return
-        if not is_sound:
+        if not is_sound and self._shards is None:
             self._gauge.record(slot.index, torch.full((), torch.nan, dtype=torch.float64, device=gradient.device))
             return
         if self._gauge.is_touched:  # clipped between two micro-batches: what has come so far is scaled, what comes now is not
@@ -107,7 +113,8 @@ class Updates(Projections):
             slot.pending.whole = as_dense(gradient) if slot.is_observed else None
         if is_first and isinstance(slot.pending, Sketched):
             slot.is_pending_blank = Deferred(slot.pending.is_blank())
-        self._gauge.record(slot.index, slot.pending.squared_norm() if energy is None else energy)
+        energy = slot.pending.squared_norm() if energy is None else energy
+        self._gauge.record(slot.index, energy if self._shards is None else energy / self._shards.copies(slot))
 
     def _accumulate_shared(self, slot: Slot, gradient: GradientOperator | None) -> None:
         """The same in bases that all processes know; the norm is not known before they have exchanged what waits."""
@@ -122,38 +129,64 @@ class Updates(Projections):
 
     def _begin_step(self) -> None:
         """See that what waits belongs together, and where several processes train, exchange it."""
-        if self._replicas is None:
+        meet = self._exchange if self._replicas is not None else None if self._shards is None else self._meet_shards
+        if meet is None or self._is_immediate:
             self._watch.step_begins(pending=len(self._waiting()))
             return
         losses = self.tracker.recent(self._watch.shown_losses)
         try:
             self._watch.step_begins(pending=len(self._waiting()))
-            if self._gauge.is_changed():
+            if self._replicas is not None and self._gauge.is_changed():
                 raise guards.clipped_alone()
         except Exception:  # the others wait for this process
             with contextlib.suppress(ParallelError), full_precision(self._gauge.parameter.device):
-                self._exchange(losses, has_failed=True)
+                meet(losses, has_failed=True)
             raise
         with full_precision(self._gauge.parameter.device):
-            self._exchange(losses)
+            meet(losses)
 
     def _exchange(self, losses: list[float], *, has_failed: bool = False) -> None:
         """Put the mean over all processes in the place of what waits here; the step is left out where one is not finite."""
-        verdict = self._skips.verdict()
-        is_finite = self._skips.reason is None and (verdict is None or bool(verdict))
-        status = FAILED if has_failed else FINE if is_finite else NOT_FINITE
-        own_reason = self._skips.reason or "a gradient held NaN or infinity"
-        self._skips.clear()
+        status, own_reason = self._own_status(has_failed)
         told = exchange(self._replicas, self.slots, self._shared_bases, losses=losses, status=status)
-        if told.failed:
-            raise guards.failed_elsewhere(told.failed)
-        if told.not_finite:
-            self._skips.reason = guards.not_finite_on(told.not_finite, self._replicas.rank, own_reason)
+        self._heed(told.failed, told.not_finite, own_reason)
         if told.loss is not None:
             self.tracker.record_mean(told.loss)
         self._gauge.clear()
         for slot in self._waiting():
             self._gauge.record(slot.index, slot.pending.squared_norm())
+
+    def _own_status(self, has_failed: bool) -> tuple[int, str]:
+        """How this process comes to a step, and what was not finite, if anything was."""
+        verdict = self._skips.verdict()
+        is_finite = self._skips.reason is None and (verdict is None or bool(verdict))
+        reason = self._skips.reason or "a gradient held NaN or infinity"
+        self._skips.clear()
+        return FAILED if has_failed else FINE if is_finite else NOT_FINITE, reason
+
+    def _heed(self, failed: list[int], not_finite: list[int], own_reason: str) -> None:
+        if failed:
+            raise guards.failed_elsewhere(failed)
+        if not_finite:
+            self._skips.reason = guards.not_finite_on(not_finite, self._everyone.rank, own_reason)
+
+    def _meet_shards(self, losses: list[float], *, has_failed: bool = False) -> None:
+        """Learn the norm of all gradients; the step is left out where a part of one is not finite."""
+        status, own_reason = self._own_status(has_failed)
+        energy, statuses = self._shards.meet_at_step(self._gauge.energy, status, self._gauge.parameter.device)
+        at = {kind: [rank for rank, other in enumerate(statuses) if other == kind] for kind in (FAILED, NOT_FINITE)}
+        self._heed(at[FAILED], at[NOT_FINITE], own_reason)
+        self._gauge.become(energy)
+
+    def _agree_on_updates(self, verdict: Tensor | None) -> Tensor | None:
+        """All blocks of an update are written, or none: what overflowed in one process is nowhere written."""
+        flag = verdict if verdict is not None else torch.tensor(self._skips.reason is None, device=self._gauge.parameter.device)
+        agreed = self._shards.agreed(flag)
+        if verdict is not None:
+            return agreed
+        if not agreed and self._skips.reason is None:
+            self._skips.reason = "an update was not finite in the part of another rank"
+        return None
 
     def _follow_group(self) -> None:
         """After a step, the ranks of the next one: by the mean loss of all processes, once a step on each."""
@@ -167,12 +200,14 @@ class Updates(Projections):
         if not (self._waiting() or self._skips.reason):
             return
         prepared = [] if self._skips.reason else self._prepare_waiting()
+        verdict = self._skips.verdict()
+        if prepared and self._shards is not None:
+            verdict = self._agree_on_updates(verdict)
         if self._skips.reason:
             self._drop_waiting()
             self._forget_bases()
             self._skips.skip(is_quiet=False)
             return
-        verdict = self._skips.verdict()
         for one in prepared:
             one.is_finite = one.is_finite if verdict is None else verdict
             self._apply(one)
@@ -189,7 +224,7 @@ class Updates(Projections):
         self._scale_waiting(factor)
         prepared = []
         for slot in self._waiting():
-            if self._skips.reason:
+            if self._skips.reason and self._shards is None:
                 break
             gradient, slot.pending = slot.pending, None
             prepared.append(self._prepare(slot, gradient, gradient.is_finite()))
@@ -229,7 +264,8 @@ class Updates(Projections):
         slot, update, is_finite = prepared.slot, prepared.update, prepared.is_finite
         group, parameter = self.param_groups[slot.group_index], slot.plan.parameter
         # A stream of its own: in step() the rules of other parameters have drawn since.
-        generator = self._noise.at(parameter.device, self.seed, slot.index, -prepared.settings.step)
+        seed = mixed_seed(self.seed, slot.plan.layout.number, 0) if slot.plan.layout.number else self.seed
+        generator = self._noise.at(parameter.device, seed, slot.index, -prepared.settings.step)
         new_state, decay = self._narrowed(prepared.new_state, generator), group["weight_decay"]
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, self.state[parameter])
@@ -237,7 +273,7 @@ class Updates(Projections):
         if prepared.observed is not None:
             weight = slot.plan.view.of(parameter)
             slot.observed = seen_update(prepared.observed, weight, update, lr=float(group["lr"]), weight_decay=decay)
-        self._write(parameter, slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
+        self._write(local(parameter), slot.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
         slot.basis = None

@@ -48,6 +48,13 @@ class View:
         before, after = self.pattern.split("->")
         return rearrange(matrix, f"{after} -> {before}", **self._axis_sizes(shape))
 
+    def named_axes(self, shape: torch.Size) -> tuple[Axes, Axes, dict[str, int]]:
+        """Names that make up each axis of a parameter of that shape, each axis of its view, and the size of each name."""
+        if self.pattern is None:
+            names = tuple((f"axis{index}",) for index in range(len(shape)))
+            return names, names, {name: size for (name,), size in zip(names, shape, strict=True)}
+        return *_sides(self.pattern), self._axis_sizes(shape)
+
     def _axis_sizes(self, shape: torch.Size) -> dict[str, int]:
         return _axis_sizes(_sides(self.pattern)[0], shape, dict(self.sizes))
 

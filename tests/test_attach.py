@@ -263,15 +263,24 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_sharded_parameters_and_several_processes_are_not_passed_over(tmp_path, monkeypatch):
+def test_sharded_parameters_are_seen_and_several_processes_not_passed_over(tmp_path, monkeypatch):
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         model = nn.Linear(4, 4, bias=False)
         model.weight = nn.Parameter(distribute_tensor(model.weight.detach(), init_device_mesh("cpu", (1,))))
-        with pytest.raises(AttachError, match="'weight' is sharded"):
-            gradlr.attach(model, LossTracker())
+        tracker = LossTracker()
+        with pytest.raises(gradlr.ArgumentError, match="know their processes"):
+            gradlr.attach(model, tracker, process_group=torch.distributed.group.WORLD, apply="step")
+        with pytest.raises(gradlr.ArgumentError, match="FSDP2 gathers a weight"):
+            gradlr.attach(model, tracker, capture="adaptor")
+        opt = gradlr.attach(model, tracker)
+        before = model.weight.to_local().clone()
+        x = distribute_tensor(torch.ones(2, 4), model.weight.device_mesh)
+        tracker(model(x).to_local().square().mean()).backward()
+        assert not torch.equal(model.weight.to_local(), before) and model.weight.grad is None
+        assert opt.state[model.weight]["P"].shape == (4, 4)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.warns(gradlr.GradlrWarning, match="2 processes"):
             gradlr.attach(mlp(), LossTracker())

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from ..linalg import HERE, Layout
 from ..linalg.normalize import widen
 
 
@@ -33,7 +34,7 @@ class GradientOperator:
         raise NotImplementedError
 
     def squared_norm(self) -> Tensor:
-        """Squared Frobenius norm of the operator, summed over a batch, 0-dim float64."""
+        """Squared Frobenius norm of the operator, summed over a batch, 0-dim float64; of a block its share in the whole's."""
         return squared_norm(self.matrix)
 
     def scaled(self, factor: Tensor) -> GradientOperator:
@@ -97,10 +98,11 @@ class Dense(GradientOperator):
     Args:
         matrix: G, shape (..., m, n), floating; half precision is widened to float32 here, once.
         is_owned: Whether nobody else needs the buffer, so that a rule may overwrite it (`consume`).
+        layout: Which block of G it is, where other processes hold the rest: products are summed over these.
     """
 
-    def __init__(self, matrix: Tensor, *, is_owned: bool = False) -> None:
-        self._matrix = widen(matrix)
+    def __init__(self, matrix: Tensor, *, is_owned: bool = False, layout: Layout = HERE) -> None:
+        self._matrix, self._layout = widen(matrix), layout
         self._is_owned = is_owned or self._matrix is not matrix
         self.shape, self.dtype, self.device = matrix.shape, self._matrix.dtype, matrix.device
 
@@ -110,24 +112,24 @@ class Dense(GradientOperator):
         return self._matrix
 
     def times(self, x: Tensor) -> Tensor:
-        return self._matrix @ x
+        return self._layout.columns.total(self._matrix @ x)
 
     def transposed_times(self, y: Tensor) -> Tensor:
-        return self._matrix.mT @ y
+        return self._layout.rows.total(self._matrix.mT @ y)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._matrix)
 
     def row_energies(self) -> Tensor:
         """Squared lengths of the rows, (..., m, 1)."""
-        return torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True) ** 2
+        return self._layout.columns.total(torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True) ** 2)
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
         """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
         return {"dense": self.consume().mul_(scale)}
 
     def scaled(self, factor: Tensor) -> Dense:
-        return Dense(self.consume().mul_(factor), is_owned=True)
+        return Dense(self.consume().mul_(factor), is_owned=True, layout=self._layout)
 
     def consume(self) -> Tensor:
         """G in a buffer that the caller may overwrite; the operator is spent afterwards."""
@@ -139,7 +141,7 @@ class Dense(GradientOperator):
         return self
 
     def __add__(self, other: Dense) -> Dense:
-        return Dense(self.matrix + other.matrix, is_owned=True)
+        return Dense(self.matrix + other.matrix, is_owned=True, layout=self._layout)
 
 
 class Sketched(GradientOperator):
@@ -154,6 +156,8 @@ class Sketched(GradientOperator):
         right_sketch: A₁ = G X, shape (..., m, r).
         left: L, shape (..., m, l), orthonormal (or zero) columns; None for a one-sided sketch.
         left_sketch: A₂ = Gᵀ L, shape (..., n, l); with `left`.
+        layout: Which block of G it is about, where other processes hold the rest: X and A₂ have the block's columns, L and A₁ its
+            rows.
 
     Attributes:
         whole: G itself, for those who compare the sketch with it; None where nobody asked, or nobody knows.
@@ -164,7 +168,16 @@ class Sketched(GradientOperator):
     Source: the tangent-space projection of Koch and Lubich 2007; sketches in data-parallel training, PowerSGD, arXiv 1905.13727.
     """
 
-    def __init__(self, right: Tensor, right_sketch: Tensor, left: Tensor | None = None, left_sketch: Tensor | None = None):
+    def __init__(
+        self,
+        right: Tensor,
+        right_sketch: Tensor,
+        left: Tensor | None = None,
+        left_sketch: Tensor | None = None,
+        *,
+        layout: Layout = HERE,
+    ) -> None:
+        self._layout = layout
         self.right, self.right_sketch, self.left, self.left_sketch = right, right_sketch, left, left_sketch
         self.whole: Dense | None = None
         self._check()
@@ -189,17 +202,18 @@ class Sketched(GradientOperator):
             raise ShapeError(f"Sketched: X, A1, L, A2 have shapes {shapes}; needed are (n, r), (m, r), (m, l), (n, l)")
 
     def times(self, x: Tensor) -> Tensor:
-        inner = self.right.mT @ x
-        product = self.right_sketch @ inner
+        rows, columns = self._layout.rows, self._layout.columns
+        product = self.right_sketch @ columns.total(self.right.mT @ x)
         if self.left is None:
             return product
-        return product + self.left @ (self.left_sketch.mT @ x - self.left.mT @ product)
+        return product + self.left @ (columns.total(self.left_sketch.mT @ x) - rows.total(self.left.mT @ product))
 
     def transposed_times(self, y: Tensor) -> Tensor:
+        rows = self._layout.rows
         if self.left is None:
-            return self.right @ (self.right_sketch.mT @ y)
-        inner = self.left.mT @ y
-        return self.right @ (self.right_sketch.mT @ (y - self.left @ inner)) + self.left_sketch @ inner
+            return self.right @ rows.total(self.right_sketch.mT @ y)
+        inner = rows.total(self.left.mT @ y)
+        return self.right @ rows.total(self.right_sketch.mT @ (y - self.left @ inner)) + self.left_sketch @ inner
 
     def is_finite(self) -> Tensor:
         finite = self.right_sketch.isfinite().all()
@@ -208,18 +222,21 @@ class Sketched(GradientOperator):
     def is_blank(self) -> Tensor:
         """0-dim boolean on the operator's device: whether both sketches are zero, so that nothing is known of G."""
         is_filled = self.right_sketch.any()
-        return ~(is_filled if self.left is None else is_filled | self.left_sketch.any())
+        is_filled = is_filled if self.left is None else is_filled | self.left_sketch.any()
+        return ~self._layout.anywhere(is_filled)
 
     def squared_norm(self) -> Tensor:
-        energy = squared_norm(self.right_sketch)
+        rows, columns = self._layout.rows, self._layout.columns
+        energy = squared_norm(self.right_sketch) / columns.parts
         if self.left is None:
             return energy
-        # L Lᵀ G and (1 − L Lᵀ) G X Xᵀ are orthogonal to each other.
-        return squared_norm(self.left_sketch) + energy - squared_norm(self.left.mT @ self.right_sketch)
+        # L Lᵀ G and (1 − L Lᵀ) G X Xᵀ are orthogonal to each other. What several processes know counts once over all of them.
+        common = squared_norm(rows.total(self.left.mT @ self.right_sketch)) / columns.parts
+        return energy + (squared_norm(self.left_sketch) - common) / rows.parts
 
     def scaled(self, factor: Tensor) -> Sketched:
         left_sketch = None if self.left is None else self.left_sketch * factor
-        scaled = Sketched(self.right, self.right_sketch * factor, self.left, left_sketch)
+        scaled = Sketched(self.right, self.right_sketch * factor, self.left, left_sketch, layout=self._layout)
         scaled.whole = None if self.whole is None else self.whole.scaled(factor)
         return scaled
 
@@ -237,4 +254,4 @@ class Sketched(GradientOperator):
         if other.right is not self.right or other.left is not self.left:
             raise ShapeError("Sketched: only sketches in the very same bases add; sketch both gradients with the same tensors")
         left_sketch = None if self.left is None else self.left_sketch + other.left_sketch
-        return Sketched(self.right, self.right_sketch + other.right_sketch, self.left, left_sketch)
+        return Sketched(self.right, self.right_sketch + other.right_sketch, self.left, left_sketch, layout=self._layout)

@@ -4,20 +4,22 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from .normalize import normalize_columns, widen
+from .axes import WHOLE, Axis, gram, largest_in_columns
+from .normalize import normalize_columns, safe_reciprocal, widen
 
 # Shifts of a unit diagonal, one per pass: shifted Cholesky-QR, Fukaya et al. 2020 (arXiv 1809.11085). Unshifted, twice-applied
 # Cholesky-QR broke down within a few steps on real gradients, whose spectra decay.
 _SHIFTS = {torch.float32: (1e-5, 1e-6, 1e-6), torch.float64: (1e-12, 1e-13, 1e-13)}
 
 
-def orthonormalize(x: Tensor, *, method: str = "auto") -> Tensor:
+def orthonormalize(x: Tensor, *, method: str = "auto", axis: Axis = WHOLE) -> Tensor:
     """Orthonormal columns that span the columns of `x`.
 
     Args:
         x: Shape (..., m, r) with r ≤ m, floating; not modified.
         method: "qr" (Householder), "cholesky" (three shifted Cholesky-QR passes: products and triangular solves only, no
             synchronization on CUDA), or "auto": cholesky on CUDA, qr elsewhere.
+        axis: How its rows are spread; where other processes hold some, the method is "cholesky", with sums of r × r numbers.
 
     Returns:
         Shape (..., m, r), float32 or wider. A column of `x` that depends on the others becomes an arbitrary orthonormal
@@ -27,13 +29,13 @@ def orthonormalize(x: Tensor, *, method: str = "auto") -> Tensor:
         ShapeError: `x` has fewer rows than columns.
         ArgumentError: `method` is none of the three.
     """
-    if x.ndim < 2 or x.shape[-2] < x.shape[-1]:
+    if x.ndim < 2 or axis.size(x.shape[-2]) < x.shape[-1]:
         raise ShapeError(f"orthonormalize: x has shape {tuple(x.shape)}; it needs at least as many rows as columns")
     if method not in ("auto", "qr", "cholesky"):
         raise ArgumentError(f"orthonormalize: method {method!r} is unknown; use 'auto', 'qr' or 'cholesky'")
     if method == "auto":
         method = "cholesky" if x.is_cuda else "qr"
-    return _shifted_cholesky_qr(x) if method == "cholesky" else _householder_qr(x)
+    return _shifted_cholesky_qr(x, axis) if method == "cholesky" or not axis.is_whole else _householder_qr(x)
 
 
 def _householder_qr(x: Tensor) -> Tensor:
@@ -41,13 +43,16 @@ def _householder_qr(x: Tensor) -> Tensor:
     return torch.linalg.qr(normalize_columns(x)).Q
 
 
-def _shifted_cholesky_qr(x: Tensor) -> Tensor:
+def _shifted_cholesky_qr(x: Tensor, axis: Axis) -> Tensor:
     x = widen(x)
     for shift in _SHIFTS[x.dtype]:
-        x = normalize_columns(x)
-        gram = x.mT @ x
-        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
-        factor = torch.linalg.cholesky_ex(gram).L
+        x = x * safe_reciprocal(largest_in_columns(x, axis))
+        products = gram(x, axis)
+        # Columns of unit length, whose lengths are on the diagonal already.
+        scale = safe_reciprocal(products.diagonal(dim1=-2, dim2=-1)).sqrt().unsqueeze(-2)
+        x, products = x * scale, products * scale * scale.mT
+        products.diagonal(dim1=-2, dim2=-1).add_(shift)
+        factor = torch.linalg.cholesky_ex(products).L
         x = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
     return x
 

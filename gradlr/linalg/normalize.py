@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from .axes import HERE, WHOLE, Axis, Layout, largest_in_columns
 
 
 def widen(x: Tensor) -> Tensor:
@@ -11,12 +12,16 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def largest_entry(x: Tensor) -> Tensor:
-    """Largest absolute entry of each matrix, shape (..., 1, 1); 0 for a matrix without entries."""
+def largest_entry(x: Tensor, *axes: Axis) -> Tensor:
+    """Largest absolute entry of each matrix, shape (..., 1, 1), over all processes that share the axes; 0 where there is none."""
     if x.shape[-1] == 0 or x.shape[-2] == 0:
-        return x.new_zeros((*x.shape[:-2], 1, 1))
-    # Two reductions without a temporary: on the CPU many times faster than the infinity norm.
-    return torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
+        peak = x.new_zeros((*x.shape[:-2], 1, 1))
+    else:
+        # Two reductions without a temporary: on the CPU many times faster than the infinity norm.
+        peak = torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
+    for axis in axes:
+        peak = axis.largest(peak)
+    return peak
 
 
 def safe_reciprocal(x: Tensor) -> Tensor:
@@ -24,21 +29,22 @@ def safe_reciprocal(x: Tensor) -> Tensor:
     return torch.where(x >= torch.finfo(x.dtype).tiny, x.reciprocal(), torch.zeros_like(x))
 
 
-def normalize_columns(x: Tensor) -> Tensor:
+def normalize_columns(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     """`x` with every column scaled to unit length; a zero column stays zero.
 
     Args:
         x: Shape (..., m, r), floating, entries up to about 1e37 in float32; not modified.
+        axis: How its rows are spread.
 
     Returns:
         Shape (..., m, r), float32 or wider. Two scalings, so that squares neither overflow nor vanish.
     """
     x = widen(x)
-    x = x * safe_reciprocal(x.abs().amax(dim=-2, keepdim=True))
-    return x * safe_reciprocal(x.square().sum(dim=-2, keepdim=True)).sqrt()
+    x = x * safe_reciprocal(largest_in_columns(x, axis))
+    return x * safe_reciprocal(axis.total(x.square().sum(dim=-2, keepdim=True))).sqrt()
 
 
-def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False) -> Tensor:
+def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = HERE) -> Tensor:
     """Scale rows, then columns, to unit length, in turn.
 
     The scalings are found as two vectors from the squared entries (a Sinkhorn iteration) and applied once at the end, so
@@ -48,6 +54,7 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False) -> Ten
         x: Shape (..., m, n), floating.
         passes: How often rows and columns are normalized, at least once. Columns come last, so their lengths are exact.
         inplace: Whether the result may overwrite `x` (float32 or wider only).
+        layout: How rows and columns are spread.
 
     Returns:
         Shape (..., m, n), float32 or wider: `diag(a) x diag(b)` with columns of unit length, or zero where `x` is zero.
@@ -60,12 +67,12 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False) -> Ten
     if passes < 1:
         raise ArgumentError(f"multi_normalize: passes={passes}; it must be at least 1")
     y = widen(x)
-    peak = safe_reciprocal(largest_entry(y))
+    peak = safe_reciprocal(largest_entry(y, layout.rows, layout.columns))
     squares = (y * peak).square_()
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):
-        rows = safe_reciprocal(squares @ columns)
-        columns = safe_reciprocal(squares.mT @ rows)
+        rows = safe_reciprocal(layout.columns.total(squares @ columns))
+        columns = safe_reciprocal(layout.rows.total(squares.mT @ rows))
     row_scale, column_scale = rows.sqrt() * peak, columns.sqrt().mT
     if inplace and y is x:
         return x.mul_(row_scale).mul_(column_scale)

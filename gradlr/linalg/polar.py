@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
+from .axes import WHOLE, Axis, gram
 from .normalize import largest_entry, safe_reciprocal
 
 # Quintic Newton–Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as in the source
@@ -11,7 +12,7 @@ from .normalize import largest_entry, safe_reciprocal
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None) -> Tensor:
+def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None, axis: Axis = WHOLE) -> Tensor:
     """Nearest matrix with orthonormal columns, zero where `x` has no direction.
 
     Args:
@@ -19,6 +20,7 @@ def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None) -> Tensor:
         rtol: Singular values below `rtol` times the largest count as zero (dimensionless).
         weights: Where given, a function from the singular values (..., r), descending, float64, to the singular values
             (..., r) of the result; ones where None. Masked directions stay zero.
+        axis: How its rows are spread.
 
     Returns:
         `x (xᵀx)^(-1/2)`, shape (..., n, r), float32 or wider: singular values 1, or 0 where masked.
@@ -28,13 +30,13 @@ def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None) -> Tensor:
 
     Source: Higham, Functions of Matrices (2008), section 8.1, through the r × r Gram matrix: exact and matmul-bound where r ≪ n.
     """
-    if x.ndim < 2 or x.shape[-2] < x.shape[-1]:
+    if x.ndim < 2 or axis.size(x.shape[-2]) < x.shape[-1]:
         raise ShapeError(f"polar_factor: x has shape {tuple(x.shape)}; it needs at least as many rows as columns")
     # float64: a Gram matrix squares the condition number, and 1e30 squared leaves float32.
     wide = x.double()
-    basis = torch.linalg.eigh(wide.mT @ wide).eigenvectors.flip(-1)
+    basis = torch.linalg.eigh(gram(wide, axis)).eigenvectors.flip(-1)
     scores = wide @ basis
-    values = scores.square().sum(dim=-2).sqrt()
+    values = axis.total(scores.square().sum(dim=-2)).sqrt()
     is_direction = values > rtol * values.amax(dim=-1, keepdim=True)
     factors = safe_reciprocal(values) if weights is None else weights(values) * safe_reciprocal(values)
     factors = torch.where(is_direction, factors, 0.0)
@@ -42,17 +44,18 @@ def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None) -> Tensor:
     return result if x.dtype == torch.float64 else result.float()
 
 
-def leading_directions(x: Tensor) -> tuple[Tensor, Tensor]:
+def leading_directions(x: Tensor, axis: Axis = WHOLE) -> tuple[Tensor, Tensor]:
     """Right singular vectors and squared singular values of a tall matrix, largest first.
 
     Args:
         x: Shape (..., n, r), floating; not modified.
+        axis: How its rows are spread.
 
     Returns:
         Q (..., r, r) orthogonal, in float32 or wider, and the squared singular values (..., r), float64, descending.
     """
     wide = x.double()
-    energies, basis = torch.linalg.eigh(wide.mT @ wide)
+    energies, basis = torch.linalg.eigh(gram(wide, axis))
     basis = basis.flip(-1)
     return (basis if x.dtype == torch.float64 else basis.float()), energies.flip(-1).clamp(min=0)
 
@@ -81,6 +84,29 @@ def newton_schulz(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloa
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if is_tall else x
+
+
+def newton_schulz_spread(x: Tensor, axis: Axis, *, steps: int = 5) -> Tensor:
+    """The same of a tall matrix whose rows are spread, with one sum of r × r numbers: the steps are taken on the Gram matrix.
+
+    Args:
+        x: Shape (..., n, r), r ≤ n over all processes, float32 or wider, entries of ordinary size; not modified.
+        axis: How its rows are spread.
+        steps: Number of steps (dimensionless).
+
+    Returns:
+        The rows of the whole's approximate polar factor that lie here, (..., n, r).
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    products = gram(x, axis)
+    scale = 1 / (products.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None].sqrt() + 1e-7)
+    products, eye = products * scale**2, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    steps_taken = eye * scale
+    for _ in range(steps):
+        # X ← X p(XᵀX) turns XᵀX into p XᵀX p, and all of these commute.
+        polynomial = a * eye + b * products + c * products @ products
+        steps_taken, products = steps_taken @ polynomial, polynomial @ products @ polynomial
+    return x @ steps_taken
 
 
 def _shrink_huge(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,18 +2,23 @@
 
 from .exchange import FAILED, FINE, NOT_FINITE, Told, as_shared, exchange
 from .fingerprint import fingerprint, state_fingerprint
+from .kept import saved_state, whole_state
 from .replicas import Replicas, together, warn_of_processes
+from .shards import Shards
 
 __all__ = [
     "FAILED",
     "FINE",
     "NOT_FINITE",
     "Replicas",
+    "Shards",
     "Told",
     "as_shared",
     "exchange",
     "fingerprint",
+    "saved_state",
     "state_fingerprint",
     "together",
     "warn_of_processes",
+    "whole_state",
 ]

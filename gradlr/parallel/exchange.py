@@ -124,12 +124,12 @@ def _touched_rows(replicas: Replicas, slots: Sequence[Slot]) -> dict[int, Tensor
 def _header(replicas: Replicas, slots: Sequence[Slot], watched: Slot, losses: Sequence[float], status: int) -> list[float]:
     finite = [loss for loss in losses if math.isfinite(loss)]
     own = [0.0] * (2 * replicas.size)
-    own[replicas.rank], own[replicas.size + replicas.rank] = status, _checksum(watched.plan.parameter)
+    own[replicas.rank], own[replicas.size + replicas.rank] = status, checksum(watched.plan.parameter)
     loss = [sum(finite) / len(finite), 1.0] if finite else [0.0, 0.0]
     return [*loss, *own, *(float(slot.pending is not None) for slot in slots)]
 
 
-def _checksum(parameter: Tensor) -> int:
+def checksum(parameter: Tensor) -> int:
     """Of the bits of a parameter: another one where two replicas have drifted apart, almost surely."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
     return int(parameter.detach().contiguous().reshape(-1).view(bits).sum(dtype=torch.int64) % _CHECKSUMS)

@@ -33,7 +33,8 @@ def _form(slot: Slot, group: dict[str, Any]) -> dict[str, Any]:
     parameter, plan = slot.plan.parameter, slot.plan
     told = {
         "place in the order": slot.index, "shape": tuple(parameter.shape), "dtype": parameter.dtype,
-        "device": parameter.device.type, "kind": plan.kind, "view": plan.view.pattern, "view's shape": tuple(plan.shape),
+        "device": parameter.device.type, "placements": getattr(parameter, "placements", "none"),
+        "kind": plan.kind, "view": plan.view.pattern, "view's shape": tuple(plan.shape),
         "rule": slot.rule, "rank schedule": slot.schedule, "momentum_rank": slot.momentum_rank, "capture": slot.capture,
     }  # fmt: skip
     rates = {key: float(group[key]) for key in ("lr", "beta", "weight_decay")}
@@ -48,7 +49,8 @@ def state_fingerprint(
     for slot in slots:
         state = states[slot.plan.parameter]
         bits = 0
-        for key, value in sorted(rule_entries(state).items()):
+        entries = rule_entries(state) if slot.plan.layout.is_whole else {}
+        for key, value in sorted(entries.items()):
             flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             bits = zlib.crc32(flat.numpy().tobytes(), zlib.crc32(key.encode(), bits))
         loaded = {"rank": slot.rank, "step count": int(state["step"]), "state": f"{bits:08x}"}

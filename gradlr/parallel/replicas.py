@@ -55,14 +55,14 @@ class Replicas:
         self.meetings += 1
         self._store.set(self._key("came to", self.rank), str(self.meetings))
 
-    def all_reduce(self, numbers: Tensor, op: Any = None) -> None:
+    def all_reduce(self, numbers: Tensor, op: Any = None, group: Any = None) -> None:
         """Sum (or what `op` does) over all processes, in place.
 
         Raises:
             ParallelError: a process is missing; named where the store tells.
         """
-        op = distributed.ReduceOp.SUM if op is None else op
-        self._asking(lambda: distributed.all_reduce(numbers, op=op, group=self.group))
+        op, group = op or distributed.ReduceOp.SUM, group or self.group
+        self._asking(lambda: distributed.all_reduce(numbers, op=op, group=group))
 
     def gathered(self, told: Any) -> list[Any]:
         """What each process tells, in the order of their ranks.

@@ -23,6 +23,7 @@ class Adam(Rule):
 
     name = "adam"
     needs_dense = True
+    takes_blocks = True
 
     def __init__(self, *, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)

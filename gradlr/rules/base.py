@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..gradient import GradientOperator, Sketched
-from ..linalg import orthonormalize
+from ..linalg import HERE, Layout, orthonormalize
 
 State = dict[str, Tensor]
 
@@ -27,6 +27,8 @@ class Settings:
         needs_spectrum: Whether the rank schedule reads `Update.spectrum`.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
             the same seed is taken again.
+        layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `takes_blocks` see
+            another than the whole.
     """
 
     rank: int
@@ -35,6 +37,7 @@ class Settings:
     step: int
     generator: torch.Generator
     needs_spectrum: bool = False
+    layout: Layout = HERE
 
 
 @dataclass
@@ -71,12 +74,17 @@ class Rule:
             rules use `gradient @ X` and `gradient.mT @ Y` only.
         takes_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the `Rows` of
             an embedding and the `Factored` gradient of a head as they are.
+        takes_blocks: Whether the rule heeds `Settings.layout`, so that several processes may each hold a block of the parameter.
+            Elementwise rules need nothing for that.
+        spread: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
         is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
     name = "rule"
     needs_dense = False
     takes_factors = False
+    takes_blocks = False
+    spread: Mapping[str, str] = {}
     is_scale_invariant = True
 
     def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
@@ -173,10 +181,18 @@ class Rule:
         return f"{type(self).__name__}({options})"
 
 
-def gaussian(shape: tuple[int, ...], generator: torch.Generator, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns)."""
-    draw = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-    return draw.mul_(shape[-2] ** -0.5)
+def gaussian(
+    shape: tuple[int, ...], generator: torch.Generator, *, dtype: torch.dtype, device: torch.device, layout: Layout = HERE
+) -> Tensor:
+    """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns).
+
+    Where other processes hold a part of the n columns of the matrices, or some of these, `shape` (..., n, r) is what belongs here
+    of what all of them draw alike.
+    """
+    *batch, rows, columns = shape
+    whole = (*map(layout.batch.size, batch), layout.columns.size(rows), columns)
+    draw = torch.randn(whole, dtype=dtype, device=device, generator=generator).mul_(whole[-2] ** -0.5)
+    return layout.batch.part(layout.columns.part(draw, -2), 0)
 
 
 def fit_columns(x: Tensor, columns: int) -> Tensor:

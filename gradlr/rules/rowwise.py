@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from ..errors import ShapeError
@@ -28,6 +30,8 @@ class RowwiseRMSprop(Rule):
     name = "rowwise_rmsprop"
     needs_dense = True
     takes_factors = True
+    takes_blocks = True
+    spread: ClassVar = {"square": "rows"}
 
     def __init__(self, *, beta2: float = 0.99, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)
@@ -39,6 +43,7 @@ class RowwiseRMSprop(Rule):
         return {"square": torch.zeros((*shape[:-1], 1), dtype=dtype, device=device)}
 
     def update(self, gradient: Dense | Factored | Rows, state: State, settings: Settings) -> tuple[Update, State]:
-        square = torch.lerp(gradient.row_energies() / gradient.shape[-1], state["square"], self.beta2)
+        columns = settings.layout.columns.size(gradient.shape[-1])
+        square = torch.lerp(gradient.row_energies() / columns, state["square"], self.beta2)
         root = (square / (1 - self.beta2**settings.step)).sqrt_().add_(self.eps)
         return Update(**gradient.scaled_rows(root.reciprocal_())), {"square": square}

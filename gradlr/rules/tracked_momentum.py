@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, Sketched
-from ..linalg import leading_directions, multi_normalize, newton_schulz, normalize_columns, orthonormalize, polar_factor
+from ..linalg import (
+    WHOLE,
+    Axis,
+    Layout,
+    leading_directions,
+    multi_normalize,
+    newton_schulz,
+    newton_schulz_spread,
+    normalize_columns,
+    orthonormalize,
+    polar_factor,
+)
+from ..linalg.axes import gram, largest_in_columns
 from ..linalg.normalize import largest_entry
 from .base import (
     Rule,
@@ -53,6 +66,8 @@ class TrackedMomentum(Rule):
     """
 
     name = "tracked_momentum"
+    takes_blocks = True
+    spread: ClassVar = {"P": "rows", "R": "columns"}
 
     def __init__(
         self,
@@ -107,7 +122,8 @@ class TrackedMomentum(Rule):
         The power step is worth 0.026 nats over random columns (width 128, k 4, r 64, one seed), a random combination of the
         inputs 0.023; the whole gradient is 0.017 better (`gradlr/bench/results/quality-capture.json`).
         """
-        return orthonormalize(self._test_matrix(state, settings, covariance_times), method=self._method(state["R"]))
+        test = self._test_matrix(state, settings, covariance_times)
+        return orthonormalize(test, method=self._method(state["R"]), axis=settings.layout.columns)
 
     def left_basis(
         self, shape: torch.Size, state: State, settings: Settings, *, dtype: torch.dtype, device: torch.device
@@ -119,23 +135,25 @@ class TrackedMomentum(Rule):
 
     def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own."""
-        method = self._method(state["R"])
+        method, layout = self._method(state["R"]), settings.layout
         right = self.right_basis(gradient.shape, state, settings, dtype=gradient.dtype, device=gradient.device)
         image = gradient @ right
-        moved = image + settings.beta * (state["P"] @ (state["R"].mT @ right))
-        left = orthonormalize(torch.cat([moved, state["P"]], dim=-1)[..., : gradient.shape[-2]], method=method)
-        return Sketched(right, image, left, gradient.mT @ left)
+        moved = image + settings.beta * (state["P"] @ layout.columns.total(state["R"].mT @ right))
+        spanning = torch.cat([moved, state["P"]], dim=-1)[..., : layout.rows.size(gradient.shape[-2])]
+        left = orthonormalize(spanning, method=method, axis=layout.rows)
+        return Sketched(right, image, left, gradient.mT @ left, layout=layout)
 
     def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
-        beta, method = settings.beta, self._method(state["R"])
+        beta, method, layout = settings.beta, self._method(state["R"]), settings.layout
+        rows, columns = layout.rows, layout.columns
         momentum_left, momentum_right = state["P"], state["R"]
         test = self._test_matrix(state, settings)
-        y = gradient @ test + beta * (momentum_left @ (momentum_right.mT @ test))
-        basis = orthonormalize(y, method=method)
+        y = gradient @ test + beta * (momentum_left @ columns.total(momentum_right.mT @ test))
+        basis = orthonormalize(y, method=method, axis=rows)
         z = gradient.mT @ basis
-        averaged = z + beta * (momentum_right @ (momentum_left.mT @ basis))
+        averaged = z + beta * (momentum_right @ rows.total(momentum_left.mT @ basis))
         direction, second_moment = self._direction(z + beta * averaged, state, settings)
-        is_moving = largest_entry(z) > 0
+        is_moving = largest_entry(z, columns) > 0
         rotation, spectrum = self._leading(averaged, basis, state, settings)
         k = momentum_left.shape[-1]
         new_state = {
@@ -143,10 +161,10 @@ class TrackedMomentum(Rule):
             "R": fit_columns(averaged @ rotation[..., :k], k).contiguous(),
             **second_moment,
         }
-        scale = update_scale(gradient.shape)
+        scale = update_scale(layout.whole(gradient.shape))
         update = Update(left=basis * scale, right=direction * is_moving, spectrum=spectrum)
         if self.residual and isinstance(gradient, Dense):
-            update.dense = self._residual(gradient, basis, z, scale)
+            update.dense = self._residual(gradient, basis, z, scale, layout)
         return update, new_state
 
     def _method(self, like: Tensor) -> str:
@@ -158,20 +176,22 @@ class TrackedMomentum(Rule):
     ) -> Tensor:
         # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
         # Columns that are rounding errors of the others count as none.
-        momentum_right, rank = state["R"], settings.rank
-        lengths = momentum_right.abs().amax(dim=-2, keepdim=True)
+        momentum_right, rank, columns = state["R"], settings.rank, settings.layout.columns
+        lengths = largest_in_columns(momentum_right, columns)
         momentum_right = torch.where(lengths > _MOMENTUM_RTOL * lengths.amax(dim=-1, keepdim=True), momentum_right, 0.0)
         like = {"dtype": momentum_right.dtype, "device": momentum_right.device}
-        fresh = gaussian((*momentum_right.shape[:-1], rank), settings.generator, **like)
+        fresh = gaussian((*momentum_right.shape[:-1], rank), settings.generator, **like, layout=settings.layout)
         if covariance_times is not None:
             fresh = normalize_columns(covariance_times(fresh))
-        return _fill(normalize_columns(momentum_right[..., :rank]), fresh)
+        return _fill(normalize_columns(momentum_right[..., :rank], columns), fresh, columns)
 
     def _direction(self, nesterov: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
+        axis = settings.layout.columns
         if self._method(nesterov) == "cholesky":
-            return newton_schulz(_unit_peak(nesterov), dtype=nesterov.dtype), {}
+            scaled = _unit_peak(nesterov, axis)
+            return newton_schulz(scaled, dtype=scaled.dtype) if axis.is_whole else newton_schulz_spread(scaled, axis), {}
         if not self.is_weighed:
-            return polar_factor(nesterov), {}
+            return polar_factor(nesterov, axis=axis), {}
         known, rank = state["second_moment"], nesterov.shape[-1]
         known = fit_columns(known, max(rank, known.shape[-1]))
         moments = known.clone()
@@ -183,50 +203,55 @@ class TrackedMomentum(Rule):
             moments[..., :rank] = torch.where(old > 0, torch.lerp(old, values**2, share), values**2)
             return values / (moments[..., :rank].sqrt() + self.eps)
 
-        direction = polar_factor(nesterov, weights=weigh)
+        direction = polar_factor(nesterov, weights=weigh, axis=axis)
         return direction, {"second_moment": moments}
 
     def _leading(self, averaged: Tensor, basis: Tensor, state: State, settings: Settings) -> tuple[Tensor, Tensor | None]:
+        rows, columns = settings.layout.rows, settings.layout.columns
         if self._method(averaged) == "qr":
-            return leading_directions(averaged)
+            return leading_directions(averaged, columns)
         # Two power steps from where the last basis points; columns that had no momentum yet start at unit vectors.
         k = min(state["P"].shape[-1], basis.shape[-1])
         unit = torch.eye(basis.shape[-1], k, dtype=basis.dtype, device=basis.device).expand(*basis.shape[:-2], -1, -1)
-        start = _fill(normalize_columns(basis.mT @ state["P"][..., :k]), unit)
-        scaled = _unit_peak(averaged)
+        start = _fill(normalize_columns(rows.total(basis.mT @ state["P"][..., :k])), unit)
+        scaled = _unit_peak(averaged, columns)
+        products = gram(scaled, columns)
         for _ in range(2):
-            start = orthonormalize(scaled.mT @ (scaled @ start), method="cholesky")
-        return start, leading_directions(averaged)[1] if settings.needs_spectrum else None
+            start = orthonormalize(products @ start, method="cholesky")
+        return start, leading_directions(averaged, columns)[1] if settings.needs_spectrum else None
 
-    def _residual(self, gradient: Dense, basis: Tensor, z: Tensor, scale: float) -> Tensor | None:
-        open_directions = min(gradient.shape[-2:]) - basis.shape[-1]
+    def _residual(self, gradient: Dense, basis: Tensor, z: Tensor, scale: float, layout: Layout) -> Tensor | None:
+        open_directions = min(layout.whole(gradient.shape)[-2:]) - basis.shape[-1]
         if open_directions <= 0:
             return None
-        threshold = _RESIDUAL_RTOL * largest_entry(gradient.matrix)
+        axes = layout.rows, layout.columns
+        threshold = _RESIDUAL_RTOL * largest_entry(gradient.matrix, *axes)
         rest = gradient.consume()
         if rest.ndim == 2:
             rest.addmm_(basis, z.mT, alpha=-1)
         else:
             rest -= basis @ z.mT
-        is_direction = largest_entry(rest) > threshold
-        spread = multi_normalize(rest, inplace=True)
-        length = self.residual * scale * _length_scale(spread, open_directions)
+        is_direction = largest_entry(rest, *axes) > threshold
+        spread = multi_normalize(rest, inplace=True, layout=layout)
+        length = self.residual * scale * _length_scale(spread, open_directions, layout)
         return spread.mul_(torch.where(is_direction, length, 0.0))
 
 
-def _length_scale(spread: Tensor, open_directions: int) -> Tensor:
+def _length_scale(spread: Tensor, open_directions: int, layout: Layout) -> Tensor:
     # Scales `spread` to the Frobenius norm of an orthonormal basis of the open directions.
     length = torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True)
+    if not layout.is_whole:
+        length = layout.columns.total(layout.rows.total(length**2)).sqrt()
     return torch.where(length > 0, open_directions**0.5 / length, 0.0)
 
 
-def _unit_peak(x: Tensor) -> Tensor:
+def _unit_peak(x: Tensor, axis: Axis) -> Tensor:
     # The constants of Newton–Schulz and of the shifts suppose entries of ordinary size.
-    return x / largest_entry(x).clamp(min=torch.finfo(x.dtype).tiny)
+    return x / largest_entry(x, axis).clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def _fill(columns: Tensor, fresh: Tensor) -> Tensor:
+def _fill(columns: Tensor, fresh: Tensor, axis: Axis = WHOLE) -> Tensor:
     # Fresh columns behind the given ones, and in place of those that are zero: momentum that does not exist yet.
     k = columns.shape[-1]
-    is_known = (columns != 0).any(dim=-2, keepdim=True)
+    is_known = largest_in_columns(columns, axis) > 0
     return torch.cat([torch.where(is_known, columns, fresh[..., :k]), fresh[..., k:]], dim=-1)

@@ -1,0 +1,95 @@
+"""The rows or the columns of a matrix, of which one process may hold a part: what has to be summed to know the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class Axis:
+    """One axis of a matrix, all of which lies in this process; a subclass shares it with others."""
+
+    is_whole = True
+    parts = 1
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum of what each part's process gives; `x` may be overwritten. Here `x` itself."""
+        return x
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The same, the largest entries instead of sums."""
+        return x
+
+    def size(self, here: int) -> int:
+        """Size of the whole axis, given what lies here."""
+        return here
+
+    def part(self, whole: Tensor, dim: int) -> Tensor:
+        """What of a tensor with the whole axis belongs here."""
+        return whole
+
+    def gathered(self, here: Tensor, dim: int) -> Tensor:
+        """The tensor with the whole axis, of which each process has a part."""
+        return here
+
+
+WHOLE = Axis()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How (a batch of) m × n matrices lie over processes: a block of rows and columns of some of the batch is here.
+
+    Attributes:
+        rows: The axis of size m.
+        columns: The axis of size n.
+        batch: The axis before them, where there is one; its matrices are independent of each other.
+        number: Which of its blocks this is, counted from 0.
+    """
+
+    rows: Axis = WHOLE
+    columns: Axis = WHOLE
+    batch: Axis = WHOLE
+    number: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it lies here."""
+        return self.rows.is_whole and self.columns.is_whole and self.batch.is_whole
+
+    @property
+    def parts(self) -> int:
+        """Number of blocks."""
+        return self.rows.parts * self.columns.parts * self.batch.parts
+
+    def anywhere(self, flag: Tensor) -> Tensor:
+        """0-dim boolean: whether it is True in any process that has a part."""
+        if self.is_whole:
+            return flag
+        count = flag.to(torch.float32)
+        for axis in (self.rows, self.columns, self.batch):
+            count = axis.largest(count)
+        return count > 0
+
+    def whole(self, here: tuple[int, ...]) -> torch.Size:
+        """Shape (..., m, n) of the whole, given the shape of what lies here."""
+        *batch, m, n = here
+        return torch.Size((*map(self.batch.size, batch), self.rows.size(m), self.columns.size(n)))
+
+
+HERE = Layout()
+
+
+def largest_in_columns(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """Largest absolute entry of each column of (..., m, r), whose m rows are spread as `axis` says: (..., 1, r)."""
+    # Where a process holds no row at all there is nothing to look at.
+    here = x.abs().amax(dim=-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
+    return axis.largest(here)
+
+
+def gram(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+    """`xᵀ x` of (..., m, r), whose m rows are spread as `axis` says: (..., r, r), the same everywhere."""
+    return axis.total(x.mT @ x)
+

@@ -1,0 +1,68 @@
+"""Several processes at `attach`: who holds what of the model, and whether all of them train the same."""
+
+from __future__ import annotations
+
+from torch import distributed, nn
+
+from .errors import ArgumentError
+from .optimizer import GradLR
+from .parallel import Replicas, Shards, fingerprint
+from .parameters import is_sharded
+from .slots import ParameterGroup
+
+
+def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, capture: str) -> Shards | None:
+    """The processes that hold parts of the model, where it is sharded.
+
+    Raises:
+        ArgumentError: the other arguments do not suit that.
+        AttachError: there are several meshes.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if isinstance(model, nn.Module) else []
+    if not any(map(is_sharded, trainable)):
+        return None
+    if process_group is not None:
+        raise ArgumentError("the model is sharded: its parameters know their processes; leave process_group= out")
+    if capture in ("adaptor", "one_sided"):
+        raise ArgumentError(
+            f'capture="{capture}" works on plain layers, and the model is sharded: FSDP2 gathers a weight for its forward, and '
+            'tensor parallelism splits it. Use capture="hook", whose gradients are shards'
+        )
+    return Shards(trainable)
+
+
+def spread(groups: list[ParameterGroup], shards: Shards) -> None:
+    """Give each plan the layout of its parameter.
+
+    Raises:
+        ArgumentError: a rule cannot work on blocks.
+        AttachError: shards cut through a view.
+    """
+    for group in groups:
+        group.plans = [shards.spread(plan) for plan in group.plans]
+        cut = [plan for plan in group.plans if not plan.layout.is_whole]
+        if cut and not group.rule.takes_blocks:
+            raise ArgumentError(
+                f"rule {group.rule.name!r} needs whole matrices, and {cut[0].name!r} {tuple(cut[0].parameter.shape)} is sharded: "
+                "use 'tracked_momentum' there, or write the rule for blocks (takes_blocks, see gradlr.rules.Rule)"
+            )
+
+
+def join(optimizer: GradLR, model: nn.Module, replicas: Replicas, shards: Shards | None) -> None:
+    """See that all processes train the same, and where each has a replica, give it the values of rank 0.
+
+    Raises:
+        ParallelError: they differ, or one is missing; the optimizer is detached.
+    """
+    tracker, limit = optimizer.tracker, optimizer.limit
+    options = {"seed": optimizer.seed, "state_dtype": optimizer._state_dtype, "max_grad_norm": limit.max_norm,
+               "max_norm_growth": limit.max_growth, "loss ratio": tracker.ratio, "max_loss": tracker.max_loss}  # fmt: skip
+    try:
+        replicas.agree(fingerprint(optimizer.slots, optimizer.param_groups, options))
+        if shards is None:
+            replicas.broadcast(model)
+        else:
+            shards.join(optimizer.slots)
+    except BaseException:
+        optimizer.detach()
+        raise
