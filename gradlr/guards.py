@@ -128,8 +128,8 @@ def lost_parameters(lost: Sequence[str], count: int) -> AttachError:
     """Attached parameters are no longer the model's."""
     return AttachError(
         f"{len(lost)} of {count} parameters were replaced since attach ({lost[0]!r} first), so their hooks are gone. Load "
-        "weights with load_state_dict(assign=False); move, wrap and parametrize the model before attaching; or call "
-        "opt.detach() and attach again"
+        "weights with load_state_dict(assign=False); move, wrap, shard (fully_shard) and parametrize the model before attaching; "
+        "or call opt.detach() and attach again"
     )
 
 

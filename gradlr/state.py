@@ -59,9 +59,17 @@ class KeptState(torch.optim.Optimizer):
             Ends the observation: by `stop()`, or as `with opt.observe(): ...`.
 
         Raises:
-            ArgumentError: a glob matches no parameter.
+            ArgumentError: a glob matches no parameter, or the model is sharded.
         """
+        self._require_whole("observe")
         return Observation(self.slots, match or ("*",))
+
+    def _require_whole(self, method: str) -> None:
+        if sharded := [slot.plan.name for slot in self.slots if not slot.plan.layout.is_whole]:
+            raise ArgumentError(
+                f"opt.{method}() looks at whole matrices, and {sharded[0]!r} is sharded: load the checkpoint into a model of one "
+                f"process, attach, and call {method} there"
+            )
 
     @torch.no_grad()
     def report(self) -> Report:
@@ -69,6 +77,7 @@ class KeptState(torch.optim.Optimizer):
 
         Captured energy, gradient and update are those of the last update inside `observe()`.
         """
+        self._require_whole("report")
         return report(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class Updates(Projections):
     ) -> None:
         super().__init__(groups, tracker, seed, state_dtype, replicas, shards)
         self.limit, self._is_immediate = limit, is_immediate
-        self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=is_immediate)
+        self._watch = BackwardWatch(tracker, len(self._slots), is_immediate=is_immediate, may_be_silent=shards is not None)
         self._skips = Skips()
         self._grad_norm: Tensor | None = None
         self._gauge = Gauge(**working_form(self.slots[0].plan.parameter))

@@ -22,13 +22,15 @@ class BackwardWatch:
         tracker: The optimizer's tracker.
         count: Number of attached parameters, for messages.
         is_immediate: Whether weights change inside backward, so that a scaled loss is wrong.
+        may_be_silent: Whether a backward may bring no gradient, as under FSDP2 with `set_requires_gradient_sync(False)`.
 
     Attributes:
         changed: Names of the parameters updated since the last loss, or in the step under way.
     """
 
-    def __init__(self, tracker: LossTracker, count: int, *, is_immediate: bool) -> None:
+    def __init__(self, tracker: LossTracker, count: int, *, is_immediate: bool, may_be_silent: bool = False) -> None:
         self._tracker, self._count, self._is_immediate = tracker, count, is_immediate
+        self._may_be_silent = may_be_silent
         self._unread_scales: list[Deferred] = []
         self._unread_flags: list[tuple[str, int, Deferred]] = []
         self._has_warned = False
@@ -93,7 +95,7 @@ class BackwardWatch:
         if self.is_interrupted:
             self._discard_interrupted()
             warnings.warn(guards.interrupted(self._failed_number(), self.changed, pending), GradlrWarning, stacklevel=5)
-        elif self._tracker.has_begun and not self._tracker.has_gradient:
+        elif self._tracker.has_begun and not self._tracker.has_gradient and not self._may_be_silent:
             warnings.warn(str(guards.no_gradient(last, self._count)), GradlrWarning, stacklevel=5)
         elif pending and self._loss_count == _MANY_LOSSES:
             warnings.warn(guards.never_stepped(_MANY_LOSSES), GradlrWarning, stacklevel=5)

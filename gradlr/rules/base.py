@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..gradient import GradientOperator, Sketched
-from ..linalg import HERE, Layout, orthonormalize
+from ..linalg import HERE, WHOLE, Axis, Layout, orthonormalize
 
 State = dict[str, Tensor]
 
@@ -182,17 +182,23 @@ class Rule:
 
 
 def gaussian(
-    shape: tuple[int, ...], generator: torch.Generator, *, dtype: torch.dtype, device: torch.device, layout: Layout = HERE
+    shape: tuple[int, ...],
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    axis: Axis = WHOLE,
+    batch: Axis = WHOLE,
 ) -> Tensor:
     """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns).
 
-    Where other processes hold a part of the n columns of the matrices, or some of these, `shape` (..., n, r) is what belongs here
-    of what all of them draw alike.
+    Where other processes hold some of the rows, spread as `axis` says, or of the matrices, as `batch` says, `shape` is what
+    belongs here of what all of them draw alike.
     """
-    *batch, rows, columns = shape
-    whole = (*map(layout.batch.size, batch), layout.columns.size(rows), columns)
+    *matrices, rows, columns = shape
+    whole = (*map(batch.size, matrices), axis.size(rows), columns)
     draw = torch.randn(whole, dtype=dtype, device=device, generator=generator).mul_(whole[-2] ** -0.5)
-    return layout.batch.part(layout.columns.part(draw, -2), 0)
+    return batch.part(axis.part(draw, -2), 0)
 
 
 def fit_columns(x: Tensor, columns: int) -> Tensor:

@@ -134,12 +134,18 @@ class TrackedMomentum(Rule):
         return orthonormalize(_fill(state["P"][..., : settings.rank], fresh), method=self._method(fresh))
 
     def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
-        """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own."""
+        """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own.
+
+        Before there is any momentum, random directions stand for its own: further gradients of the step lie elsewhere.
+        """
         method, layout = self._method(state["R"]), settings.layout
         right = self.right_basis(gradient.shape, state, settings, dtype=gradient.dtype, device=gradient.device)
         image = gradient @ right
         moved = image + settings.beta * (state["P"] @ layout.columns.total(state["R"].mT @ right))
-        spanning = torch.cat([moved, state["P"]], dim=-1)[..., : layout.rows.size(gradient.shape[-2])]
+        known = state["P"]
+        like = {"dtype": known.dtype, "device": known.device, "axis": layout.rows, "batch": layout.batch}
+        fresh = gaussian(tuple(known.shape), settings.generator, **like)
+        spanning = torch.cat([moved, _fill(known, fresh, layout.rows)], dim=-1)[..., : layout.rows.size(known.shape[-2])]
         left = orthonormalize(spanning, method=method, axis=layout.rows)
         return Sketched(right, image, left, gradient.mT @ left, layout=layout)
 
@@ -179,8 +185,8 @@ class TrackedMomentum(Rule):
         momentum_right, rank, columns = state["R"], settings.rank, settings.layout.columns
         lengths = largest_in_columns(momentum_right, columns)
         momentum_right = torch.where(lengths > _MOMENTUM_RTOL * lengths.amax(dim=-1, keepdim=True), momentum_right, 0.0)
-        like = {"dtype": momentum_right.dtype, "device": momentum_right.device}
-        fresh = gaussian((*momentum_right.shape[:-1], rank), settings.generator, **like, layout=settings.layout)
+        like = {"dtype": momentum_right.dtype, "device": momentum_right.device, "axis": columns, "batch": settings.layout.batch}
+        fresh = gaussian((*momentum_right.shape[:-1], rank), settings.generator, **like)
         if covariance_times is not None:
             fresh = normalize_columns(covariance_times(fresh))
         return _fill(normalize_columns(momentum_right[..., :rank], columns), fresh, columns)

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 
-def run_in_processes(size, module, names, path, *, patience=100):
+def run_in_processes(size, module, names, path, *, patience=100, environment=None):
     """name of the check → what each rank reports: "passed", a traceback, or "nothing" where it has not come to its end.
 
     Args:
@@ -25,9 +25,10 @@ def run_in_processes(size, module, names, path, *, patience=100):
         names: In which order.
         path: An empty folder.
         patience: Seconds until what has not ended is killed.
+        environment: Variables that are set in them.
     """
     context = _server_of(module)
-    workers = [context.Process(target=_work, args=(rank, size, module, names, str(path))) for rank in range(size)]
+    workers = [context.Process(target=_work, args=(rank, size, module, names, str(path), environment or {})) for rank in range(size)]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + patience
@@ -41,6 +42,10 @@ def run_in_processes(size, module, names, path, *, patience=100):
     return {name: [one.get(name, "nothing") for one in told] for name in names}
 
 
+def assert_passed(reports):
+    assert all(report == "passed" for report in reports), "\n".join(f"rank {i}: {one}" for i, one in enumerate(reports))
+
+
 @functools.cache
 def _server_of(module):
     # A fresh process imports torch and the checks once; those that run them are forked from it.
@@ -52,7 +57,8 @@ def _server_of(module):
     return context
 
 
-def _work(rank, size, module, names, path):
+def _work(rank, size, module, names, path, environment):
+    os.environ.update(environment)
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     torch.manual_seed(0)

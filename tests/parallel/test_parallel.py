@@ -13,7 +13,7 @@ import gradlr
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
-from processes import run_in_processes
+from processes import assert_passed, run_in_processes
 
 IN_TWO = (
     "hooks_equal_one_process",
@@ -52,10 +52,6 @@ def in_two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def in_four(tmp_path_factory):
     return run_in_processes(4, "checks", IN_FOUR, tmp_path_factory.mktemp("four"))
-
-
-def assert_passed(reports):
-    assert all(report == "passed" for report in reports), "\n".join(f"rank {i}: {one}" for i, one in enumerate(reports))
 
 
 @pytest.mark.parametrize("name", IN_TWO)

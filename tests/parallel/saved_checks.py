@@ -1,0 +1,126 @@
+"""Distributed checkpoints of sharded models: what one, two and four processes save, the others load."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from sharded_checks import Net, _parallelized, attach, attach_alone, loss_of, net, shard, share_of, tokens_of, train
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+
+import gradlr
+
+FOLDER = "GRADLR_TEST_FOLDER"
+OPTIONS = {"rank": gradlr.ByLoss(3), "apply": "step", "max_grad_norm": 0.5, "vector_rule": "adam", "table_rule": "adam"}
+
+
+def folder(name):
+    return os.path.join(os.environ[FOLDER], name)
+
+
+def placed(rank, size):
+    """A model as these processes hold it: alone, under FSDP2, or under FSDP2 over tensor parallelism."""
+    if size == 1:
+        return net(seed=9)
+    if size == 2:
+        return shard(net(seed=9))
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    return shard(_parallelized(net(seed=9), mesh["tensor"]), mesh["data"])
+
+
+def batch_share(rank, size):
+    return share_of(rank, size) if size < 4 else share_of(rank // 2, 2)
+
+
+def whole(model):
+    options = StateDictOptions(full_state_dict=True)
+    return get_model_state_dict(model, options=options)
+
+
+def begin(rank, size):
+    """Three steps, saved with torch.distributed.checkpoint; three more, whose result is kept beside."""
+    model = placed(rank, size)
+    model.load_state_dict(model.state_dict())
+    set_model_state_dict(model, net().state_dict(), options=StateDictOptions(full_state_dict=True))
+    tracker, opt = attach(model, **OPTIONS) if size > 1 else attach_alone(model, **OPTIONS)
+    train(model, tracker, opt, 3, part=batch_share(rank, size))
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.save(state, checkpoint_id=folder(f"from{size}"))
+    train(model, tracker, opt, 3, part=batch_share(rank, size), start=3)
+    result = whole(model)
+    if rank == 0:
+        torch.save({"model": result, "ratio": tracker.ratio}, folder(f"from{size}.expected"))
+
+
+def go_on(rank, size, *, source):
+    model = placed(rank, size)
+    tracker, opt = attach(model, **OPTIONS) if size > 1 else attach_alone(model, **OPTIONS)
+    state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
+    dcp.load(state, checkpoint_id=folder(f"from{source}"))
+    set_model_state_dict(model, state["model"])
+    if size > 1:
+        set_optimizer_state_dict(model, opt, state["optimizer"])
+    else:  # with "step", one process has a parameter for GradScaler in its groups, which torch's function does not know
+        opt.load_state_dict(state["optimizer"])
+    assert len(tracker.history) == 3
+    assert all(int(opt.state[slot.plan.parameter]["step"]) == 3 for slot in opt.slots)
+    train(model, tracker, opt, 3, part=batch_share(rank, size), start=3)
+    expected = torch.load(folder(f"from{source}.expected"), weights_only=True)
+    for name, value in whole(model).items():
+        # Rounding of float64, grown over three steps.
+        torch.testing.assert_close(value, expected["model"][name], rtol=1e-9, atol=1e-9)
+    assert tracker.ratio == pytest.approx(expected["ratio"], rel=1e-9)
+
+
+from_one = partial(go_on, source=1)
+from_two = partial(go_on, source=2)
+from_four = partial(go_on, source=4)
+
+
+def whole_state_dicts_are_those_of_one_process(rank, size):
+    """full_state_dict=True: what rank 0 writes is a checkpoint of one process."""
+    model, reference = placed(rank, size), net(seed=9)
+    tracker, opt = attach(model, **OPTIONS)
+    reference_tracker, reference_opt = attach_alone(reference, **OPTIONS)
+    train(model, tracker, opt, 2, part=batch_share(rank, size))
+    train(reference, reference_tracker, reference_opt, 2)
+    options = StateDictOptions(full_state_dict=True)
+    got = get_optimizer_state_dict(model, opt, options=options)
+    expected = reference_opt.state_dict()
+    for slot in reference_opt.slots:
+        for key, value in expected["state"][slot.index].items():
+            if key != "R":  # columns of P and R may both change their sign
+                torch.testing.assert_close(got["state"][slot.plan.name][key].abs(), value.abs(), rtol=1e-9, atol=1e-9)
+    reference_opt.load_state_dict(got)
+    model_state = whole(model)
+    reference.load_state_dict(model_state)
+    train(model, tracker, opt, 2, part=batch_share(rank, size), start=2)
+    train(reference, reference_tracker, reference_opt, 2, start=2)
+    for name, value in whole(model).items():
+        torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-9, atol=1e-9)
+    # And back.
+    set_optimizer_state_dict(model, opt, got, options=options)
+    assert all(int(opt.state[slot.plan.parameter]["step"]) == 2 for slot in opt.slots)
+
+
+def a_checkpoint_without_a_parameter_changes_nothing(rank, size):
+    model = placed(rank, size)
+    tracker, opt = attach(model, **OPTIONS)
+    train(model, tracker, opt, 1, part=batch_share(rank, size))
+    state = opt.state_dict()
+    before = {slot.plan.name: opt.state[slot.plan.parameter]["step"].item() for slot in opt.slots}
+    damaged = {**state, "state": {key: value for key, value in state["state"].items() if key != 0}}
+    with pytest.raises(gradlr.CheckpointError if rank == 0 else gradlr.ParallelError, match="lacks its state"):
+        opt.load_state_dict(damaged if rank == 0 else state)
+    assert before == {slot.plan.name: opt.state[slot.plan.parameter]["step"].item() for slot in opt.slots}
+    distributed.barrier()
+    assert loss_of(model, tokens_of(0)).isfinite() and isinstance(model, Net)

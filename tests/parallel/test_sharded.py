@@ -1,0 +1,91 @@
+"""FSDP2, tensor parallelism and both, in two and in four gloo processes, each number of them started once."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
+
+from processes import assert_passed, run_in_processes
+
+IN_TWO = (
+    "fsdp_in_backward_equals_one_process",
+    "fsdp_at_step_equals_one_process",
+    "fsdp_accumulates_sketches",
+    "fsdp_accumulates_before_it_reduces",
+    "fsdp_keeps_its_weights_gathered",
+    "odd_sizes_equal_one_process",
+    "arithmetic_of_products_equals_one_process",
+    "columns_may_be_sharded",
+    "policies_of_fsdp_are_followed",
+    "narrow_weights_are_rounded_in_each_part",
+    "tensor_parallel_equals_one_process",
+    "copies_that_drift_are_told",
+    "an_overflow_on_one_rank_skips_the_step_on_all",
+    "a_loss_of_nan_on_one_rank_is_left_out_on_all",
+    "nan_in_backward_is_an_error_on_all",
+    "what_cannot_be_sharded_is_refused",
+    "attaching_before_sharding_is_told",
+    "a_model_is_attached_again_after_detach",
+)
+IN_FOUR = (
+    "fsdp_in_backward_equals_one_process",
+    "fsdp_at_step_equals_one_process",
+    "odd_sizes_equal_one_process",
+    "hybrid_sharding_equals_one_process",
+    "fsdp_over_tensor_parallel_equals_one_process",
+    "tensor_parallel_equals_one_process",
+    "a_killed_process_ends_the_others",
+)
+SAVED = ("from_one", "from_two", "from_four")
+WHOLE = ("whole_state_dicts_are_those_of_one_process", "a_checkpoint_without_a_parameter_changes_nothing")
+
+
+@pytest.fixture(scope="module")
+def in_two(tmp_path_factory):
+    return run_in_processes(2, "sharded_checks", IN_TWO, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def in_four(tmp_path_factory):
+    return run_in_processes(4, "sharded_checks", IN_FOUR, tmp_path_factory.mktemp("four"))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Reports of 1, 2 and 4 processes: what each of them has saved, and what each has made of it."""
+    reports, environment = {}, {"GRADLR_TEST_FOLDER": str(tmp_path_factory.mktemp("checkpoints"))}
+    for names in (("begin",), SAVED + WHOLE):
+        for size in (1, 2, 4):
+            asked = names if size > 1 else tuple(name for name in names if name not in WHOLE)
+            path = tmp_path_factory.mktemp("saved")
+            told = run_in_processes(size, "saved_checks", asked, path, environment=environment)
+            reports |= {(name, size): told[name] for name in asked}
+    return reports
+
+
+@pytest.mark.parametrize("name", IN_TWO)
+def test_in_two_processes(in_two, name):
+    assert_passed(in_two[name])
+
+
+@pytest.mark.parametrize("name", IN_FOUR)
+def test_in_four_processes(in_four, name):
+    reports = in_four[name]
+    if name == "a_killed_process_ends_the_others":
+        assert reports.pop(1) == "nothing"
+    assert_passed(reports)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", SAVED)
+def test_distributed_checkpoints_are_loaded_by_any_number_of_processes(saved, name, size):
+    assert_passed(saved["begin", size])
+    assert_passed(saved[name, size])
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", WHOLE)
+def test_state_dicts_of_sharded_models(saved, name, size):
+    assert_passed(saved[name, size])
