@@ -28,7 +28,8 @@ def run_in_processes(size, module, names, path, *, patience=100, environment=Non
         environment: Variables that are set in them.
     """
     context = _server_of(module)
-    workers = [context.Process(target=_work, args=(rank, size, module, names, str(path), environment or {})) for rank in range(size)]
+    shared = (size, module, names, str(path), environment or {})
+    workers = [context.Process(target=_work, args=(rank, *shared)) for rank in range(size)]
     for worker in workers:
         worker.start()
     deadline = time.monotonic() + patience
