@@ -113,7 +113,7 @@ class GradLR(Updates):
             self.tracker.record_mean(heard.loss)
         own = f"the loss is {self.tracker.value}"
         ranks = heard.not_finite if self.tracker.is_current else []
-        self._bad_loss = guards.not_finite_on(ranks, self._everyone.rank, own) if ranks else None
+        self._bad_loss = guards.not_finite_on(ranks, self.everyone.rank, own) if ranks else None
 
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
@@ -276,11 +276,11 @@ class GradLR(Updates):
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
             ParallelError: the processes have loaded different ones, or one has failed to load.
         """
-        with together(self._everyone):
+        with together(self.everyone):
             self._load(state_dict)
-        if self._everyone is not None:
+        if self.everyone is not None:
             options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
-            self._everyone.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
+            self.everyone.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._restore(state_dict)

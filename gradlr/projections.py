@@ -34,18 +34,18 @@ class Projections(KeptState):
     ) -> None:
         super().__init__(groups, tracker, seed, state_dtype)
         self._replicas, self._shards = replicas, shards
-        self._everyone = replicas if shards is None else shards.everyone
+        self.everyone = replicas if shards is None else shards.everyone
         self._failed_tasks: set[int] = set()
 
     @property
     def processes(self) -> int:
         """Number of processes that train the model together."""
-        return 1 if self._everyone is None else self._everyone.size
+        return 1 if self.everyone is None else self.everyone.size
 
     @property
     def tells_mean(self) -> bool:
         """Whether the tracker hears of the mean loss of several processes from this optimizer."""
-        return self._everyone is not None
+        return self.everyone is not None
 
     @torch.no_grad()
     def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ArgumentError, CheckpointError, GradlrWarning
 from .files import write_atomically
+from .folders import as_held, is_any_sharded, is_folder, read_folder, write_folder
 from .optimizer import GradLR
 
 _FORMAT = 1
@@ -27,6 +28,9 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
     """Write a checkpoint that `gradlr.load` and `torch.load(path, weights_only=True)` read.
 
     Killed at any moment, it leaves the old file or the new one. What an earlier killed process has left beside it is removed.
+
+    Where the model is sharded, all processes call it, and it writes a folder with the shards of each, which `gradlr.load` reads
+    with any number of processes, on a disk that all of them see.
 
     Args:
         path: The file; its folder must exist.
@@ -47,6 +51,9 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
     weights = model.state_dict()
     _require_plain("model", weights)
     checkpoint = {"gradlr": _FORMAT, "model": weights, "optimizer": optimizer.state_dict(), "more": entries}
+    if is_any_sharded(model):
+        write_folder(path.absolute(), checkpoint, optimizer.everyone)
+        return
     write_atomically(path, lambda file: _write(checkpoint, file))
 
 
@@ -54,7 +61,7 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
     """Go on from a checkpoint of `gradlr.save`. Names and shapes are checked before anything is changed.
 
     Args:
-        path: The file.
+        path: The file, or the folder. What one process has saved many may load, and the other way round.
         model: The attached model; weights are copied into its parameters.
         optimizer: Its optimizer; rank, momentum rank and dtypes may differ from the saved ones. None for the weights alone.
         more: The objects that were saved under these names; None for one that is meant to start afresh.
@@ -71,7 +78,7 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.
     """
     path = Path(path)
-    checkpoint = _read(path)
+    checkpoint = read_folder(path.absolute(), model, optimizer) if is_folder(path.absolute()) else _read(path)
     _check_model(path, checkpoint["model"], model)
     given = {name: value for name, value in more.items() if value is not None}
     _check_objects(path, checkpoint["more"], given)
@@ -79,7 +86,7 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         _warn_of_forgotten(path, checkpoint["more"], more)
     loads = [(value, checkpoint["more"][name]["state_dict"]) for name, value in given.items()]
     loads += [] if optimizer is None else [(optimizer, checkpoint["optimizer"])]
-    loads += [(model, checkpoint["model"])]
+    loads += [(model, as_held(model, checkpoint["model"]))]
     _load_all(path, loads)
     return {name: entry["value"] for name, entry in checkpoint["more"].items() if "value" in entry}
 

@@ -168,7 +168,7 @@ class Updates(Projections):
         if failed:
             raise guards.failed_elsewhere(failed)
         if not_finite:
-            self._skips.reason = guards.not_finite_on(not_finite, self._everyone.rank, own_reason)
+            self._skips.reason = guards.not_finite_on(not_finite, self.everyone.rank, own_reason)
 
     def _meet_shards(self, losses: list[float], *, has_failed: bool = False) -> None:
         """Learn the norm of all gradients; the step is left out where a part of one is not finite."""

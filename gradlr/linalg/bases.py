@@ -45,8 +45,9 @@ def _householder_qr(x: Tensor) -> Tensor:
 
 def _shifted_cholesky_qr(x: Tensor, axis: Axis) -> Tensor:
     x = widen(x)
+    # Squares leave float32 where entries are above 1e18; after one pass all lengths are about one.
+    x = x * safe_reciprocal(largest_in_columns(x, axis))
     for shift in _SHIFTS[x.dtype]:
-        x = x * safe_reciprocal(largest_in_columns(x, axis))
         products = gram(x, axis)
         # Columns of unit length, whose lengths are on the diagonal already.
         scale = safe_reciprocal(products.diagonal(dim1=-2, dim2=-1)).sqrt().unsqueeze(-2)

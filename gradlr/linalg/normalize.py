@@ -44,7 +44,9 @@ def normalize_columns(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     return x * safe_reciprocal(axis.total(x.square().sum(dim=-2, keepdim=True))).sqrt()
 
 
-def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = HERE) -> Tensor:
+def multi_normalize(
+    x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = HERE, peak: Tensor | None = None
+) -> Tensor:
     """Scale rows, then columns, to unit length, in turn.
 
     The scalings are found as two vectors from the squared entries (a Sinkhorn iteration) and applied once at the end, so
@@ -55,6 +57,7 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout
         passes: How often rows and columns are normalized, at least once. Columns come last, so their lengths are exact.
         inplace: Whether the result may overwrite `x` (float32 or wider only).
         layout: How rows and columns are spread.
+        peak: Largest absolute entry of the whole, (..., 1, 1), where it is known.
 
     Returns:
         Shape (..., m, n), float32 or wider: `diag(a) x diag(b)` with columns of unit length, or zero where `x` is zero.
@@ -67,7 +70,7 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout
     if passes < 1:
         raise ArgumentError(f"multi_normalize: passes={passes}; it must be at least 1")
     y = widen(x)
-    peak = safe_reciprocal(largest_entry(y, layout.rows, layout.columns))
+    peak = safe_reciprocal(largest_entry(y, layout.rows, layout.columns) if peak is None else peak)
     squares = (y * peak).square_()
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):

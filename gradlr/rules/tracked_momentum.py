@@ -230,15 +230,16 @@ class TrackedMomentum(Rule):
         open_directions = min(layout.whole(gradient.shape)[-2:]) - basis.shape[-1]
         if open_directions <= 0:
             return None
-        axes = layout.rows, layout.columns
-        threshold = _RESIDUAL_RTOL * largest_entry(gradient.matrix, *axes)
+        peaks = largest_entry(gradient.matrix)
         rest = gradient.consume()
         if rest.ndim == 2:
             rest.addmm_(basis, z.mT, alpha=-1)
         else:
             rest -= basis @ z.mT
-        is_direction = largest_entry(rest, *axes) > threshold
-        spread = multi_normalize(rest, inplace=True, layout=layout)
+        peaks = layout.columns.largest(layout.rows.largest(torch.cat([peaks, largest_entry(rest)], dim=-1)))
+        before, peak = peaks.split(1, dim=-1)
+        is_direction = peak > _RESIDUAL_RTOL * before
+        spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
         length = self.residual * scale * _length_scale(spread, open_directions, layout)
         return spread.mul_(torch.where(is_direction, length, 0.0))
 

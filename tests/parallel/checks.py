@@ -331,9 +331,9 @@ def drifting_weights_are_told(rank, size):
 
 
 @contextmanager
-def counted_bytes():
-    """Bytes that this process hands to collectives of torch.distributed."""
-    counts, kinds = [], ("all_", "broadcast", "reduce", "gather", "scatter")
+def counted_bytes(*kinds):
+    """Bytes that this process hands to collectives of torch.distributed, all of them or those whose names begin so."""
+    counts, kinds = [], kinds or ("all_", "broadcast", "reduce", "gather", "scatter")
     names = [name for name in dir(distributed) if name.startswith(kinds)]
     with pytest.MonkeyPatch.context() as patch:
         for name in names:

@@ -55,6 +55,7 @@ def begin(rank, size):
     train(model, tracker, opt, 3, part=batch_share(rank, size))
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
     dcp.save(state, checkpoint_id=folder(f"from{size}"))
+    gradlr.save(folder(f"from{size}.gradlr"), model=model, optimizer=opt, epoch=1)
     train(model, tracker, opt, 3, part=batch_share(rank, size), start=3)
     result = whole(model)
     if rank == 0:
@@ -81,6 +82,27 @@ def go_on(rank, size, *, source):
     assert tracker.ratio == pytest.approx(expected["ratio"], rel=1e-9)
 
 
+def go_on_with_another_rank(rank, size, *, source):
+    """What `gradlr.save` has written, a file of one process or a folder of several; k and r are others now."""
+    model = placed(rank, size)
+    options = OPTIONS | {"momentum_rank": 2, "rank": 4}
+    tracker, opt = attach(model, **options) if size > 1 else attach_alone(model, **options)
+    assert gradlr.load(folder(f"from{source}.gradlr"), model=model, optimizer=opt) == {"epoch": 1}
+    assert len(tracker.history) == 3
+    state = opt.state_dict()["state"]
+    known = [state[slot.index]["P"] for slot in opt.slots if slot.plan.kind == "matrix"]
+    assert all(one.shape[1] == 2 and one[:, 0].any() and not one[:, 1].any() for one in known)
+    train(model, tracker, opt, 1, part=batch_share(rank, size), start=3)
+    after = opt.state_dict()["state"]
+    assert all(after[slot.index]["P"][:, 1].any() for slot in opt.slots if slot.plan.kind == "matrix")
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    gradlr.load(folder(f"from{source}.gradlr"), model=model)
+    assert not any(map(torch.equal, weights, model.parameters()))
+
+
+another_rank_from_one = partial(go_on_with_another_rank, source=1)
+another_rank_from_two = partial(go_on_with_another_rank, source=2)
+another_rank_from_four = partial(go_on_with_another_rank, source=4)
 from_one = partial(go_on, source=1)
 from_two = partial(go_on, source=2)
 from_four = partial(go_on, source=4)
@@ -110,6 +132,36 @@ def whole_state_dicts_are_those_of_one_process(rank, size):
     # And back.
     set_optimizer_state_dict(model, opt, got, options=options)
     assert all(int(opt.state[slot.plan.parameter]["step"]) == 2 for slot in opt.slots)
+
+
+def folders_are_written_whole(rank, size):
+    """A second save replaces the first; one that fails, or is cut off, leaves it."""
+    model = placed(rank, size)
+    tracker, opt = attach(model, **OPTIONS)
+    path = folder(f"whole{size}")
+    for epoch in (1, 2):
+        gradlr.save(path, model=model, optimizer=opt, epoch=epoch)
+        train(model, tracker, opt, 1, part=batch_share(rank, size), start=epoch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dcp, "save", _no_space if rank == 1 else lambda *_, **__: None)
+        with pytest.raises(OSError if rank == 1 else gradlr.ParallelError, match="no space"):
+            gradlr.save(path, model=model, optimizer=opt, epoch=3)
+    assert gradlr.load(path, model=model, optimizer=opt) == {"epoch": 2}
+    distributed.barrier()
+    if rank == 0:
+        os.rename(path, path + ".old")  # as where a process was killed before it has given the new one its name
+    distributed.barrier()
+    assert gradlr.load(path, model=model, optimizer=opt) == {"epoch": 2}
+    distributed.barrier()
+    if rank == 0:
+        os.remove(path + ".old/gradlr.pt")
+    distributed.barrier()
+    with pytest.raises(gradlr.CheckpointError, match="damaged, cut off"):
+        gradlr.load(path, model=model, optimizer=opt)
+
+
+def _no_space(*_, **__):
+    raise OSError("no space left on the disk")
 
 
 def a_checkpoint_without_a_parameter_changes_nothing(rank, size):

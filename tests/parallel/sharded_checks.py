@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from checks import counted_bytes
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -378,6 +379,24 @@ def nan_in_backward_is_an_error_on_all(rank, size):
     with pytest.raises(gradlr.NonFiniteError, match="'down"):
         tracker(loss).backward()
     assert all(map(torch.equal, before, (part.to_local() for part in model.down.parameters())))
+
+
+def bytes_are_those_of_the_formula(rank, size):
+    """Of docs/devices.md: what an update adds to the traffic of FSDP2 itself."""
+    for residual in (0.0, 0.5):
+        model = shard(net(dtype=torch.float32))
+        tracker, opt = attach(model, rule=gradlr.rules.TrackedMomentum(residual=residual))
+        train(model, tracker, opt, 1, part=share_of(rank, size))
+        loss = loss_of(model, tokens_of(1)[share_of(rank, size)])
+        with counted_bytes() as counts:
+            tracker(loss)
+        assert counts == [24 * size]
+        with counted_bytes("all_reduce") as counts:  # FSDP2 itself gathers, and reduces with a scatter
+            loss.backward()
+        r, k = 2, 1
+        matrices = [r * n + 3 * r * r + r + r * k + (3 * n + 3 if residual else 0) for n in (24, 48)]
+        assert sum(counts) == 4 * (sum(matrices) + len(opt.slots))
+        opt.detach()
 
 
 def what_cannot_be_sharded_is_refused(rank, size):

@@ -25,6 +25,7 @@ IN_TWO = (
     "an_overflow_on_one_rank_skips_the_step_on_all",
     "a_loss_of_nan_on_one_rank_is_left_out_on_all",
     "nan_in_backward_is_an_error_on_all",
+    "bytes_are_those_of_the_formula",
     "what_cannot_be_sharded_is_refused",
     "attaching_before_sharding_is_told",
     "a_model_is_attached_again_after_detach",
@@ -38,8 +39,19 @@ IN_FOUR = (
     "tensor_parallel_equals_one_process",
     "a_killed_process_ends_the_others",
 )
-SAVED = ("from_one", "from_two", "from_four")
-WHOLE = ("whole_state_dicts_are_those_of_one_process", "a_checkpoint_without_a_parameter_changes_nothing")
+SAVED = (
+    "from_one",
+    "from_two",
+    "from_four",
+    "another_rank_from_one",
+    "another_rank_from_two",
+    "another_rank_from_four",
+)
+WHOLE = (
+    "whole_state_dicts_are_those_of_one_process",
+    "folders_are_written_whole",
+    "a_checkpoint_without_a_parameter_changes_nothing",
+)
 
 
 @pytest.fixture(scope="module")
