@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ..errors import AttachError, GradlrWarning
 from ..linalg import WHOLE, Axis, Layout
 from ..parameters import VECTOR, ParameterPlan, is_sharded
 from ..views import View
+from .replicas import living
 
 if TYPE_CHECKING:  # importing it takes half a second
     from torch.distributed.tensor import DTensor
@@ -29,14 +31,14 @@ class SharedAxis(Axis):
     Args:
         count: Size of the whole axis.
         places: Which of it lie here, (count here,), int64.
-        groups: Summed over one after the other.
+        groups: Summed over one after the other; weak references.
         parts: Number of processes that the axis is divided among.
         all_reduce: How: it gets the numbers, the operation and the group.
     """
 
     count: int
     places: Tensor
-    groups: tuple[distributed.ProcessGroup, ...]
+    groups: tuple[weakref.ref[distributed.ProcessGroup], ...]
     parts: int
     all_reduce: AllReduce
 
@@ -61,7 +63,7 @@ class SharedAxis(Axis):
     def _reduced(self, x: Tensor, op: Any) -> Tensor:
         x = x.contiguous()
         for group in self.groups:
-            self.all_reduce(x, op, group)
+            self.all_reduce(x, op, living(group))
         return x
 
 
@@ -121,7 +123,7 @@ def _axis(plan: ParameterPlan, axis: int, places: dict[int, Tensor], all_reduce:
         numbers = numbers.index_select(after[axis].index(name), places[dim])
     mesh, ndim = parameter.device_mesh, parameter.ndim
     along = [index for index, placement in enumerate(parameter.placements) if _sharded_axis(placement, ndim) in sharded.values()]
-    groups = tuple(mesh.get_group(index) for index in along)
+    groups = tuple(weakref.ref(mesh.get_group(index)) for index in along)
     parts = math.prod(mesh.size(index) for index in along)
     here = {"count": plan.shape[axis], "places": numbers.reshape(-1)}
     return SharedAxis(**here, groups=groups, parts=parts, all_reduce=all_reduce)

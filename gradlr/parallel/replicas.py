@@ -6,6 +6,7 @@ import itertools
 import os
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,11 +45,25 @@ class Replicas:
                 f"process_group={group!r}: give a group that this process belongs to, such as torch.distributed.group.WORLD "
                 "after torch.distributed.init_process_group()"
             )
-        self.group, self.size, self.rank, self.meetings = group, group.size(), group.rank(), 0
+        self.size, self.rank, self.meetings = group.size(), group.rank(), 0
+        # Held weakly: a group that outlives destroy_process_group until the interpreter ends may abort the process there.
+        self._group = weakref.ref(group)
         # Processes attach to a group in the same order, whatever they do besides.
         self._name = f"gradlr {_attached[group.group_name]}"
         _attached[group.group_name] += 1
-        self._store = distributed.distributed_c10d._get_process_group_store(group)
+
+    @property
+    def group(self) -> distributed.ProcessGroup:
+        """The process group.
+
+        Raises:
+            ParallelError: it was destroyed.
+        """
+        return living(self._group)
+
+    @property
+    def _store(self) -> distributed.Store:
+        return distributed.distributed_c10d._get_process_group_store(self.group)
 
     def meet(self) -> None:
         """A step begins; the others may know."""
@@ -149,6 +164,18 @@ class Replicas:
 
     def _key(self, what: str, rank: int) -> str:
         return f"{self._name} rank {rank} {what}"
+
+
+def living(reference: weakref.ref[distributed.ProcessGroup]) -> distributed.ProcessGroup:
+    """The group that is referred to.
+
+    Raises:
+        ParallelError: it was destroyed.
+    """
+    group = reference()
+    if group is None:
+        raise ParallelError("the process group was destroyed (destroy_process_group): nothing can be trained with it any more")
+    return group
 
 
 @contextmanager
