@@ -11,7 +11,7 @@ import torch
 
 from ..describe import format_bytes
 from ..errors import ArgumentError
-from ..memory import estimate
+from ..memory import Estimate, estimate
 from .losses import cross_entropy
 
 _MOST_TOKENS = 2**40  # beyond, torch cannot even count the bytes of the logits
@@ -42,9 +42,16 @@ class Need:
 
 
 def required_bytes(
-    language: Any, *, batch_size: int, length: int, dtype: torch.dtype, is_checkpointed: bool, options: dict[str, Any]
+    language: Any,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    is_checkpointed: bool,
+    options: dict[str, Any],
+    is_exchanging: bool = False,
 ) -> Need:
-    """What a run needs, by `gradlr.estimate`: one step with tensors that have shapes and no values.
+    """What a run needs on one device, by `gradlr.estimate`: one step with tensors that have shapes and no values.
 
     Args:
         language: The model, as `find_model` returns it.
@@ -52,6 +59,7 @@ def required_bytes(
         dtype: Of the weights.
         is_checkpointed: Whether layers keep their input alone.
         options: What `gradlr.attach` will be called with.
+        is_exchanging: Whether processes with a replica of the model each exchange their gradients' sketches.
     """
     if batch_size * length > _MOST_TOKENS:
         raise ArgumentError(f"--batch-size {batch_size} of {length} tokens each: no memory holds {batch_size * length:,} tokens")
@@ -70,7 +78,13 @@ def required_bytes(
     except Exception:  # models may do with values what cannot be done without
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Need(weights, 0, weights, is_counted=False)
-    return Need(found.weights, found.state, found.peak)
+    return Need(found.weights, found.state, max(found.peak, _bytes_in_exchange(found, dtype) if is_exchanging else 0))
+
+
+def _bytes_in_exchange(found: Estimate, dtype: torch.dtype) -> int:
+    # What waits is copied into one buffer of float32, and never takes more entries there.
+    buffer = found.gradients * max(torch.float32.itemsize // dtype.itemsize, 1)
+    return found.weights + found.state + found.gradients + buffer
 
 
 def available_bytes(device: str) -> int | None:
