@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ..attach import attach
 from ..bench.environment import require_device
@@ -116,7 +117,7 @@ class ReplicaProcesses(Processes):
         self._replicas = Replicas(distributed.group.WORLD)
         self.size, self.rank = self._replicas.size, self._replicas.rank
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self.is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        self.is_restarted = _attempt() != "0"
 
     def by_first(self, work: Callable[[], Any]) -> None:
         with together(self._replicas):
@@ -175,7 +176,7 @@ def joined(shard: str | None, device: str) -> Iterator[Processes]:
     own = _own_device(device)
     require_device(own)
     try:
-        distributed.init_process_group("nccl" if own.startswith("cuda") else "gloo", timeout=_TIMEOUT)
+        _find_each_other("nccl" if own.startswith("cuda") else "gloo")
         yield ReplicaProcesses(own)
     except distributed.DistError as error:
         reason = str(error).splitlines()[0]
@@ -183,6 +184,20 @@ def joined(shard: str | None, device: str) -> Iterator[Processes]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def _find_each_other(backend: str) -> None:
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
+        # torchrun keeps its store when it starts processes again: what the dead have left there is not for the living.
+        own = distributed.PrefixStore(f"gradlr attempt {_attempt()}", store)
+        distributed.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_TIMEOUT)
+    except RuntimeError as error:
+        raise ParallelError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
+
+
+def _attempt() -> str:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _own_device(device: str) -> str:
