@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..describe import format_bytes
 from ..errors import ArgumentError
@@ -78,13 +79,13 @@ def required_bytes(
     except Exception:  # models may do with values what cannot be done without
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         return Need(weights, 0, weights, is_counted=False)
-    return Need(found.weights, found.state, max(found.peak, _bytes_in_exchange(found, dtype) if is_exchanging else 0))
+    return Need(found.weights, found.state, max(found.peak, _bytes_in_exchange(found, model, dtype) if is_exchanging else 0))
 
 
-def _bytes_in_exchange(found: Estimate, dtype: torch.dtype) -> int:
-    # What waits is copied into one buffer of float32, and never takes more entries there.
+def _bytes_in_exchange(found: Estimate, model: nn.Module, dtype: torch.dtype) -> int:
+    # What waits is copied into one buffer of float32, and never takes more entries there; a table's touched rows are gathered.
     buffer = found.gradients * max(torch.float32.itemsize // dtype.itemsize, 1)
-    return found.weights + found.state + found.gradients + buffer
+    return found.weights + found.state + found.gradients + buffer + max(parameter.nbytes for parameter in model.parameters())
 
 
 def available_bytes(device: str) -> int | None:

@@ -16,7 +16,9 @@ from finetune.sameness import assert_same, history
 from finetune.tiny import WORDS, jsonl_file, logged_step
 
 import gradlr
+from gradlr import ArgumentError
 from gradlr.cli import main
+from gradlr.finetune.task import _require_divisible
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -167,3 +169,10 @@ def test_one_without_the_other_is_told(data, tmp_path, monkeypatch, capsys):
     assert main(arguments) == 2
     assert "torchrun has started 2 processes, which would each train alone" in (error := capsys.readouterr().err)
     assert "add --shard dp" in error
+
+
+def test_a_batch_that_does_not_divide_is_told():
+    with pytest.raises(ArgumentError, match=r"--batch-size 5 is that of all 2 processes together.*: give 4"):
+        _require_divisible(5, 2)
+    with pytest.raises(ArgumentError, match=r"--batch-size 1 .*: give 4"):
+        _require_divisible(1, 4)
