@@ -14,9 +14,10 @@ from ..lora import export_lora
 from ..lora.folder import require_free
 from .fits import Need, available_bytes, require_fit, required_bytes
 from .folder import RunFolder, require_writable
+from .launch import joined
 from .loop import Run, train
 from .options import add_arguments
-from .processes import Processes, joined
+from .processes import Processes
 from .progress import peak_memory
 from .task import Task
 
@@ -45,7 +46,8 @@ def _run(arguments: argparse.Namespace, processes: Processes) -> int:
     folder = RunFolder(arguments.out, is_writer=processes.is_first)
     need = required_bytes(
         task.language, batch_size=arguments.batch_size // processes.size, length=task.data.length, dtype=task.dtype,
-        is_checkpointed=arguments.checkpointing, options=task.options, is_exchanging=arguments.shard is not None,
+        is_checkpointed=arguments.checkpointing, options=task.options, is_exchanging=arguments.shard == "dp",
+        shards=processes.size if arguments.shard == "fsdp" else 1,
     )  # fmt: skip
     _require_fit(need, task)
     settings = task.settings()
@@ -55,7 +57,7 @@ def _run(arguments: argparse.Namespace, processes: Processes) -> int:
 
     def check() -> None:
         # Two checkpoints while one replaces the other, and the model.
-        folder.check(settings, is_overwritten=is_overwritten, needed=3 * need.weights + 2 * need.state)
+        folder.check(settings, is_overwritten=is_overwritten, needed=need.shards * (3 * need.weights + 2 * need.state))
         _check_lora(arguments)
 
     processes.by_first(check)

@@ -14,25 +14,28 @@ from ..describe import format_bytes
 from ..errors import ArgumentError
 from ..memory import Estimate, estimate
 from .losses import cross_entropy
+from .processes import blocks_of
 
 _MOST_TOKENS = 2**40  # beyond, torch cannot even count the bytes of the logits
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run takes.
+    """Bytes that a run takes on one device.
 
     Attributes:
         weights: The parameters and buffers.
         state: The optimizer's state.
         total: At the worst moment, all included; where that could not be counted, the weights alone.
         is_counted: Whether it could.
+        shards: Number of devices that share weights and state.
     """
 
     weights: int
     state: int
     total: int
     is_counted: bool = True
+    shards: int = 1
 
     def __str__(self) -> str:
         if not self.is_counted:
@@ -51,6 +54,7 @@ def required_bytes(
     is_checkpointed: bool,
     options: dict[str, Any],
     is_exchanging: bool = False,
+    shards: int = 1,
 ) -> Need:
     """What a run needs on one device, by `gradlr.estimate`: one step with tensors that have shapes and no values.
 
@@ -61,6 +65,7 @@ def required_bytes(
         is_checkpointed: Whether layers keep their input alone.
         options: What `gradlr.attach` will be called with.
         is_exchanging: Whether processes with a replica of the model each exchange their gradients' sketches.
+        shards: Number of devices that share weights and state, and bring a block at a time together.
     """
     if batch_size * length > _MOST_TOKENS:
         raise ArgumentError(f"--batch-size {batch_size} of {length} tokens each: no memory holds {batch_size * length:,} tokens")
@@ -77,9 +82,21 @@ def required_bytes(
     except ArgumentError:
         raise
     except Exception:  # models may do with values what cannot be done without
-        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        return Need(weights, 0, weights, is_counted=False)
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) // shards
+        return Need(weights, 0, weights, is_counted=False, shards=shards)
+    if shards > 1:
+        weights, state = found.weights // shards, found.state // shards
+        rest = found.peak - found.weights - found.state
+        return Need(weights, state, weights + state + rest + _bytes_together(model), shards=shards)
     return Need(found.weights, found.state, max(found.peak, _bytes_in_exchange(found, model, dtype) if is_exchanging else 0))
+
+
+def _bytes_together(model: nn.Module) -> int:
+    # Embeddings and head stay together through a step; one block is at work, the next one on its way; the gradients of one of
+    # these groups are whole, and once more in the buffer that hands them out.
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks_of(model)]
+    root, block = sum(parameter.nbytes for parameter in model.parameters()) - sum(blocks), max(blocks, default=0)
+    return root + 2 * block + 2 * max(root, block)
 
 
 def _bytes_in_exchange(found: Estimate, model: nn.Module, dtype: torch.dtype) -> int:

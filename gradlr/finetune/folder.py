@@ -21,18 +21,20 @@ except ImportError:  # Windows has no flock
 
 
 class RunFolder:
-    """The folder of a run: `run.json` (its settings), `checkpoint.pt`, `log.jsonl` and, at the end, `model/`.
+    """The folder of a run: `run.json` (its settings), `checkpoint.pt` (or `checkpoints/`, of shards), `log.jsonl` and, at the
+    end, `model/`.
 
     Args:
         path: Need not exist.
         is_writer: Whether this process keeps the log; others read.
 
     Attributes:
-        checkpoint, model: Their paths.
+        checkpoint, shards, model: Their paths.
     """
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path, self.checkpoint, self.model = path, path / "checkpoint.pt", path / "model"
+        self.shards = path / "checkpoints"
         self._settings, self._log = path / "run.json", path / "log.jsonl"
         self._lock: int | None = None
         self._is_writer = is_writer
@@ -96,7 +98,8 @@ class RunFolder:
         self._take_lock()
         if is_overwritten:
             # The settings go last: until then it is the old run, with less in it.
-            shutil.rmtree(self.model, ignore_errors=True)
+            for path in (self.model, self.shards):
+                shutil.rmtree(path, ignore_errors=True)
             for path in (self.checkpoint, self._log, self._settings):
                 path.unlink(missing_ok=True)
         if not self._settings.is_file():

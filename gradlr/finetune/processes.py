@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.rendezvous import rendezvous
 
 from ..attach import attach
-from ..bench.environment import require_device
-from ..errors import ArgumentError, ParallelError
 from ..optimizer import GradLR
 from ..parallel import Replicas, together
 from ..storage import load, save
 from ..tracker import LossTracker
 from .folder import RunFolder
-
-# Others wait in an exchange while the first process writes a checkpoint.
-_TIMEOUT = timedelta(minutes=30)
-_SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Processes:
@@ -117,7 +108,7 @@ class ReplicaProcesses(Processes):
         self._replicas = Replicas(distributed.group.WORLD)
         self.size, self.rank = self._replicas.size, self._replicas.rank
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        self.is_restarted = _attempt() != "0"
+        self.is_restarted = attempt() != "0"
 
     def by_first(self, work: Callable[[], Any]) -> None:
         with together(self._replicas):
@@ -144,69 +135,19 @@ class ReplicaProcesses(Processes):
         return share * self.size * accumulate, 1 / accumulate
 
     def attach_options(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {**options, "apply": "step", "process_group": distributed.group.WORLD}
+        return {**options, "process_group": distributed.group.WORLD}
 
 
-@contextmanager
-def joined(shard: str | None, device: str) -> Iterator[Processes]:
-    """The processes of this run, as long as it lasts.
-
-    Args:
-        shard: "dp" where each process holds the model, None for one that trains alone.
-        device: "cuda" or "cpu"; with several processes, each takes the GPU of its number on its machine.
-
-    Raises:
-        ArgumentError: torchrun has started several and `shard` is None, or none and it is not; there are too few GPUs.
-        ParallelError: the others, or their launcher, cannot be reached.
-    """
-    count = os.environ.get("WORLD_SIZE", "")
-    if shard is None:
-        if count.isdecimal() and int(count) > 1:
-            raise ArgumentError(
-                f"torchrun has started {count} processes, which would each train alone and overwrite each other: add --shard dp"
-            )
-        require_device(device)
-        yield Processes(device)
-        return
-    if missing := [name for name in _SET_BY_TORCHRUN if name not in os.environ]:
-        raise ArgumentError(
-            f"--shard {shard} needs several processes, and {missing[0]} is not set: start them with "
-            f"torchrun --standalone --nproc-per-node GPUS -m gradlr finetune ... --shard {shard}"
-        )
-    own = _own_device(device)
-    require_device(own)
-    try:
-        _find_each_other("nccl" if own.startswith("cuda") else "gloo")
-        yield ReplicaProcesses(own)
-    except distributed.DistError as error:
-        reason = str(error).splitlines()[0]
-        raise ParallelError(f"the other processes, or torchrun itself, cannot be reached any more: {reason}") from error
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
-
-
-def _find_each_other(backend: str) -> None:
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-        # torchrun keeps its store when it starts processes again: what the dead have left there is not for the living.
-        own = distributed.PrefixStore(f"gradlr attempt {_attempt()}", store)
-        distributed.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=_TIMEOUT)
-    except RuntimeError as error:
-        raise ParallelError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
-
-
-def _attempt() -> str:
+def attempt() -> str:
+    """How often torchrun has started the processes again."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
-def _own_device(device: str) -> str:
-    if not device.startswith("cuda"):
-        return device
-    if device != "cuda":
-        raise ArgumentError(f"--device {device}: each process takes the GPU of its number; give --device cuda, or leave it out")
-    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if number >= count:
-        raise ArgumentError(f"process {number} of this machine finds {count} GPUs: give torchrun a smaller --nproc-per-node")
-    torch.cuda.set_device(number)
-    return f"cuda:{number}"
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """What is brought together at a time: the blocks that transformers names, else the members of the longest list; inner ones
+    first."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    if blocks := [module for module in model.modules() if type(module).__name__ in names]:
+        return blocks[::-1]
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
+    return list(max(lists, key=len, default=()))

@@ -85,7 +85,7 @@ class Task:
     def options(self) -> dict[str, Any]:
         """For `gradlr.attach`, of one process."""
         arguments = self.arguments
-        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None and arguments.shard is None
+        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None and arguments.shard != "dp"
         options = {
             "lr": arguments.lr, "momentum_rank": arguments.momentum_rank, "capture": arguments.capture,
             "max_grad_norm": arguments.max_grad_norm, "weight_decay": arguments.weight_decay, "seed": arguments.seed,

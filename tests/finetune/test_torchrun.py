@@ -156,6 +156,17 @@ def test_killed_stopped_and_started_again_they_end_the_same(straight, data, tmp_
     assert_same(straight[0], out)
 
 
+def test_shards_are_saved_whole_resume_bit_for_bit_and_come_together(tmp_path):
+    """What gradlr does besides, attach apart; see sharding.py."""
+    (tmp_path / "model").mkdir()
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    options = {"env": {**ENVIRONMENT, **path}, "capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run([*line, str(ROOT / "tests" / "finetune" / "sharding.py"), str(tmp_path)], **options, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
 def refusal(capsys, data, tmp_path, *options):
     assert main(command(data, tmp_path / "out", *options)) == 2
     assert not (tmp_path / "out").exists()
