@@ -23,7 +23,7 @@ from gradlr.finetune.task import _require_divisible
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STEPS = 20
-PATIENCE = 60  # seconds until something that was to happen counts as hanging
+PATIENCE = 120  # seconds until something that was to happen counts as hanging
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 
