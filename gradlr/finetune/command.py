@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import sys
+from functools import partial
 
 import torch
 
-from ..bench.environment import require_device
 from ..describe import format_bytes
 from ..errors import ArgumentError, GradlrError
 from ..lora import export_lora
 from ..lora.folder import require_free
 from .fits import Need, available_bytes, require_fit, required_bytes
 from .folder import RunFolder, require_writable
+from .launch import joined
 from .loop import Run, train
 from .options import add_arguments
+from .processes import Processes
 from .progress import peak_memory
 from .task import Task
 
@@ -30,35 +31,43 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 130 and 143 after Ctrl-C and SIGTERM; the same command then goes on.
 
     Raises:
-        GradlrError: something is missing, wrong or too large, before any work; or training diverged.
+        GradlrError: something is missing, wrong or too large, before any work; training diverged; or another process is gone.
     """
     try:
-        return _run(arguments)
+        with joined(arguments.shard, arguments.device) as processes:
+            return _run(arguments, processes)
     except KeyboardInterrupt:
-        _say("\ninterrupted. The same command goes on from the last checkpoint, if there is one.")
+        print("\ninterrupted. The same command goes on from the last checkpoint, if there is one.", flush=True)
         return 130
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    require_device(arguments.device)
-    task = Task.prepare(arguments)
-    folder = RunFolder(arguments.out)
+def _run(arguments: argparse.Namespace, processes: Processes) -> int:
+    task = Task.prepare(arguments, processes)
+    folder = RunFolder(arguments.out, is_writer=processes.is_first)
     need = required_bytes(
-        task.language, batch_size=arguments.batch_size, length=task.data.length, dtype=task.dtype,
-        is_checkpointed=arguments.checkpointing, options=task.options,
+        task.language, batch_size=arguments.batch_size // processes.size, length=task.data.length, dtype=task.dtype,
+        is_checkpointed=arguments.checkpointing, options=task.options, is_exchanging=arguments.shard == "dp",
+        shards=processes.size if arguments.shard == "fsdp" else 1,
     )  # fmt: skip
-    _require_fit(need, arguments, task.data.length)
+    _require_fit(need, task)
     settings = task.settings()
-    # Two checkpoints while one replaces the other, and the model.
-    folder.check(settings, is_overwritten=arguments.overwrite, needed=3 * need.weights + 2 * need.state)
-    _check_lora(arguments)
-    _say(task.tale(need))
+    processes.require_same(settings)
+    # What torchrun starts again goes on.
+    is_overwritten = arguments.overwrite and not processes.is_restarted
+
+    def check() -> None:
+        # Two checkpoints while one replaces the other, and the model.
+        folder.check(settings, is_overwritten=is_overwritten, needed=need.shards * (3 * need.weights + 2 * need.state))
+        _check_lora(arguments)
+
+    processes.by_first(check)
+    processes.say(task.tale(need))
     try:
         started = task.start(folder)
-        folder.open(settings, is_overwritten=arguments.overwrite)
+        processes.by_first(partial(folder.open, settings, is_overwritten=is_overwritten))
         return _train(started, task)
     except torch.OutOfMemoryError as error:
-        advice = ", ".join(_advice(arguments, task.data.length))
+        advice = ", ".join(_advice(task))
         raise GradlrError(f"{str(error).splitlines()[0]} To need less: {advice}") from error
     except OSError as error:
         raise GradlrError(f"{error}: training stopped. {folder.checkpoint} is whole, if it was there before") from error
@@ -67,26 +76,35 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _train(run: Run, task: Task) -> int:
-    plan, checkpoint = run.plan, run.folder.checkpoint
-    if run.restore():
-        _say(f"going on from step {run.done.step} of {plan.steps} ({checkpoint})")
+    plan, processes = run.plan, run.processes
+    if (before := run.restore()) is not None:
+        processes.say(f"going on from step {run.done.step} of {plan.steps} ({run.checkpoint})")
+        if before != processes.size:
+            tale = "the batches are the same; sums are rounded in another order, and dropout draws other numbers"
+            processes.say(f"note: {before} processes took the steps so far, {processes.size} go on: {tale}")
     if (number := train(run)) is not None:
         done = f"step {run.done.step} of {plan.steps}"
-        _say(f"stopped after {done}, all of it saved in {checkpoint}. The same command goes on from there.")
+        processes.say(f"stopped after {done}, all of it saved in {run.checkpoint}. The same command goes on from there.")
         return 128 + number
     _finish(run, task)
     return 0
 
 
-def _require_fit(need: Need, arguments: argparse.Namespace, length: int) -> None:
-    limit, room = arguments.memory_limit, available_bytes(arguments.device)
-    where = "--memory-limit is" if limit is not None else f"{arguments.device} has free"
-    require_fit(need, room if limit is None else limit, where, _advice(arguments, length))
+def _require_fit(need: Need, task: Task) -> None:
+    processes, limit = task.processes, task.arguments.memory_limit
+    room = available_bytes(processes.device)
+    where = "--memory-limit is" if limit is not None else f"{processes.device} has free"
+    if processes.size > 1:
+        where = f"{processes.size} processes run, for each of which {where}"
+    if room is not None and torch.device(processes.device).type == "cpu":
+        room //= processes.neighbours
+    require_fit(need, room if limit is None else limit, where, _advice(task))
 
 
-def _advice(arguments: argparse.Namespace, length: int) -> list[str]:
-    advice = [f"--batch-size below {arguments.batch_size} (with --accumulate)"] if arguments.batch_size > 1 else []
-    advice += [f"--length below {length}"]
+def _advice(task: Task) -> list[str]:
+    arguments, size = task.arguments, task.arguments.batch_size
+    advice = [f"--batch-size below {size} (with --accumulate)"] if size > task.processes.size else []
+    advice += [f"--length below {task.data.length}"]
     advice += [] if arguments.checkpointing else ["--checkpointing"]
     advice += [] if arguments.capture == "one_sided" else ["--capture one_sided"]
     return advice + ([] if arguments.bf16 else ["--bf16"])
@@ -105,11 +123,14 @@ def _check_lora(arguments: argparse.Namespace) -> None:
 
 
 def _finish(run: Run, task: Task) -> None:
-    arguments, done = task.arguments, run.done
+    arguments, done, processes = task.arguments, run.done, run.processes
     run.opt.detach()
-    how = run.folder.write_model(lambda folder: task.language.save(run.model, folder))
+    model = processes.whole(run.model, lambda: task.language.skeleton(task.dtype))
+    if model is None:  # another process writes it
+        return
+    how = run.folder.write_model(lambda folder: task.language.save(model, folder))
     lines = [f"validation loss {done.validation[0][1]:.4f} before, {done.validation[-1][1]:.4f} after {done.step} steps"]
-    memory = peak_memory(arguments.device)
+    memory = peak_memory(processes.device)
     held = "" if memory is None else f", peak memory {format_bytes(memory)}"
     lines += [f"{done.tokens / done.seconds:,.0f} tokens/s{held}" if done.seconds else ""]
     lines += [f"steps left out for a loss or gradient that was not finite: {run.opt.skipped}"] if run.opt.skipped else []
@@ -119,11 +140,7 @@ def _finish(run: Run, task: Task) -> None:
         base = task.language.load(task.dtype, arguments.seed).state_dict()
         name = None if arguments.model == "builtin" else str(arguments.model)
         report = export_lora(
-            run.model, base, arguments.lora_out, rank=arguments.lora_rank, task_type="CAUSAL_LM", base_model_name=name
+            model, base, arguments.lora_out, rank=arguments.lora_rank, task_type="CAUSAL_LM", base_model_name=name
         )
         lines += [f"wrote {arguments.lora_out}:", str(report)]
-    _say("\n".join(line for line in lines if line))
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stdout, flush=True)
+    processes.say("\n".join(line for line in lines if line))

@@ -8,30 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..describe import format_bytes
 from ..errors import ArgumentError
-from ..memory import estimate
+from ..memory import Estimate, estimate
 from .losses import cross_entropy
+from .processes import blocks_of
 
 _MOST_TOKENS = 2**40  # beyond, torch cannot even count the bytes of the logits
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a run takes.
+    """Bytes that a run takes on one device.
 
     Attributes:
         weights: The parameters and buffers.
         state: The optimizer's state.
         total: At the worst moment, all included; where that could not be counted, the weights alone.
         is_counted: Whether it could.
+        shards: Number of devices that share weights and state.
     """
 
     weights: int
     state: int
     total: int
     is_counted: bool = True
+    shards: int = 1
 
     def __str__(self) -> str:
         if not self.is_counted:
@@ -42,9 +46,17 @@ class Need:
 
 
 def required_bytes(
-    language: Any, *, batch_size: int, length: int, dtype: torch.dtype, is_checkpointed: bool, options: dict[str, Any]
+    language: Any,
+    *,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    is_checkpointed: bool,
+    options: dict[str, Any],
+    is_exchanging: bool = False,
+    shards: int = 1,
 ) -> Need:
-    """What a run needs, by `gradlr.estimate`: one step with tensors that have shapes and no values.
+    """What a run needs on one device, by `gradlr.estimate`: one step with tensors that have shapes and no values.
 
     Args:
         language: The model, as `find_model` returns it.
@@ -52,6 +64,8 @@ def required_bytes(
         dtype: Of the weights.
         is_checkpointed: Whether layers keep their input alone.
         options: What `gradlr.attach` will be called with.
+        is_exchanging: Whether processes with a replica of the model each exchange their gradients' sketches.
+        shards: Number of devices that share weights and state, and bring a block at a time together.
     """
     if batch_size * length > _MOST_TOKENS:
         raise ArgumentError(f"--batch-size {batch_size} of {length} tokens each: no memory holds {batch_size * length:,} tokens")
@@ -68,9 +82,27 @@ def required_bytes(
     except ArgumentError:
         raise
     except Exception:  # models may do with values what cannot be done without
-        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-        return Need(weights, 0, weights, is_counted=False)
-    return Need(found.weights, found.state, found.peak)
+        weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) // shards
+        return Need(weights, 0, weights, is_counted=False, shards=shards)
+    if shards > 1:
+        weights, state = found.weights // shards, found.state // shards
+        rest = found.peak - found.weights - found.state
+        return Need(weights, state, weights + state + rest + _bytes_together(model), shards=shards)
+    return Need(found.weights, found.state, max(found.peak, _bytes_in_exchange(found, model, dtype) if is_exchanging else 0))
+
+
+def _bytes_together(model: nn.Module) -> int:
+    # Embeddings and head stay together through a step; one block is at work, the next one on its way; the gradients of one of
+    # these groups are whole, and once more in the buffer that hands them out.
+    blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in blocks_of(model)]
+    root, block = sum(parameter.nbytes for parameter in model.parameters()) - sum(blocks), max(blocks, default=0)
+    return root + 2 * block + 2 * max(root, block)
+
+
+def _bytes_in_exchange(found: Estimate, model: nn.Module, dtype: torch.dtype) -> int:
+    # What waits is copied into one buffer of float32, and never takes more entries there; a table's touched rows are gathered.
+    buffer = found.gradients * max(torch.float32.itemsize // dtype.itemsize, 1)
+    return found.weights + found.state + found.gradients + buffer + max(parameter.nbytes for parameter in model.parameters())
 
 
 def available_bytes(device: str) -> int | None:

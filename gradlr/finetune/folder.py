@@ -21,19 +21,23 @@ except ImportError:  # Windows has no flock
 
 
 class RunFolder:
-    """The folder of a run: `run.json` (its settings), `checkpoint.pt`, `log.jsonl` and, at the end, `model/`.
+    """The folder of a run: `run.json` (its settings), `checkpoint.pt` (or `checkpoints/`, of shards), `log.jsonl` and, at the
+    end, `model/`.
 
     Args:
         path: Need not exist.
+        is_writer: Whether this process keeps the log; others read.
 
     Attributes:
-        checkpoint, model: Their paths.
+        checkpoint, shards, model: Their paths.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
         self.path, self.checkpoint, self.model = path, path / "checkpoint.pt", path / "model"
+        self.shards = path / "checkpoints"
         self._settings, self._log = path / "run.json", path / "log.jsonl"
         self._lock: int | None = None
+        self._is_writer = is_writer
 
     def check(self, settings: dict[str, Any], *, is_overwritten: bool, needed: int) -> None:
         """Raise unless the run can begin or go on here. Nothing is changed.
@@ -94,7 +98,8 @@ class RunFolder:
         self._take_lock()
         if is_overwritten:
             # The settings go last: until then it is the old run, with less in it.
-            shutil.rmtree(self.model, ignore_errors=True)
+            for path in (self.model, self.shards):
+                shutil.rmtree(path, ignore_errors=True)
             for path in (self.checkpoint, self._log, self._settings):
                 path.unlink(missing_ok=True)
         if not self._settings.is_file():
@@ -121,11 +126,15 @@ class RunFolder:
 
     def log(self, **entry: Any) -> None:
         """Add a line to the log."""
+        if not self._is_writer:
+            return
         with self._log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, which will be done again, and a line that was cut off."""
+        if not self._is_writer:
+            return
         kept = []
         for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if self._log.is_file() else ():
             with suppress(ValueError, TypeError, KeyError):

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ from ..errors import GradlrError, NonFiniteError
 from ..interrupts import deferred_signals
 from ..optimizer import GradLR
 from ..parameters import MATRIX
-from ..storage import load, save
 from .folder import RunFolder
 from .losses import cross_entropy, validation_loss
-from .packing import IGNORED, PackedTokens, sequences_of_step
+from .packing import IGNORED, PackedTokens, mixed_seed, sequences_of_step
+from .processes import Processes
 from .progress import Progress, described, peak_memory
 
 # A loss that is not finite may be one bad batch; so many in a row are a run that has diverged.
@@ -27,7 +28,7 @@ MOST_SKIPPED_IN_A_ROW = 5
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train, with how much at a time, and how often to look and to save."""
+    """How long to train, with how much at a time in all processes together, and how often to look and to save."""
 
     steps: int
     batch_size: int
@@ -57,6 +58,7 @@ class Done:
         seconds: Time in training steps.
         skipped_in_a_row: Steps left out since the last one taken.
         validation: (step, validation loss) pairs, in nats per token.
+        processes: Number of those that took the last step.
     """
 
     step: int = 0
@@ -64,6 +66,7 @@ class Done:
     seconds: float = 0.0
     skipped_in_a_row: int = 0
     validation: list[list[float]] = field(default_factory=list)
+    processes: int = 1
 
 
 @dataclass
@@ -78,27 +81,36 @@ class Run:
     held_out: PackedTokens
     plan: Plan
     folder: RunFolder
+    processes: Processes
     done: Done = field(default_factory=Done)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The last whole one."""
+        return self.processes.checkpoint(self.folder)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         objects = {"model": self.model, "optimizer": self.opt, "scheduler": self.scheduler}
-        save(self.folder.checkpoint, **objects, done=asdict(self.done), random=_random_state(self.plan.device))
+        self.processes.save(self.folder, **objects, done=asdict(self.done))
 
-    def restore(self) -> bool:
-        """Go on from the checkpoint, if there is one; whether there was."""
-        is_saved = self.folder.checkpoint.is_file()
-        if is_saved:
-            found = load(self.folder.checkpoint, model=self.model, optimizer=self.opt, scheduler=self.scheduler)
+    def restore(self) -> int | None:
+        """Go on from the checkpoint; the number of processes that wrote it, or None where there is none."""
+        path, before = self.checkpoint, None
+        # Every process reads it: on several machines, from a disk that all of them see.
+        self.processes.require_same({f"checkpoint in {self.folder.path}": path and path.stat().st_size})
+        if path is not None:
+            found = self.processes.load(path, model=self.model, optimizer=self.opt, scheduler=self.scheduler)
             self.done = Done(**found["done"])
-            _set_random_state(found["random"], self.plan.device)
-        self.folder.rewind_log(self.done.step if is_saved else -1)
-        return is_saved
+            before = self.done.processes
+        self.done.processes = self.processes.size
+        self.folder.rewind_log(-1 if before is None else self.done.step)
+        return before
 
     def validate(self) -> float:
         """Loss on the held-out documents now; noted and logged."""
-        sizes = {"batch_size": self.plan.batch_size, "device": self.plan.device}
-        loss = validation_loss(self.language, self.model, self.held_out, **sizes)
+        batch_size = self.plan.batch_size // self.processes.size
+        loss = validation_loss(self.language, self.model, self.held_out, batch_size, self.processes)
         self.done.validation.append([self.done.step, loss])
         self.folder.log(step=self.done.step, validation_loss=loss)
         return loss
@@ -110,22 +122,25 @@ def train(run: Run) -> int | None:
     Raises:
         GradlrError: losses or gradients are not finite; the last checkpoint stays.
     """
-    plan, done = run.plan, run.done
+    plan, done, processes = run.plan, run.done, run.processes
     run.model.train()
-    with deferred_signals(signal.SIGINT, signal.SIGTERM) as signals, Progress(plan.steps, done.step) as progress:
+    shown = Progress(plan.steps, done.step, is_shown=processes.is_first)
+    with deferred_signals(signal.SIGINT, signal.SIGTERM) as signals, shown as progress:
         if not done.validation:
             progress.say(f"validation loss {run.validate():.4f} before training")
-        while done.step < plan.steps and not signals:
+        stop = processes.agreed(signals)
+        while done.step < plan.steps and stop is None:
             lr = run.scheduler.get_last_lr()[0]
             loss = _timed_step(run)
             _report(run, loss, lr, progress)
             if done.step % plan.eval_every == 0 or done.step == plan.steps:
                 progress.say(f"validation loss {run.validate():.4f} after step {done.step}")
-            if done.step % plan.save_every == 0 or done.step == plan.steps or signals:
+            stop = processes.agreed(signals)
+            if done.step % plan.save_every == 0 or done.step == plan.steps or stop is not None:
                 run.save()
-        if signals and not run.folder.checkpoint.is_file():  # before the first step
+        if stop is not None and run.checkpoint is None:  # before the first step
             run.save()
-    return signals[0] if signals and done.step < plan.steps else None
+    return stop if done.step < plan.steps else None
 
 
 def _timed_step(run: Run) -> Tensor:
@@ -146,17 +161,21 @@ def _timed_step(run: Run) -> Tensor:
 
 
 def _step(run: Run) -> Tensor:
-    """Forward, backward and update of one step; returns its loss, 0-dim, on the device."""
-    plan = run.plan
-    rows = sequences_of_step(len(run.data), plan.batch_size * plan.accumulate, seed=plan.seed, step=run.done.step)
+    """Forward, backward and update of one step; returns this process' part of its loss, 0-dim, on the device."""
+    plan, processes, step = run.plan, run.processes, run.done.step
+    # Dropout draws from torch's own generators.
+    torch.manual_seed(mixed_seed(plan.seed, f"step {step}, process {processes.rank}"))
+    rows = sequences_of_step(len(run.data), plan.batch_size * plan.accumulate, seed=plan.seed, step=step)
     batches = [run.data.batch(part) for part in rows.split(plan.batch_size)]
-    counts = [int((targets != IGNORED).sum()) for _, targets in batches]
+    learned = sum(int((targets != IGNORED).sum()) for _, targets in batches)
     total = torch.zeros((), device=plan.device)
-    for (inputs, targets), count in zip(batches, counts, strict=True):
-        logits = run.language.logits(run.model, inputs.to(plan.device))
-        loss = run.opt.tracker(cross_entropy(logits, targets.to(plan.device)))
-        share = count / sum(counts)  # so that each token weighs the same, however many its micro-batch has
-        (loss if plan.accumulate == 1 else loss * share).backward()
+    for batch in batches:
+        inputs, targets = (whole.chunk(processes.size)[processes.rank] for whole in batch)
+        loss = cross_entropy(run.language.logits(run.model, inputs.to(plan.device)), targets.to(plan.device))
+        # So that each token weighs the same, however many its micro-batch has.
+        share = int((targets != IGNORED).sum()) / learned
+        before, after = processes.weights(share, plan.accumulate)
+        (run.opt.tracker(loss * before) * after).backward()
         total += loss.detach() * share
     run.opt.step()
     return total
@@ -168,7 +187,7 @@ def _report(run: Run, loss: Tensor, lr: float, progress: Progress) -> None:
         progress.update("")  # reading the loss would make the host wait for the device
         return
     facts = {
-        "loss": float(loss),
+        "loss": float(run.processes.total(loss)),
         "rank": max((slot.rank for slot in run.opt.slots if slot.plan.kind == MATRIX), default=0),
         "rate": done.tokens / done.seconds,
         "lr": lr,
@@ -179,21 +198,9 @@ def _report(run: Run, loss: Tensor, lr: float, progress: Progress) -> None:
 
 
 def _diverged(run: Run, what: str) -> GradlrError:
-    kept = f"{run.folder.checkpoint} keeps the last good weights" if run.folder.checkpoint.is_file() else "nothing was saved yet"
+    kept = f"{run.checkpoint} keeps the last good weights" if run.checkpoint else "nothing was saved yet"
     rate = run.opt.param_groups[0]["initial_lr"]
     return GradlrError(
         f"training stopped in step {run.done.step + 1}: {what}. {kept}. Start anew (--overwrite) with a lower --lr than "
         f"{rate:g}, a longer --warmup, or --max-grad-norm 1"
     )
-
-
-def _random_state(device: str) -> dict[str, Tensor]:
-    # Dropout draws from torch's own generators.
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if torch.device(device).type == "cuda" else {})
-
-
-def _set_random_state(state: dict[str, Tensor], device: str) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

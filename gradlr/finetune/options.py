@@ -75,6 +75,9 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="such as 8GiB; default: what the device has free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", default=device, help="default: cuda if there, else cpu")
+    group.add_argument("--shard", choices=["dp", "fsdp"],
+                       help="how the processes that torchrun starts share the work: each has a part of every batch, and the "
+                            "whole model (dp) or a shard of it (fsdp)")  # fmt: skip
 
 
 def _whole(least: int, most: int = _MOST_COUNTED) -> Callable[[str], int]:

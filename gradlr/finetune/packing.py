@@ -109,7 +109,11 @@ def _permutation(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=_generator(seed, f"epoch {epoch}"))
 
 
-def _generator(seed: int, what: str) -> torch.Generator:
+def mixed_seed(seed: int, what: str) -> int:
+    """A seed of 63 bits for one of the things that follow from `seed`."""
     # A digest, because neighbouring seeds of the generator itself may give related first numbers.
-    digest = hashlib.blake2b(f"{seed}:{what}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{what}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _generator(seed: int, what: str) -> torch.Generator:
+    return torch.Generator().manual_seed(mixed_seed(seed, what))

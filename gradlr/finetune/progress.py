@@ -20,12 +20,13 @@ class Progress:
     Args:
         steps: Of the whole run.
         start: Steps that are done.
+        is_shown: Whether this process speaks.
     """
 
-    def __init__(self, steps: int, start: int) -> None:
-        self._steps, self._step = steps, start
+    def __init__(self, steps: int, start: int, *, is_shown: bool = True) -> None:
+        self._steps, self._step, self._is_shown = steps, start, is_shown
         self._last = time.monotonic()
-        self._bar = _bar(steps, start)
+        self._bar = _bar(steps, start) if is_shown else None
 
     def __enter__(self) -> Progress:
         return self
@@ -48,7 +49,7 @@ class Progress:
         """Print a line without tearing the bar."""
         if self._bar is not None:
             self._bar.write(line, file=sys.stderr)
-        else:
+        elif self._is_shown:
             print(line, file=sys.stderr, flush=True)
 
 

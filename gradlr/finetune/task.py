@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 
-from ..attach import attach
 from ..errors import ArgumentError
-from ..tracker import LossTracker
 from .fits import Need
 from .folder import RunFolder
 from .loop import Plan, Run
 from .model import find_model
 from .packing import PackedTokens, require_whole_sequence, split, steps_of_epochs
+from .processes import Processes
 from .reading import read_documents
 
 
@@ -27,6 +26,7 @@ class Task:
 
     Attributes:
         arguments: As they were given.
+        processes: That train it.
         language: The model, its weights still on the disk.
         data, held_out: To train and to validate on.
         counts: Documents in each.
@@ -35,6 +35,7 @@ class Task:
     """
 
     arguments: argparse.Namespace
+    processes: Processes
     language: Any
     data: PackedTokens
     held_out: PackedTokens
@@ -43,12 +44,13 @@ class Task:
     dtype: torch.dtype
 
     @classmethod
-    def prepare(cls, arguments: argparse.Namespace) -> Task:
+    def prepare(cls, arguments: argparse.Namespace, processes: Processes) -> Task:
         """Read and check data, config and tokenizer.
 
         Raises:
             ArgumentError: the first thing that is wrong.
         """
+        _require_divisible(arguments.batch_size, processes.size)
         documents = read_documents(arguments.data, arguments.field)
         held_out = None
         if arguments.validation_data is not None:
@@ -77,13 +79,13 @@ class Task:
         size = arguments.batch_size * arguments.accumulate
         steps = arguments.steps or steps_of_epochs(arguments.epochs, len(data), size)
         dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        return cls(arguments, language, data, held, (len(training), len(validating)), steps, dtype)
+        return cls(arguments, processes, language, data, held, (len(training), len(validating)), steps, dtype)
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `gradlr.attach`."""
+        """For `gradlr.attach`, of one process."""
         arguments = self.arguments
-        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None
+        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None and arguments.shard != "dp"
         options = {
             "lr": arguments.lr, "momentum_rank": arguments.momentum_rank, "capture": arguments.capture,
             "max_grad_norm": arguments.max_grad_norm, "weight_decay": arguments.weight_decay, "seed": arguments.seed,
@@ -108,7 +110,7 @@ class Task:
             **{name: None if path is None else _digest(path) for name, path in files.items()},
             "field": arguments.field, "length": self.data.length, "steps": self.steps, "warmup": self.warmup,
             **{name: getattr(arguments, name) for name in given},
-            "device": torch.device(arguments.device).type,
+            "device": torch.device(arguments.device).type, "shard": arguments.shard,
         }  # fmt: skip
 
     def tale(self, need: Need) -> str:
@@ -124,23 +126,38 @@ class Task:
             f"sequences of {data.length}\n"
             f"validating on {self.counts[1]:,} documents ({source}): {self.held_out.size:,} tokens\n"
             f"{self.steps} steps of {size} sequences ({self.steps * size / len(data):.2f} epochs), warm-up {self.warmup}\n"
-            f"memory about {need}"
+            f"{self._tale_of_processes()}memory about {need}"
         )
+
+    def _tale_of_processes(self) -> str:
+        count, arguments = self.processes.size, self.arguments
+        if arguments.shard is None:
+            return ""
+        share = f"{arguments.batch_size // count} of each {arguments.batch_size} sequences"
+        return f"{count} processes (--shard {arguments.shard}), each with {share}; for each of them, "
 
     def start(self, folder: RunFolder) -> Run:
         """Load the weights, attach; everything is as it was before the first step."""
         arguments = self.arguments
         plan = Plan(
-            self.steps, arguments.batch_size, arguments.accumulate, self.warmup, arguments.seed, arguments.device,
+            self.steps, arguments.batch_size, arguments.accumulate, self.warmup, arguments.seed, self.processes.device,
             arguments.save_every, arguments.eval_every, arguments.log_every,
         )  # fmt: skip
-        model = self.language.load(self.dtype, arguments.seed).to(arguments.device)
+        model = self.language.load(self.dtype, arguments.seed)
         if arguments.checkpointing:
             self.language.enable_checkpointing(model)
-        opt = attach(model, LossTracker(), **self.options)
+        model = self.processes.placed(model)
+        opt = self.processes.attach(model, self.options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(opt, plan.rate_factor)
-        torch.manual_seed(arguments.seed)
-        return Run(self.language, model, opt, scheduler, self.data, self.held_out, plan, folder)
+        return Run(self.language, model, opt, scheduler, self.data, self.held_out, plan, folder, self.processes)
+
+
+def _require_divisible(batch_size: int, count: int) -> None:
+    if batch_size % count:
+        near = max(batch_size // count, 1) * count
+        raise ArgumentError(
+            f"--batch-size {batch_size} is that of all {count} processes together, and does not divide by {count}: give {near}"
+        )
 
 
 def _digest(path: Path) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from finetune.tiny import llama
+from torch import distributed
 
 import gradlr
 from gradlr import ArgumentError
@@ -20,9 +21,9 @@ def language(tmp_path_factory):
     return PretrainedModel(llama(tmp_path_factory.mktemp("model")), None)
 
 
-def need(language, *, batch_size=2, length=32, dtype=torch.float32, is_checkpointed=False, **options):
+def need(language, *, batch_size=2, length=32, dtype=torch.float32, is_checkpointed=False, is_exchanging=False, **options):
     sizes = {"batch_size": batch_size, "length": length, "dtype": dtype, "is_checkpointed": is_checkpointed}
-    return fits.required_bytes(language, **sizes, options={**OPTIONS, **options})
+    return fits.required_bytes(language, **sizes, options={**OPTIONS, **options}, is_exchanging=is_exchanging)
 
 
 def test_weights_and_state_are_what_the_run_will_hold(language):
@@ -68,6 +69,29 @@ def test_it_is_the_measured_peak(language, options, is_checkpointed):
 
     # 5 KiB for the state of random numbers of each recomputed block, which no estimate counts.
     assert found.total == pytest.approx(found.weights + peak_bytes(work), rel=0.05)
+
+
+def test_what_processes_exchange_is_counted(language, tmp_path):
+    sizes = {"batch_size": 1, "length": 4, "apply": "step"}
+    alone, found = need(language, **sizes), need(language, **sizes, is_exchanging=True)
+    model = language.load(torch.float32, 0).train()
+    tokens = torch.zeros(1, 4, dtype=torch.int64)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    def work():
+        tracker = gradlr.LossTracker()
+        opt = gradlr.attach(model, tracker, apply="step", process_group=distributed.group.WORLD)
+        for _ in range(2):
+            tracker(cross_entropy(language.logits(model, tokens), tokens)).backward()
+            opt.step()
+        return opt
+
+    try:
+        measured = found.weights + peak_bytes(work)
+    finally:
+        distributed.destroy_process_group()
+    # Copies of single parts come and go while they are laid into the buffer and taken out of it.
+    assert alone.total < 0.98 * measured and found.total == pytest.approx(measured, rel=0.05)
 
 
 def test_of_a_model_that_cannot_be_run_without_values_the_weights_are_counted(language, monkeypatch):

@@ -96,7 +96,7 @@ def _kill_when(process, out, *, step=None, is_writing=False, seconds=None, by=si
         return
     end = time.monotonic() + (60 if seconds is None else seconds)
     while time.monotonic() < end and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if step is not None and _logged(out) >= step:
+        if step is not None and logged_step(out) >= step:
             break
         if is_writing and list(out.glob("checkpoint.pt.*.part")):
             break
@@ -104,7 +104,8 @@ def _kill_when(process, out, *, step=None, is_writing=False, seconds=None, by=si
     os.kill(process, by)
 
 
-def _logged(out):
+def logged_step(out):
+    """The last step but one that the log of a run tells; -1 before."""
     log = out / "log.jsonl"
     lines = log.read_text().splitlines() if log.exists() else []
     return json.loads(lines[-2])["step"] if len(lines) > 1 else -1

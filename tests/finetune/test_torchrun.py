@@ -1,0 +1,189 @@
+"""`torchrun -m gradlr finetune --shard`: two processes train what one does, and end the same however often they are killed."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from finetune.sameness import assert_same, history
+from finetune.tiny import WORDS, jsonl_file, logged_step
+
+import gradlr
+from gradlr import ArgumentError
+from gradlr.cli import main
+from gradlr.finetune.task import _require_divisible
+
+ROOT = Path(gradlr.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+STEPS = 20
+PATIENCE = 120  # seconds until something that was to happen counts as hanging
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Completions of all lengths, so that the processes have different numbers of tokens to learn."""
+    draw = random.Random(0)
+
+    def some(most):
+        return " ".join(draw.choice(WORDS) for _ in range(draw.randint(1, most)))
+
+    records = [{"prompt": some(30), "completion": f" {some(9)}"} for _ in range(60)]
+    return jsonl_file(tmp_path_factory.mktemp("data") / "data.jsonl", records)
+
+
+def command(data, out, *options):
+    # With full rank, directions of rounding errors would count as much as any other, and differ with the number of processes.
+    short = ["--length", "16", "--batch-size", "4", "--rank", "4", "--steps", str(STEPS), "--save-every", "3"]
+    every = ["--eval-every", "10", "--log-every", "1", "--device", "cpu", "--shard", "dp"]
+    return ["finetune", "--model", "builtin", "--data", str(data), "--out", str(out), *short, *every, *options]
+
+
+class Launched:
+    """torchrun with two processes; ended with all of them."""
+
+    def __init__(self, arguments, log, *options):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
+        self._log = log
+        with log.open("w") as output:
+            line = [*launch, "-m", "gradlr", *arguments]
+            self.process = subprocess.Popen(line, env=ENVIRONMENT, stdout=output, stderr=output)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        workers = self.workers()  # before torchrun goes, whose children they are
+        self.process.kill()
+        self.process.wait()
+        for process in workers.values():
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def workers(self):
+        """Rank → process, of those that live."""
+        if self.process.poll() is not None:
+            return {}
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                rank = re.search(rb"\0RANK=(\d+)", (entry / "environ").read_bytes()) if parent == self.process.pid else None
+            except OSError:  # ended meanwhile, or somebody else's
+                continue
+            if rank:
+                found[int(rank[1])] = int(entry.name)
+        return found
+
+    def wait_for(self, is_reached):
+        """Until something has happened; an error where the run has ended before."""
+        deadline = time.monotonic() + PATIENCE
+        while not is_reached():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.told()
+            time.sleep(0.001)
+
+    def end(self):
+        """torchrun's exit status, and what it and the processes have printed."""
+        return self.process.wait(timeout=PATIENCE), self.told()
+
+    def told(self):
+        return self._log.read_text()
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "out"
+    with Launched(command(data, out), out.with_suffix(".log")) as run:
+        status, told = run.end()
+    assert status == 0, told
+    assert "Warning" not in told
+    return out, told
+
+
+def test_two_processes_train_what_one_does_and_one_of_them_speaks(straight, data, tmp_path, monkeypatch):
+    out, told = straight
+    assert "2 processes (--shard dp), each with 2 of each 4 sequences; for each of them, memory about" in told
+    assert told.count(f"wrote {out / 'model'}") == told.count("model builtin") == told.count("before training") == 1
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(command(data, tmp_path / "one")) == 0
+    assert not torch.distributed.is_initialized()
+    for one, two in zip(history(tmp_path / "one"), history(out), strict=True):
+        # Sums of float32 in another order, grown over twenty steps.
+        assert {**one, "loss": 0, "validation_loss": 0} == {**two, "loss": 0, "validation_loss": 0}
+        assert [one.get(key) for key in ("loss", "validation_loss")] == [
+            pytest.approx(two[key], rel=1e-4) if key in two else None for key in ("loss", "validation_loss")
+        ]
+
+
+def stopped_and_saved(out, told):
+    """The step after which both have ended, none waiting for the other."""
+    step = torch.load(out / "checkpoint.pt", weights_only=True)["more"]["done"]["value"]["step"]
+    assert f"stopped after step {step} of {STEPS}, all of it saved in {out / 'checkpoint.pt'}" in told, told
+    assert 0 < step < STEPS and history(out)[-1]["step"] == step and "gradlr: " not in told
+    return step
+
+
+def test_killed_stopped_and_started_again_they_end_the_same(straight, data, tmp_path):
+    out, log = tmp_path / "out", tmp_path / "log"
+    with Launched(command(data, out), log) as run:  # all of them killed while a checkpoint is written
+        run.wait_for(lambda: logged_step(out) >= 2)
+        run.wait_for(lambda: list(out.glob("checkpoint.pt.*.part")))
+    with Launched(command(data, out), log) as run:  # the signal that torchrun hands on to all
+        run.wait_for(lambda: logged_step(out) >= 5)
+        run.process.send_signal(signal.SIGTERM)
+        status, told = run.end()
+    assert status != 0
+    stopped_and_saved(out, told)
+    with Launched(command(data, out, "--save-every", "5"), log, "--max-restarts", "2") as run:
+        run.wait_for(lambda: logged_step(out) >= 8)
+        os.kill(run.workers()[1], signal.SIGTERM)  # that one of them hears alone
+        run.wait_for(lambda: "stopped after" in run.told())
+        step = stopped_and_saved(out, run.told())
+        run.wait_for(lambda: logged_step(out) >= step + 2)
+        os.kill(run.workers()[1], signal.SIGKILL)
+        status, told = run.end()
+    assert status == 0, told
+    assert told.count("going on from step") == 3 and f"going on from step {step} of {STEPS}" in told
+    assert_same(straight[0], out)
+
+
+def test_shards_are_saved_whole_resume_bit_for_bit_and_come_together(tmp_path):
+    """What gradlr does besides, attach apart; see sharding.py."""
+    (tmp_path / "model").mkdir()
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    options = {"env": {**ENVIRONMENT, **path}, "capture_output": True, "text": True, "timeout": PATIENCE}
+    done = subprocess.run([*line, str(ROOT / "tests" / "finetune" / "sharding.py"), str(tmp_path)], **options, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "saved" / "model.safetensors").is_file()
+
+
+def refusal(capsys, data, tmp_path, *options):
+    assert main(command(data, tmp_path / "out", *options)) == 2
+    assert not (tmp_path / "out").exists()
+    return capsys.readouterr().err
+
+
+def test_one_without_the_other_is_told(data, tmp_path, monkeypatch, capsys):
+    assert "torchrun --standalone --nproc-per-node GPUS -m gradlr finetune ... --shard dp" in refusal(capsys, data, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    arguments = [one for one in command(data, tmp_path / "out") if one not in ("--shard", "dp")]
+    assert main(arguments) == 2
+    assert "torchrun has started 2 processes, which would each train alone" in (error := capsys.readouterr().err)
+    assert "add --shard dp" in error
+
+
+def test_a_batch_that_does_not_divide_is_told():
+    with pytest.raises(ArgumentError, match=r"--batch-size 5 is that of all 2 processes together.*: give 4"):
+        _require_divisible(5, 2)
+    with pytest.raises(ArgumentError, match=r"--batch-size 1 .*: give 4"):
+        _require_divisible(1, 4)
