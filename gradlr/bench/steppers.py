@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .. import attach
 from ..errors import GradlrWarning
@@ -154,21 +154,30 @@ def muon(model: nn.Module, lr: float) -> Stepper:
     return Stepper(ordinary_step(optimizers), optimizers)
 
 
-def gradlr(*, table_share: float | None = None, **options: Any) -> Callable[[nn.Module, float], Stepper]:
+def group_of_one() -> distributed.ProcessGroup:
+    """A process group of this process alone: what `process_group=` does then is what it does with many."""
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    return distributed.group.WORLD
+
+
+def gradlr(*, table_share: float | None = None, in_group: bool = False, **options: Any) -> Callable[[nn.Module, float], Stepper]:
     """gradlr with the given arguments of `attach`; its vectors and tables follow its one learning rate.
 
     Args:
         table_share: Rate of tables as a share of it; that of `attach` where None.
+        in_group: With `process_group=` of this process alone, made where the model is trained.
         **options: Of `attach`.
     """
 
     def make(model: nn.Module, lr: float) -> Stepper:
         tracker = LossTracker()
+        group = {"process_group": group_of_one()} if in_group else {}
         with warnings.catch_warnings():
             # What an adaptor of so large a rank costs is measured here, too.
             warnings.filterwarnings("ignore", "capture=.* costs more than hooks would", GradlrWarning)
             tables = {} if table_share is None else {"table_lr": lr * table_share}
-            optimizer = attach(model, tracker, lr=lr, **tables, **options)
+            optimizer = attach(model, tracker, lr=lr, **tables, **group, **options)
 
         def step(compute: Loss) -> Tensor:
             loss = compute()
