@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from .. import attach
 from ..errors import GradlrWarning
 from ..parameters import MATRIX, plan_parameters
 from ..tracker import LossTracker
+from .processes import group_of_one
 
 Loss = Callable[[], Tensor]
 
@@ -152,13 +153,6 @@ def muon(model: nn.Module, lr: float) -> Stepper:
         torch.optim.AdamW(folded + tables + vectors, lr=lr / 8, weight_decay=0.0),
     ]
     return Stepper(ordinary_step(optimizers), optimizers)
-
-
-def group_of_one() -> distributed.ProcessGroup:
-    """A process group of this process alone: what `process_group=` does then is what it does with many."""
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    return distributed.group.WORLD
 
 
 def gradlr(*, table_share: float | None = None, in_group: bool = False, **options: Any) -> Callable[[nn.Module, float], Stepper]:
