@@ -1,4 +1,4 @@
-"""`python -m gradlr bench quality|memory|speed|crossover|estimate`: measure, print, write JSON; `pareto|study`: draw that."""
+"""`python -m gradlr bench quality|memory|speed|crossover|devices|estimate`: measure, print, write; `pareto|study`: draw that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from ..errors import ArgumentError
 from ..files import write_atomically
-from . import estimate, memory, pareto, quality, speed, study
+from . import devices, estimate, memory, pareto, quality, speed, study
 from .contenders import CONTENDERS, OWN_CONTENDERS, SPELLING, require_contenders
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -22,7 +22,7 @@ from .workloads import Workload
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The benchmarks and their options."""
-    metavar = "quality|memory|speed|crossover|estimate|pareto|study"
+    metavar = "quality|memory|speed|crossover|devices|estimate|pareto|study"
     benches = parser.add_subparsers(dest="bench", required=True, metavar=metavar)
     one = benches.add_parser("quality", help="fine-tuning: validation loss at each optimizer's best learning rate")
     one.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
@@ -61,6 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     seven.add_argument("--models", nargs="+", choices=list(estimate.CASES), default=list(estimate.CASES), metavar="NAME",
                       help=f"any of {', '.join(estimate.CASES)}")  # fmt: skip
     seven.add_argument("--threads", type=int, default=None, help="threads of torch (default: torch's own choice)")
+    eight = benches.add_parser("devices", help="several processes: time of one step and bytes that travel, beside DDP and FSDP2")
+    eight.add_argument("--contenders", nargs="+", choices=list(devices.WAYS), default=devices.DEFAULT, metavar="NAME",
+                       help=f"any of {', '.join(devices.WAYS)}; default: {', '.join(devices.DEFAULT)}")  # fmt: skip
+    eight.add_argument("--processes", type=int, default=2)
+    eight.add_argument("--threads", type=int, default=1, help="threads of torch in each process (default 1)")
+    for name, default in (("width", 512), ("depth", 4), ("tokens", 1024), ("rank", 32), ("rounds", 20)):
+        eight.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    eight.add_argument("--out", type=Path, help="write the report as JSON to this file")
     for bench in (one, two, three, four, seven):
         bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
         bench.add_argument("--out", type=Path, help="write the report as JSON to this file")
@@ -124,6 +132,11 @@ def _measure_crossover(arguments: argparse.Namespace) -> dict[str, Any]:
     return speed.measure_crossover(**options, ranks=tuple(arguments.ranks))
 
 
+def _measure_devices(arguments: argparse.Namespace) -> dict[str, Any]:
+    options = {key: getattr(arguments, key) for key in ("processes", "threads", "width", "depth", "tokens", "rank", "rounds")}
+    return devices.measure(**options, names=arguments.contenders)
+
+
 def _measure_estimate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.device != "cpu":
         raise ArgumentError(f"--device {arguments.device}: the estimate is that of a CPU, and compared on one")
@@ -137,12 +150,14 @@ def _set_threads(count: int | None) -> None:
 
 
 _DRAWINGS = {"pareto": pareto, "study": study}
-_MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed, "estimate": estimate}
+_MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed, "devices": devices,
+            "estimate": estimate}  # fmt: skip
 _MEASURE: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "quality": _measure_quality,
     "memory": _measure_memory,
     "speed": _measure_speed,
     "crossover": _measure_crossover,
+    "devices": _measure_devices,
     "estimate": _measure_estimate,
 }
 
@@ -180,8 +195,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if arguments.out.suffix not in ("", ".png", ".svg"):
             raise ArgumentError(f"--out {arguments.out}: the picture is a .png or .svg")
     else:
-        require_device(arguments.device)
-    if getattr(arguments, "model", None) == "transformer":
+        require_device(getattr(arguments, "device", "cpu"))
+    if arguments.bench == "devices" or getattr(arguments, "model", None) == "transformer":
         if arguments.width % max(1, arguments.width // 64):
             raise ArgumentError(f"--width {arguments.width}: heads of about 64 do not divide it: give a multiple of 64")
         if arguments.tokens < speed.SEQUENCES:

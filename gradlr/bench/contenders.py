@@ -48,6 +48,7 @@ _FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "_products": ("products only", {"arithmetic": "products"}, {}),
     "_weighed": ("weighed", {"is_weighed": True}, {}),
     "_adaptor": ('capture="adaptor"', {}, {"capture": "adaptor"}),
+    "_group": ("process_group=", {}, {"apply": "step", "in_group": True}),
     "_step": ('apply="step"', {}, {"apply": "step"}),
 }
 SPELLING = f"k<K>_r<R>, k<K>_loss<R> or k<K>_energy<percent>, followed by any of {', '.join(_FORMS)}"

@@ -109,7 +109,7 @@ def measure_crossover(
         hook = Contender("hook", "hook", gradlr(rank=rank, rule=rules.TrackedMomentum(residual=0)), ())
         contenders = [Contender("sgd", "SGD", sgd, ()), hook, *adaptors(rank)]
         steps = [_linear_step(contender, width, tokens, device, torch.float32) for contender in contenders]
-        found = _rows(contenders, interleaved(steps, rounds, device))
+        found = timed_rows(contenders, interleaved(steps, rounds, device))
         # Multiplications a token as a share of the gradient's: 2r(m + n) / mn, and r(m + 3n) / mn, which is the same here.
         results.append({"rank": rank, "work": 4 * rank / width, **{row["name"]: row["ratio"] for row in found}})
     workload = {"model": "linear", "width": width, "tokens": tokens, "rounds": rounds}
@@ -117,10 +117,11 @@ def measure_crossover(
 
 
 def _report(contenders: list[Contender], times: list[list[float]], workload: dict[str, Any], device: str) -> dict[str, Any]:
-    return {"environment": environment(device), "workload": workload, "results": _rows(contenders, times)}
+    return {"environment": environment(device), "workload": workload, "results": timed_rows(contenders, times)}
 
 
-def _rows(contenders: list[Contender], times: list[list[float]]) -> list[dict[str, Any]]:
+def timed_rows(contenders: Sequence[Any], times: list[list[float]]) -> list[dict[str, Any]]:
+    """Name, label, median milliseconds and ratio of each, from the seconds of every round; the first is the reference."""
     rows = []
     for index, contender in enumerate(contenders):
         ratio = statistics.median(row[index] / row[0] for row in times)
@@ -160,19 +161,22 @@ def _transformer_step(
     return step
 
 
-def interleaved(steps: list[Callable[[], None]], rounds: int, device: str) -> list[list[float]]:
-    """Seconds of each step in every round; each round runs all of them once, in an order of its own."""
+def interleaved(
+    steps: list[Callable[[], None]], rounds: int, device: str, *, meet: Callable[[], Any] = lambda: None
+) -> list[list[float]]:
+    """Seconds of each step in every round; each round runs all of them once, in an order of its own, and calls `meet` before."""
     for step in steps * 3:  # warm up
         step()
     shuffle, times = random.Random(0), []
     for _ in range(rounds):
         order = shuffle.sample(range(len(steps)), len(steps))
-        measured = {index: _timed(steps[index], device) for index in order}
+        measured = {index: _timed(steps[index], device, meet) for index in order}
         times.append([measured[index] for index in range(len(steps))])
     return times
 
 
-def _timed(step: Callable[[], None], device: str) -> float:
+def _timed(step: Callable[[], None], device: str, meet: Callable[[], Any]) -> float:
+    meet()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

@@ -14,6 +14,7 @@ from .. import attach
 from ..errors import GradlrWarning
 from ..parameters import MATRIX, plan_parameters
 from ..tracker import LossTracker
+from .processes import group_of_one
 
 Loss = Callable[[], Tensor]
 
@@ -154,21 +155,23 @@ def muon(model: nn.Module, lr: float) -> Stepper:
     return Stepper(ordinary_step(optimizers), optimizers)
 
 
-def gradlr(*, table_share: float | None = None, **options: Any) -> Callable[[nn.Module, float], Stepper]:
+def gradlr(*, table_share: float | None = None, in_group: bool = False, **options: Any) -> Callable[[nn.Module, float], Stepper]:
     """gradlr with the given arguments of `attach`; its vectors and tables follow its one learning rate.
 
     Args:
         table_share: Rate of tables as a share of it; that of `attach` where None.
+        in_group: With `process_group=` of this process alone, made where the model is trained.
         **options: Of `attach`.
     """
 
     def make(model: nn.Module, lr: float) -> Stepper:
         tracker = LossTracker()
+        group = {"process_group": group_of_one()} if in_group else {}
         with warnings.catch_warnings():
             # What an adaptor of so large a rank costs is measured here, too.
             warnings.filterwarnings("ignore", "capture=.* costs more than hooks would", GradlrWarning)
             tables = {} if table_share is None else {"table_lr": lr * table_share}
-            optimizer = attach(model, tracker, lr=lr, **tables, **options)
+            optimizer = attach(model, tracker, lr=lr, **tables, **group, **options)
 
         def step(compute: Loss) -> Tensor:
             loss = compute()
