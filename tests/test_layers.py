@@ -12,8 +12,8 @@ ROOT = Path(gradlr.__file__).parent
 FLOW = (
     "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "observe", "slots",
     "captures", "guards", "gauge", "skips", "checkpoint", "describe", "report", "write", "watch", "membership", "parallel",
-    "state", "projections", "updates", "optimizer", "storage", "lora", "attach", "memory", "__init__", "integrations", "bench",
-    "interrupts", "demo", "finetune", "cli", "__main__",
+    "state", "projections", "updates", "optimizer", "averaged", "storage", "lora", "attach", "memory", "__init__", "integrations",
+    "bench", "interrupts", "demo", "finetune", "cli", "__main__",
 )  # fmt: skip
 
 
