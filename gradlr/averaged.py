@@ -51,11 +51,18 @@ class AveragedGradLR(GradLR):
         return self._bases[slot.index]
 
     def before_backward(self, tracker: LossTracker) -> None:
-        waiting = self._waiting()
-        if waiting and tracker.is_shown and not tracker.open_backwards:
-            # No hook has told of the last backward's gradients, which DistributedDataParallel writes at its end.
-            self._watch.gradient_arrives(waiting[0].plan.name, None)
+        self._tell_of_gradients()
         super().before_backward(tracker)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._tell_of_gradients()
+        super().zero_grad(set_to_none)
+
+    def _tell_of_gradients(self) -> None:
+        # No hook has told of the last backward's gradients, which DistributedDataParallel writes at its end.
+        waiting = self._waiting()
+        if waiting and self.tracker.is_shown and not self.tracker.open_backwards:
+            self._watch.gradient_arrives(waiting[0].plan.name, None)
 
     def detach(self) -> None:
         super().detach()
