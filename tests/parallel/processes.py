@@ -5,15 +5,20 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
+
+import gradlr
 
 
 def run_in_processes(size, module, names, path, *, patience=100):
@@ -39,6 +44,20 @@ def run_in_processes(size, module, names, path, *, patience=100):
     reports = [path / f"report-{rank}" for rank in range(size)]
     told = [dict(map(json.loads, report.read_text().splitlines())) if report.exists() else {} for report in reports]
     return {name: [one.get(name, "nothing") for one in told] for name in names}
+
+
+def run_documented_loop(number, folder):
+    """Run one of the examples in docs/devices.md under torchrun, in two processes; returns the checkpoint that it leaves."""
+    root = Path(gradlr.__file__).parents[1]
+    codes = re.findall(r"```python\n(.*?)```", (root / "docs" / "devices.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    (folder / "train.py").write_text(codes[number])
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "--nproc-per-node", "2", "train.py"], cwd=folder, env=environment, timeout=150, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "run.pt", weights_only=True)
 
 
 @functools.cache

@@ -10,7 +10,7 @@ import gradlr
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
 from models import mlp
-from processes import run_in_processes
+from processes import run_documented_loop, run_in_processes
 
 IN_TWO = (
     "stock_ddp_equals_one_process",
@@ -70,3 +70,9 @@ def test_it_needs_a_process_group():
     with pytest.raises(gradlr.ArgumentError, match="init_process_group"):
         gradlr.attach(model, gradlr.LossTracker(), apply="step", capture="ddp")
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_documented_loop_runs_under_torchrun(tmp_path):
+    saved = run_documented_loop(1, tmp_path)
+    assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
+    assert saved["model"].keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}

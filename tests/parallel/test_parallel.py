@@ -1,19 +1,13 @@
 """Data parallel training in two and in four gloo processes; each number of them is started once, and runs all of its checks."""
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import gradlr
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
-from processes import run_in_processes
+from processes import run_documented_loop, run_in_processes
 
 IN_TWO = (
     "hooks_equal_one_process",
@@ -72,14 +66,5 @@ def test_in_four_processes(in_four, name):
 
 
 def test_the_documented_loop_runs_under_torchrun(tmp_path):
-    root = Path(gradlr.__file__).parents[1]
-    (code,) = re.findall(r"```python\n(.*?)```", (root / "docs" / "devices.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    (tmp_path / "train.py").write_text(code)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "--nproc-per-node", "2", "train.py"], cwd=tmp_path, env=environment, timeout=150, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    saved = run_documented_loop(0, tmp_path)
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
