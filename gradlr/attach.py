@@ -11,12 +11,13 @@ import torch
 from torch import distributed, nn
 
 from . import guards
+from .averaged import AveragedGradLR
 from .errors import ArgumentError, GradlrWarning
 from .gauge import NormLimit
 from .gradient import release_abandoned
 from .membership import is_compiled_whole, require_plain_model, require_trainable
 from .optimizer import GradLR
-from .parallel import Replicas, together, warn_of_processes
+from .parallel import Replicas, together, warn_of_processes, world
 from .parameters import (
     KINDS,
     MATRIX,
@@ -110,7 +111,8 @@ def attach(
             transformers' Conv1D or ungrouped convolution: its backward hands over input and output gradient, from which the
             rule takes its products of rank r, exact, without the residual; embeddings hand over rows. "one_sided" also saves
             r numbers a token for backward instead of the layer's input; the gradient is projected. "auto" is "adaptor" where
-            that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
+            that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more. "ddp" is for a model
+            that is wrapped in DistributedDataParallel afterwards, which then averages sketches; see `docs/devices.md`.
         max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. It decides what a
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
             norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
@@ -121,7 +123,8 @@ def attach(
         process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
             `opt.step()` exchanges sketches, r(m + n) numbers per matrix, whose mean all take; needs `apply="step"`. All processes
             call `attach`, `step` and `load_state_dict` alike; rank 0's weights and buffers go to all. A model that `fully_shard`
-            or `parallelize_module` has sharded needs none. See `docs/devices.md`.
+            or `parallelize_module` has sharded needs none. With `capture="ddp"` the wrapper's own group; where None, that of all
+            processes. See `docs/devices.md`.
 
     Returns:
         The optimizer, a `torch.optim.Optimizer`. Keep it in a variable: hooks hold it weakly.
@@ -139,7 +142,9 @@ def attach(
             what was assumed, and how to overrule it.
     """
     shards = shards_of(model, process_group, capture)
-    if process_group is None and shards is None:
+    if capture == "ddp" and process_group is None:
+        process_group = world()
+    elif process_group is None and shards is None:
         warn_of_processes()
     replicas = None if process_group is None else Replicas(process_group)
     everyone = replicas if shards is None else shards.everyone
@@ -150,7 +155,8 @@ def attach(
         if apply not in ("backward", "step"):
             raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
         if replicas is not None and apply == "backward":
-            raise ArgumentError('process_group= needs apply="step": what processes exchange waits for opt.step()')
+            what = 'capture="ddp"' if capture == "ddp" else "process_group="
+            raise ArgumentError(f'{what} needs apply="step": what processes exchange waits for opt.step()')
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -175,7 +181,7 @@ def attach(
         limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
         if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
             warnings.warn(tale_of_guesses(guesses), GradlrWarning, stacklevel=2)
-        optimizer = GradLR(
+        optimizer = (AveragedGradLR if capture == "ddp" else GradLR)(
             model, parameter_groups, loss_tracker, apply=apply, seed=seed, limit=limit, state_dtype=state_dtype,
             capture="hook" if shards is not None else capture, replicas=replicas, shards=shards,
         )  # fmt: skip

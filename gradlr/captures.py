@@ -15,6 +15,7 @@ from .parameters import ParameterPlan, is_sharded, local
 from .slots import Slot
 from .views import share_memory
 
+# Those of one process; "ddp" needs a group of them.
 CAPTURES = ("hook", "adaptor", "one_sided", "auto")
 
 
@@ -28,7 +29,8 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
     Args:
         model: What is attached to.
         slots: Of its attached parameters.
-        capture: "hook" takes none of them, "auto" as "adaptor", except where that costs more than the gradient.
+        capture: "hook" takes none of them, "auto" as "adaptor", except where that costs more than the gradient. "ddp" takes
+            matrices only, of one layer each, whose sketches are smaller than the gradient.
         is_immediate: Whether weights change inside backward: then a weight that several modules share is left to its hook, which
             fires when all of its uses are through.
 
@@ -38,8 +40,8 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
     Warns:
         GradlrWarning: ranks are so large that hooks would be faster.
     """
-    if capture not in CAPTURES:
-        raise ArgumentError(f"capture={capture!r}: use one of {', '.join(CAPTURES)}")
+    if capture not in (*CAPTURES, "ddp"):
+        raise ArgumentError(f"capture={capture!r}: use one of {', '.join(CAPTURES)}, ddp")
     if capture == "hook":
         return []
     by_weight = {id(slot.plan.parameter): slot for slot in slots}
@@ -53,16 +55,17 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
         is_shared = uses[id(module.weight)] > 1
         # Convolutions may share a weight and differ in stride or padding.
         is_alike = isinstance(layer.linear_map, TokenMap) and not slot.rule.needs_dense
-        if layer.linear_map is not None and is_shared and (is_immediate or not is_alike):
+        if layer.linear_map is not None and is_shared and (is_immediate or not is_alike or capture == "ddp"):
             continue
         if module.weight._backward_hooks:
             continue
-        if is_slower_than_hook(slot, layer.is_one_sided):
+        if capture != "ddp" and is_slower_than_hook(slot, layer.is_one_sided):
             if capture == "auto":
                 continue
             slow.append(slot)
         layers.append(layer)
-        slot.capture = "rows" if layer.linear_map is None else "one_sided" if layer.is_one_sided else "adaptor"
+        taken = "ddp" if capture == "ddp" else "adaptor"
+        slot.capture = "rows" if layer.linear_map is None else "one_sided" if layer.is_one_sided else taken
     if slow:
         warnings.warn(_advice(slow, capture), GradlrWarning, stacklevel=4)
     return layers
@@ -70,6 +73,8 @@ def captured_layers(model: nn.Module, slots: Iterable[Slot], capture: str, *, is
 
 def _layer(module: nn.Module, slot: Slot, capture: str) -> CapturedLayer | None:
     rule = slot.rule
+    if capture == "ddp" and (rule.needs_dense or not _is_sketch_smaller(slot)):
+        return None
     if type(module) is nn.Embedding:
         is_plain = is_plain_embedding(module) and slot.plan.view.pattern is None
         return CapturedLayer(module, None) if is_plain and rule.takes_factors else None
@@ -81,6 +86,11 @@ def _layer(module: nn.Module, slot: Slot, capture: str) -> CapturedLayer | None:
 
 def _suits(found: LinearMap, slot: Slot) -> bool:
     return not slot.rule.needs_dense or (slot.rule.takes_factors and isinstance(found, TokenMap))
+
+
+def _is_sketch_smaller(slot: Slot) -> bool:
+    m, n = slot.plan.shape[-2:]
+    return slot.largest_rank * (m + n) < m * n
 
 
 def work_per_token(slot: Slot, is_one_sided: bool) -> int:
@@ -120,7 +130,8 @@ def operator_of(plan: ParameterPlan, gradient: Tensor) -> GradientOperator | Non
     matrix = plan.view.of(gradient.detach())
     is_copy = not share_memory(matrix, gradient)
     # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
-    is_ours = not (is_shared or gradient.requires_grad) and len(plan.parameter._post_accumulate_grad_hooks) == 1
+    hooks = plan.parameter._post_accumulate_grad_hooks or ()
+    is_ours = not (is_shared or gradient.requires_grad) and len(hooks) == 1
     return Dense(matrix, is_owned=is_copy or is_ours, layout=plan.layout)
 
 

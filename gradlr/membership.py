@@ -24,8 +24,8 @@ def require_plain_model(model: nn.Module) -> None:
         if isinstance(module, (DistributedDataParallel, DataParallel)):
             raise AttachError(
                 f"{name or 'the model'} is wrapped in {type(module).__name__}: hooks would see each replica's own gradient, and "
-                "the replicas would drift apart. Attach to the plain module instead of wrapping it; for several processes, give "
-                'attach process_group= and apply="step"'
+                'the replicas would drift apart. Attach to the plain module, with apply="step" and either process_group= instead '
+                'of wrapping it, or capture="ddp" before DistributedDataParallel(model)'
             )
 
 
@@ -69,6 +69,11 @@ class Membership:
         self._forms = {key: _form(plan.parameter) for key, plan in self._plans.items()}
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)
+        self._own: set[int] = set()
+
+    def expect(self, parameters: list[Tensor]) -> None:
+        """These were put into the model by gradlr, and are no strangers."""
+        self._own = {id(parameter) for parameter in parameters}
 
     def check(self) -> None:
         """Look at every parameter of the model.
@@ -89,9 +94,8 @@ class Membership:
         if model is not None and not self._was_compiled and is_compiled_whole(model):
             self._was_compiled = True
             warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=5)
-        strangers = [
-            name for name, parameter in self._trainable() if id(parameter) not in self._plans and name not in self._sharded_names
-        ]
+        known = self._plans.keys() | self._own
+        strangers = [name for name, one in self._trainable() if id(one) not in known and name not in self._sharded_names]
         if strangers and not self._has_warned:
             self._has_warned = True
             warnings.warn(guards.strangers(strangers), GradlrWarning, stacklevel=5)

@@ -16,7 +16,7 @@ from .checkpoint import extra_of
 from .describe import describe
 from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning
 from .gauge import NormLimit
-from .gradient import AdaptorCapture, GradientOperator, HookCapture
+from .gradient import AdaptorCapture, CapturedLayer, Claim, GradientOperator, HookCapture, LayerCapture
 from .membership import Membership
 from .parallel import Replicas, Shards, state_fingerprint, together
 from .slots import ParameterGroup, follow_loss, working_form
@@ -63,10 +63,13 @@ class GradLR(Updates):
         self._bad_loss: str | None = None
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
         self._membership = Membership(model, [slot.plan for slot in self.slots])
-        self._capture = HookCapture([(slot.plan.name, slot.plan.parameter) for slot in self.slots], self._take)
-        self._adaptors = AdaptorCapture(layers, self)
+        self._capture, self._adaptors = self._captured(layers)
         self._is_detached = False
         tracker.subscribe(self)
+
+    def _captured(self, layers: list[CapturedLayer]) -> tuple[Claim, LayerCapture]:
+        named = [(slot.plan.name, slot.plan.parameter) for slot in self.slots]
+        return HookCapture(named, self._take), AdaptorCapture(layers, self)
 
     @property
     def grad_norm(self) -> float | None:

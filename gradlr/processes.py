@@ -23,7 +23,7 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
         return None
     if process_group is not None:
         raise ArgumentError("the model is sharded: its parameters know their processes; leave process_group= out")
-    if capture in ("adaptor", "one_sided"):
+    if capture in ("adaptor", "one_sided", "ddp"):
         raise ArgumentError(
             f'capture="{capture}" works on plain layers, and the model is sharded: FSDP2 gathers a weight for its forward, and '
             'tensor parallelism splits it. Use capture="hook", whose gradients are shards'

@@ -44,7 +44,8 @@ class Slot:
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         pending: The gradient that waits for `step()`.
         is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where known.
-        capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
+        capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows"; where DistributedDataParallel
+            averages gradients, "ddp" for sketches and "grad" for whole ones.
         observers: Number of observations that want the next updates' numbers for `report()`.
         observed: Those of the last update that did.
     """

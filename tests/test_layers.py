@@ -12,7 +12,7 @@ ROOT = Path(gradlr.__file__).parent
 FLOW = (
     "errors", "files", "deferred", "linalg", "gradient", "rules", "ranks", "views", "parameters", "tracker", "observe", "slots",
     "captures", "guards", "gauge", "skips", "checkpoint", "describe", "report", "write", "watch", "membership", "parallel",
-    "state", "projections", "updates", "optimizer", "processes", "folders", "storage", "lora", "attach", "memory",
+    "state", "projections", "updates", "optimizer", "averaged", "processes", "folders", "storage", "lora", "attach", "memory",
     "__init__", "integrations", "bench", "interrupts", "demo", "finetune", "cli", "__main__",
 )  # fmt: skip
 

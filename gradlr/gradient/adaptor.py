@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copyreg
-import functools
-import gc
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,18 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
-from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import BackwardError
 from ..linalg.normalize import widen
 from .factored import Factored
-from .hook import lost_optimizer
+from .layers import AdaptedLayer, Capture, CapturedLayer, LayerCapture, adapted_class, autocasted, captures, unseen_by_checkpoints
 from .linear_maps import LinearMap, linear_map
 from .operator import GradientOperator, Sketched
-
-_SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 
 
 class Receiver(Protocol):
@@ -39,53 +29,14 @@ class Receiver(Protocol):
 
 
 @dataclass(frozen=True)
-class CapturedLayer:
-    """One layer whose weight gradient is not to be formed.
-
-    Attributes:
-        module: An `nn.Embedding`, or a module that `linear_map` knows.
-        linear_map: What it computes; None for an embedding.
-        is_one_sided: Whether x X is saved for backward instead of x.
-    """
-
-    module: nn.Module
-    linear_map: LinearMap | None
-    is_one_sided: bool = False
-
-
-@dataclass(frozen=True)
-class _Capture:
-    receiver: weakref.ref[Receiver]
-    linear_map: LinearMap | None
+class _Adaptor(Capture):
     is_one_sided: bool
 
-    def living_receiver(self) -> Receiver:
-        receiver = self.receiver()
-        if receiver is None:
-            raise lost_optimizer()
-        return receiver
 
-
-# weight -> how its gradient is taken. A copied or unpickled module is not in here: an ordinary layer.
-_captures: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-class AdaptedLayer:
-    """Mixed into a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
-
-    _gradlr_original: type[nn.Module]
-    _gradlr_input: str
-
-    @torch.compiler.disable  # the backward changes weights, which no compiler may move
-    def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        # By position, or by the name that the layer's own forward gives it.
-        x = inputs[0] if len(inputs) == 1 and not named else None if inputs or len(named) != 1 else named.get(self._gradlr_input)
-        output = self._captured(x) if isinstance(x, Tensor) and _is_plain(x) else None
-        return super().forward(*inputs, **named) if output is None else output
-
+class _AdaptorLayer(AdaptedLayer):
     def _captured(self, x: Tensor) -> Tensor | None:
         """The layer's output, whose backward hands the weight's gradient over; None where the layer's own forward is to do it."""
-        capture = _captures.get(self.weight)
+        capture = captures.get(self.weight)
         # A hook on the weight itself wants to see, or to change, the gradient.
         is_hooked = bool(self.weight._backward_hooks)
         if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
@@ -96,18 +47,13 @@ class AdaptedLayer:
         found = linear_map(self)
         if found is None or found.pattern != capture.linear_map.pattern or not found.accepts(x):
             return None
-        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = autocasted(x)
         basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
         return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, found, basis)
 
     def _look_up(self, ids: Tensor) -> Tensor:
         padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
-        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), _captures[self.weight], padding_index)
-
-    def __reduce_ex__(self, protocol: int):
-        # A copy or a pickle is of the original class: nothing of gradlr is in it.
-        return copyreg._reconstructor, (self._gradlr_original, object, None), self.__dict__
+        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), captures[self.weight], padding_index)
 
 
 def is_plain_embedding(module: nn.Embedding) -> bool:
@@ -115,30 +61,13 @@ def is_plain_embedding(module: nn.Embedding) -> bool:
     return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
-def _basis(capture: _Capture, found: LinearMap, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
+def _basis(capture: _Adaptor, found: LinearMap, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
     # Fitted to the inputs at hand: it stands for them until the weight's next update.
     def covariance_times(right: Tensor) -> Tensor:
         return found.covariance_times(widen(x.detach()), right)
 
-    with _unseen_by_checkpoints():
+    with unseen_by_checkpoints():
         return capture.living_receiver().right_basis(weight, covariance_times, is_training=is_training)
-
-
-def _unseen_by_checkpoints() -> AbstractContextManager[None]:
-    # Selective checkpointing counts what it sees, and a recomputation takes the basis that is there. Other modes may look on.
-    is_selective = any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
-    return _disable_current_modes() if is_selective else nullcontext()
-
-
-@functools.cache
-def _adapted(original: type[nn.Module]) -> type[nn.Module]:
-    input_name = list(inspect.signature(original.forward).parameters)[1]
-    contents = {"_gradlr_original": original, "_gradlr_input": input_name, "__doc__": AdaptedLayer.__doc__}
-    return type(f"Adapted{original.__name__}", (AdaptedLayer, original), contents)
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.layout == torch.strided and not x.is_nested
 
 
 def _is_ordinary_backward() -> bool:
@@ -206,7 +135,7 @@ class _EmbeddingByRows(torch.autograd.Function):
         return None, gradient, None, None, None
 
 
-def _destination(weight: Tensor, capture: _Capture) -> str:
+def _destination(weight: Tensor, capture: Capture) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
     if not weight.requires_grad:  # frozen since the forward
         return "nowhere"
@@ -217,7 +146,7 @@ def _destination(weight: Tensor, capture: _Capture) -> str:
     if not is_accumulated:
         return "nowhere"
     # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one.
-    is_ours = _captures.get(weight) is capture and not torch.is_grad_enabled()
+    is_ours = captures.get(weight) is capture and not torch.is_grad_enabled()
     return "optimizer" if is_ours else "returned"
 
 
@@ -242,23 +171,7 @@ def _input_not_kept(shape: torch.Size) -> BackwardError:
     )
 
 
-def release_abandoned(model: nn.Module) -> None:
-    """Make those layers of the model plain again whose optimizer does not exist any more."""
-    adapted = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    if adapted:
-        gc.collect()  # a scheduler makes its optimizer part of a reference cycle
-    for module in adapted:
-        capture = _captures.get(module.weight)
-        if capture is None or capture.receiver() is None:
-            _release(module)
-
-
-def _release(module: AdaptedLayer) -> None:
-    _captures.pop(module.weight, None)
-    module.__class__ = module._gradlr_original
-
-
-class AdaptorCapture:
+class AdaptorCapture(LayerCapture):
     """Changes the class of layers, so that they hand their gradient to the receiver; gives them back in `remove`.
 
     Args:
@@ -269,15 +182,7 @@ class AdaptorCapture:
 
     def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:
         layers, reference = list(layers), weakref.ref(receiver)
-        self._modules = [weakref.ref(layer.module) for layer in layers]
+        super().__init__(layers)
         for layer in layers:
-            layer.module.__class__ = _adapted(type(layer.module))
-            _captures[layer.module.weight] = _Capture(reference, layer.linear_map, layer.is_one_sided)
-
-    def remove(self) -> None:
-        """Give the layers their own class again. Calling it again does nothing."""
-        for reference in self._modules:
-            module = reference()
-            if isinstance(module, AdaptedLayer):
-                _release(module)
-        self._modules = []
+            layer.module.__class__ = adapted_class(type(layer.module), _AdaptorLayer)
+            captures[layer.module.weight] = _Adaptor(reference, layer.linear_map, layer.is_one_sided)

@@ -7,26 +7,27 @@ import weakref
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import AttachError
 
-# parameter -> the capture that holds it. Weak on both sides: neither a dropped model nor a dropped optimizer is kept alive.
+# parameter -> the claim that holds it, and its hook. Weak on both sides: neither a dropped model nor a dropped optimizer is kept
+# alive.
 _captures: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-class HookCapture:
-    """Registers one hook per parameter and hands each gradient to `receive`; owns the handles.
+class Claim:
+    """Holds parameters for one optimizer, as long as it lives: no other may attach to them.
 
     Args:
         named_parameters: Pairs of name and parameter.
-        receive: Bound method called as `receive(parameter, gradient)`, held weakly; `parameter.grad` is None by then.
 
     Raises:
-        AttachError: a parameter is held by another capture that is still alive.
+        AttachError: a parameter is held by another claim that is still alive.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], receive: Callable[[Tensor, Tensor], None]) -> None:
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
         named_parameters = list(named_parameters)
         for name, parameter in named_parameters:
             _release_dead(parameter)
@@ -35,9 +36,37 @@ class HookCapture:
                     f"parameter {name!r} is attached already: two optimizers would both update it in one backward. "
                     "Call opt.detach() on the first one, or attach under `with gradlr.attach(...) as opt:`"
                 )
-        hook = _make_hook(weakref.WeakMethod(receive))
-        self._handles = []
+        self._handles: list[RemovableHandle] = []
         self._parameters = [weakref.ref(parameter) for _, parameter in named_parameters]
+        for _, parameter in named_parameters:
+            _captures[parameter] = (weakref.ref(self), None)
+
+    def remove(self) -> None:
+        """Give the parameters free, and remove all hooks. Calling it again does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        for reference in self._parameters:
+            parameter = reference()
+            if parameter is not None:
+                _captures.pop(parameter, None)
+        self._handles, self._parameters = [], []
+
+
+class HookCapture(Claim):
+    """Registers one hook per parameter and hands each gradient to `receive`; owns the handles.
+
+    Args:
+        named_parameters: Pairs of name and parameter.
+        receive: Bound method called as `receive(parameter, gradient)`, held weakly; `parameter.grad` is None by then.
+
+    Raises:
+        AttachError: a parameter is held by another claim that is still alive.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], receive: Callable[[Tensor, Tensor], None]) -> None:
+        named_parameters = list(named_parameters)
+        super().__init__(named_parameters)
+        hook = _make_hook(weakref.WeakMethod(receive))
         try:
             for _, parameter in named_parameters:
                 self._register(parameter, hook)
@@ -49,16 +78,6 @@ class HookCapture:
         handle = parameter.register_post_accumulate_grad_hook(hook)
         self._handles.append(handle)
         _captures[parameter] = (weakref.ref(self), handle)
-
-    def remove(self) -> None:
-        """Remove all hooks. Calling it again does nothing."""
-        for handle in self._handles:
-            handle.remove()
-        for reference in self._parameters:
-            parameter = reference()
-            if parameter is not None:
-                _captures.pop(parameter, None)
-        self._handles, self._parameters = [], []
 
 
 def lost_optimizer() -> AttachError:
@@ -74,7 +93,9 @@ def _release_dead(parameter: Tensor) -> None:
     if parameter in _captures and _captures[parameter][0]() is not None:
         gc.collect()  # a scheduler makes its optimizer part of a reference cycle
     if parameter in _captures and _captures[parameter][0]() is None:
-        _captures.pop(parameter)[1].remove()
+        _, handle = _captures.pop(parameter)
+        if handle is not None:
+            handle.remove()
 
 
 def _make_hook(receiver: weakref.WeakMethod) -> Callable[[Tensor], None]:

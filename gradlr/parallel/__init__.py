@@ -1,5 +1,6 @@
 """Data parallel training: replicas in several processes that exchange sketches instead of gradients."""
 
+from .comparison import compare, world
 from .exchange import FAILED, FINE, NOT_FINITE, Told, as_shared, exchange
 from .fingerprint import fingerprint, state_fingerprint
 from .kept import saved_state, whole_state
@@ -14,6 +15,7 @@ __all__ = [
     "Shards",
     "Told",
     "as_shared",
+    "compare",
     "exchange",
     "fingerprint",
     "saved_state",
@@ -21,4 +23,5 @@ __all__ = [
     "together",
     "warn_of_processes",
     "whole_state",
+    "world",
 ]

@@ -89,15 +89,15 @@ def exchange(replicas: Replicas, slots: Sequence[Slot], bases: Bases, *, losses:
             slot.pending = None
     touched = _touched_rows(replicas, slots)
     watched = slots[replicas.meetings % len(slots)]
-    header = _header(replicas, slots, watched, losses, status)
+    own = header(replicas, slots, watched, losses, status)
     sizes = [[math.prod(shape) for shape in _shapes(slot, touched)] for slot in slots]
-    buffer = _packed(header, slots, touched, sum(map(sum, sizes)))
+    buffer = _packed(own, slots, touched, sum(map(sum, sizes)))
     known = {slot.index: (slot.pending.right, slot.pending.left) for slot in slots if isinstance(slot.pending, Sketched)}
     for slot in slots:
         slot.pending = None
     replicas.all_reduce(buffer)
-    told, has_any = _read(buffer[: len(header)].tolist(), replicas.size, watched)
-    body = buffer[len(header) :].div_(replicas.size)
+    told, has_any = read(buffer[: len(own)].tolist(), replicas.size, watched)
+    body = buffer[len(own) :].div_(replicas.size)
     is_whole = not (told.not_finite or told.failed)
     for slot, own, has in zip(slots, body.split([sum(size) for size in sizes]), has_any, strict=True):
         if has and is_whole:
@@ -121,7 +121,8 @@ def _touched_rows(replicas: Replicas, slots: Sequence[Slot]) -> dict[int, Tensor
     return {slot.index: mask.nonzero().squeeze(-1) for slot, mask in zip(tables, masks.split(counts), strict=True)}
 
 
-def _header(replicas: Replicas, slots: Sequence[Slot], watched: Slot, losses: Sequence[float], status: int) -> list[float]:
+def header(replicas: Replicas, slots: Sequence[Slot], watched: Slot, losses: Sequence[float], status: int) -> list[float]:
+    """What a process tells of itself, to be summed: mean loss, status, checksum of a parameter, and what waits of `slots`."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     own = [0.0] * (2 * replicas.size)
     own[replicas.rank], own[replicas.size + replicas.rank] = status, checksum(watched.plan.parameter)
@@ -129,13 +130,22 @@ def _header(replicas: Replicas, slots: Sequence[Slot], watched: Slot, losses: Se
     return [*loss, *own, *(float(slot.pending is not None) for slot in slots)]
 
 
-def checksum(parameter: Tensor) -> int:
-    """Of the bits of a parameter: another one where two replicas have drifted apart, almost surely."""
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[parameter.element_size()]
-    return int(parameter.detach().contiguous().reshape(-1).view(bits).sum(dtype=torch.int64) % _CHECKSUMS)
+def checksum(*tensors: Tensor) -> int:
+    """Of the bits of tensors on one device: another one where two replicas have drifted apart, almost surely."""
+    return int(torch.stack([_sum_of_bits(tensor.detach()) for tensor in tensors]).sum() % _CHECKSUMS) if tensors else 0
 
 
-def _read(header: list[float], size: int, watched: Slot) -> tuple[Told, list[float]]:
+def _sum_of_bits(tensor: Tensor) -> Tensor:
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.contiguous().reshape(-1).view(bits).sum(dtype=torch.int64)
+
+
+def read(header: list[float], size: int, watched: Slot) -> tuple[Told, list[float]]:
+    """The sum of all headers: what was told, and what stands behind it.
+
+    Raises:
+        ParallelError: the watched parameter is not the same everywhere.
+    """
     loss, count = header[:2]
     statuses, sums, has_any = header[2 : 2 + size], header[2 + size : 2 + 2 * size], header[2 + 2 * size :]
     told = Told(

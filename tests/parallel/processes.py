@@ -5,15 +5,20 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
+import re
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed
+
+import gradlr
 
 
 def run_in_processes(size, module, names, path, *, patience=100, environment=None):
@@ -45,6 +50,22 @@ def run_in_processes(size, module, names, path, *, patience=100, environment=Non
 
 def assert_passed(reports):
     assert all(report == "passed" for report in reports), "\n".join(f"rank {i}: {one}" for i, one in enumerate(reports))
+
+
+def run_documented_loop(number, folder):
+    """Run one of the examples in docs/devices.md under torchrun, in two processes; returns the checkpoint that it leaves."""
+    root = Path(gradlr.__file__).parents[1]
+    codes = re.findall(r"```python\n(.*?)```", (root / "docs" / "devices.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    # Torch's gloo may abort while the interpreter ends, with asynchronous collectives of DTensors and any optimizer.
+    (folder / "train.py").write_text(f"{codes[number]}\nimport os\nos._exit(0)\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, "--nproc-per-node", "2", "train.py"], cwd=folder, env=environment, timeout=150, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    path = folder / "sharded" / "gradlr.pt" if "sharded" in codes[number] else folder / "run.pt"
+    return torch.load(path, weights_only=True)
 
 
 @functools.cache

@@ -1,19 +1,13 @@
 """Data parallel training in two and in four gloo processes; each number of them is started once, and runs all of its checks."""
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-import gradlr
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
-from processes import assert_passed, run_in_processes
+from processes import assert_passed, run_documented_loop, run_in_processes
 
 IN_TWO = (
     "hooks_equal_one_process",
@@ -67,23 +61,6 @@ def test_in_four_processes(in_four, name):
     assert_passed(reports)
 
 
-ROOT = Path(gradlr.__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "devices.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-
-
-@pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_the_documented_loops_run_under_torchrun(tmp_path, code):
-    # Torch's gloo may abort while the interpreter ends, with asynchronous collectives of DTensors and any optimizer.
-    (tmp_path / "train.py").write_text(f"{code}\nimport os\nos._exit(0)\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, "--nproc-per-node", "2", "train.py"], cwd=tmp_path, env=environment, timeout=150, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    path = tmp_path / "sharded" / "gradlr.pt" if "sharded" in code else tmp_path / "run.pt"
-    saved = torch.load(path, weights_only=True)
-    assert len(saved["optimizer"]["gradlr"]["tracker"]["history"]) == 3
-    if path.name == "gradlr.pt":  # the states lie beside it
-        return
+def test_the_documented_loop_runs_under_torchrun(tmp_path):
+    saved = run_documented_loop(0, tmp_path)
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
-from processes import assert_passed, run_in_processes
+from processes import assert_passed, run_documented_loop, run_in_processes
 
 IN_TWO = (
     "fsdp_in_backward_equals_one_process",
@@ -101,3 +101,10 @@ def test_distributed_checkpoints_are_loaded_by_any_number_of_processes(saved, na
 @pytest.mark.parametrize("name", WHOLE)
 def test_state_dicts_of_sharded_models(saved, name, size):
     assert_passed(saved[name, size])
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_the_documented_loops_run_under_torchrun(tmp_path, number):
+    saved = run_documented_loop(number, tmp_path)
+    assert len(saved["optimizer"]["gradlr"]["tracker"]["history"]) == 3
+    assert (tmp_path / "sharded" / ".metadata").is_file()
