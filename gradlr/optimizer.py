@@ -101,22 +101,13 @@ class GradLR(Updates):
             self._give_up()
         self._membership.check()
         if self._shards is not None:
-            self._hear_losses()
+            self._bad_loss = self._hear_losses()
         for slot in self._slots.values():
             # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
             # Processes that train together set it in step(), from what they all know.
             is_free = slot.pending is None and slot.basis is None and self._replicas is None
             if is_free and not slot.rule.needs_dense:
                 follow_loss(slot, tracker.ratio, self.state[slot.plan.parameter])
-
-    def _hear_losses(self) -> None:
-        # The loss at hand, or on CUDA, where that one is on its way, the one before.
-        heard = self._shards.hear(self.slots, self.tracker.value)
-        if heard.loss is not None:
-            self.tracker.record_mean(heard.loss)
-        own = f"the loss is {self.tracker.value}"
-        ranks = heard.not_finite if self.tracker.is_current else []
-        self._bad_loss = guards.not_finite_on(ranks, self.everyone.rank, own) if ranks else None
 
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from . import guards
 from .parallel import Replicas, Shards
 from .slots import ParameterGroup, Slot, follow_loss, working_form
 from .state import KeptState
@@ -46,6 +47,16 @@ class Projections(KeptState):
     def tells_mean(self) -> bool:
         """Whether the tracker hears of the mean loss of several processes from this optimizer."""
         return self.everyone is not None
+
+    def _hear_losses(self) -> str | None:
+        """Let the ranks follow the mean loss of all shards' processes; why the step is to be left out, where it is."""
+        # The loss at hand, or on CUDA, where that one is on its way, the one before.
+        heard = self._shards.hear(self.slots, self.tracker.value)
+        if heard.loss is not None:
+            self.tracker.record_mean(heard.loss)
+        if not (heard.not_finite and self.tracker.is_current):
+            return None
+        return guards.not_finite_on(heard.not_finite, self.everyone.rank, f"the loss is {self.tracker.value}")
 
     @torch.no_grad()
     def right_basis(self, parameter: Tensor, covariance_times: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
