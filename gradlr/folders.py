@@ -51,7 +51,7 @@ def write_folder(path: Path, checkpoint: dict[str, Any], everyone: Replicas) -> 
         if everyone.rank == 0:
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
-    with _all(everyone), _quiet():
+    with _all(everyone), _quiet(), _as_error(path):
         dcp.save(_tensors(checkpoint), checkpoint_id=part, process_group=everyone.group)
     with _all(everyone):
         if everyone.rank == 0:
@@ -74,7 +74,7 @@ def read_folder(path: Path, model: nn.Module, optimizer: GradLR | None) -> dict[
         reader = dcp.FileSystemReader(path)
         sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
         wanted = _wanted(path, sizes, model, optimizer, names_of(rest["optimizer"]))
-        with _quiet():
+        with _quiet(), _as_error(path):
             dcp.load(wanted, storage_reader=reader, process_group=_group(optimizer), no_dist=not is_any_sharded(model))
     except CheckpointError:
         raise
@@ -162,6 +162,17 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():  # a process may have nothing to write; one alone loads for itself
         warnings.filterwarnings("ignore", module="torch.distributed")
         yield
+
+
+@contextmanager
+def _as_error(path: Path) -> Iterator[None]:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:  # to Python it is no Exception; all processes get it
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise CheckpointError(f"{path}: rank {rank} could not write or read its shards: {reason}") from error
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -98,7 +98,7 @@ class RunFolder:
         self._take_lock()
         if is_overwritten:
             # The settings go last: until then it is the old run, with less in it.
-            for path in (self.model, self.shards):
+            for path in (self.model, self.shards, *self.path.glob(f"{self.shards.name}.*")):
                 shutil.rmtree(path, ignore_errors=True)
             for path in (self.checkpoint, self._log, self._settings):
                 path.unlink(missing_ok=True)

@@ -98,7 +98,7 @@ class Run:
         """Go on from the checkpoint; the number of processes that wrote it, or None where there is none."""
         path, before = self.checkpoint, None
         # Every process reads it: on several machines, from a disk that all of them see.
-        self.processes.require_same({f"checkpoint in {self.folder.path}": path and path.stat().st_size})
+        self.processes.require_same({f"checkpoint in {self.folder.path}": path and path.is_file() and path.stat().st_size})
         if path is not None:
             found = self.processes.load(path, model=self.model, optimizer=self.opt, scheduler=self.scheduler)
             self.done = Done(**found["done"])

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from finetune.sameness import assert_same, history
-from finetune.tiny import WORDS, jsonl_file, logged_step
+from finetune.tiny import WORDS, jsonl_file, llama, logged_step
+from safetensors.torch import load_file
 
 import gradlr
 from gradlr import ArgumentError
@@ -156,15 +157,26 @@ def test_killed_stopped_and_started_again_they_end_the_same(straight, data, tmp_
     assert_same(straight[0], out)
 
 
-def test_shards_are_saved_whole_resume_bit_for_bit_and_come_together(tmp_path):
-    """What gradlr does besides, attach apart; see sharding.py."""
-    (tmp_path / "model").mkdir()
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    options = {"env": {**ENVIRONMENT, **path}, "capture_output": True, "text": True, "timeout": PATIENCE}
-    done = subprocess.run([*line, str(ROOT / "tests" / "finetune" / "sharding.py"), str(tmp_path)], **options, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "saved" / "model.safetensors").is_file()
+def test_shards_are_killed_and_started_again_and_end_the_same(data, tmp_path):
+    """`--shard fsdp` on a model of transformers: killed while shards are written, and straight through."""
+    folder = llama(tmp_path / "llama")
+    results = []
+    for name in ("straight", "killed"):
+        out = tmp_path / name
+        line = command(data, out, "--model", str(folder), "--steps", "8", "--save-every", "2", "--shard", "fsdp")
+        if name == "killed":
+            with Launched(line, tmp_path / "log") as run:
+                run.wait_for(lambda: logged_step(out) >= 3)  # noqa: B023 (called at once)
+                run.wait_for((out / "checkpoints.part").exists)
+        with Launched(line, tmp_path / "log") as run:
+            status, told = run.end()
+        assert status == 0, told
+        assert ("going on from step" in told) == (name == "killed") and "Warning" not in told
+        results.append((load_file(out / "model" / "model.safetensors"), history(out)))
+    (straight, log), (killed, other_log) = results
+    assert straight.keys() == killed.keys() and all(torch.equal(straight[name], killed[name]) for name in straight)
+    losses = [one["loss"] for one in log if "loss" in one]
+    assert log == other_log and losses[-1] < losses[0]
 
 
 def refusal(capsys, data, tmp_path, *options):
