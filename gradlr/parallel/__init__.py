@@ -2,7 +2,7 @@
 
 from .exchange import FAILED, FINE, NOT_FINITE, Told, as_shared, exchange
 from .fingerprint import fingerprint, state_fingerprint
-from .kept import saved_state, whole_state
+from .kept import part_of, saved_state, whole_state
 from .replicas import Replicas, together, warn_of_processes
 from .shards import Shards
 
@@ -16,6 +16,7 @@ __all__ = [
     "as_shared",
     "exchange",
     "fingerprint",
+    "part_of",
     "saved_state",
     "state_fingerprint",
     "together",
