@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError, CheckpointError, GradlrWarning
 from .files import write_atomically
 from .optimizer import GradLR
+from .parameters import is_sharded
 
 _FORMAT = 1
 # What torch.load(weights_only=True) builds: subclasses and named tuples are code to it.
@@ -37,10 +38,11 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
 
     Raises:
         CheckpointError: gradients wait for `opt.step()`.
-        ArgumentError: something in `more`, or in the model's extra state, is neither.
+        ArgumentError: something in `more`, or in the model's extra state, is neither; or the model is sharded.
         OSError: the folder is not there, or the disk is full. The old file is as it was.
     """
     path = Path(path)
+    _require_whole("save", model)
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"save: there is no folder {path.absolute().parent}; make it first")
     entries = {name: _state_of(name, value) for name, value in more.items()}
@@ -66,11 +68,13 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         CheckpointError: the file is missing, damaged (a single bit is found) or no checkpoint of gradlr; the model or the
             optimizer is another one; an object was not saved, or is of another class. It names the file and the first parameter
             that does not fit; nothing was changed.
+        ArgumentError: the model is sharded.
 
     Warns:
         GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.
     """
     path = Path(path)
+    _require_whole("load", model)
     checkpoint = _read(path)
     _check_model(path, checkpoint["model"], model)
     given = {name: value for name, value in more.items() if value is not None}
@@ -82,6 +86,16 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
     loads += [(model, checkpoint["model"])]
     _load_all(path, loads)
     return {name: entry["value"] for name, entry in checkpoint["more"].items() if "value" in entry}
+
+
+def _require_whole(call: str, model: nn.Module) -> None:
+    # Each process would write its own part into the one file, the last one over all others.
+    if sharded := [name for name, value in model.named_parameters() if is_sharded(value)]:
+        raise ArgumentError(
+            f"{call}: one file holds a whole model, and {sharded[0]!r} is sharded. In every process, use "
+            f"torch.distributed.checkpoint ({call}, get_model_state_dict(model), get_optimizer_state_dict(model, opt)); with "
+            "full_state_dict=True in their StateDictOptions the dicts are those of one process"
+        )
 
 
 def _load_all(path: Path, loads: list[tuple[Any, dict[str, Any]]]) -> None:
