@@ -96,7 +96,7 @@ class Shards:
             ParallelError: a process is missing.
         """
         share = 0.0 if energy is None else float(energy)
-        told = self._told([share if math.isfinite(share) else 0.0, float(status)], device)
+        told = self._told([share, float(status)], device)
         return sum(share for share, _ in told), [int(status) for _, status in told]
 
     def agreed(self, flag: Tensor) -> Tensor:
