@@ -64,8 +64,9 @@ class Membership:
         # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.
         self._plans = {id(plan.parameter): plan for plan in plans}
         self._owners = _owners(model, self._plans)
-        # Between forward and backward FSDP2 puts plain tensors in the place of its shards.
+        # Between forward and backward FSDP2 puts others in the place of its shards: plain tensors, or those of a smaller mesh.
         self._sharded_names = {plan.name for plan in plans if is_sharded(plan.parameter)}
+        self._meshes = {plan.parameter.device_mesh for plan in plans if is_sharded(plan.parameter)}
         self._forms = {key: _form(plan.parameter) for key, plan in self._plans.items()}
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)
@@ -105,7 +106,7 @@ class Membership:
         if owner is None:
             return []
         held = {id(parameter) for parameter in owner.parameters()}
-        gathered = any(not is_sharded(parameter) for parameter in owner.parameters())
+        gathered = any(not is_sharded(parameter) or parameter.device_mesh not in self._meshes for parameter in owner.parameters())
         return [key for key in keys if key not in held and not (gathered and is_sharded(self._plans[key].parameter))]
 
     def _trainable(self) -> Iterator[tuple[str, Tensor]]:

@@ -12,12 +12,14 @@ from .slots import ParameterGroup
 
 
 def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, capture: str) -> Shards | None:
-    """The processes that hold parts of the model, where it is sharded.
+    """The processes that hold parts of the model, where it is sharded; weights that FSDP2 has gathered for a forward go back.
 
     Raises:
         ArgumentError: the other arguments do not suit that.
         AttachError: there are several meshes.
     """
+    if isinstance(model, nn.Module):
+        _reshard(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if isinstance(model, nn.Module) else []
     if not any(map(is_sharded, trainable)):
         return None
@@ -29,6 +31,13 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
             'tensor parallelism splits it. Use capture="hook", whose gradients are shards'
         )
     return Shards(trainable)
+
+
+def _reshard(model: nn.Module) -> None:
+    # After an evaluation the root keeps plain tensors in the place of its shards, and hooks on those would train copies.
+    for module in model.modules():
+        if hasattr(module, "set_reshard_after_backward"):  # FSDPModule, by name: importing it takes half a second
+            module.reshard()
 
 
 def spread(groups: list[ParameterGroup], shards: Shards) -> None:

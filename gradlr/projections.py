@@ -51,7 +51,8 @@ class Projections(KeptState):
     def _hear_losses(self) -> str | None:
         """Let the ranks follow the mean loss of all shards' processes; why the step is to be left out, where it is."""
         # The loss at hand, or on CUDA, where that one is on its way, the one before.
-        heard = self._shards.hear(self.slots, self.tracker.value)
+        rates = [float(group["lr"]) for group in self.param_groups]
+        heard = self._shards.hear(self.slots, self.tracker.value, rates)
         if heard.loss is not None:
             self.tracker.record_mean(heard.loss)
         if not (heard.not_finite and self.tracker.is_current):

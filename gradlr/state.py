@@ -11,10 +11,20 @@ from .checkpoint import check_layout, extra_of, fitted_state
 from .errors import ArgumentError, AttachError
 from .linalg import stochastic_round
 from .observe import Observation
-from .parallel import saved_state, whole_state
+from .parallel import part_of, saved_state, whole_state
 from .report import Report, report
 from .rules import Settings
-from .slots import Noise, ParameterGroup, Slot, initial_state, make_slots, rule_entries, state_bytes, torch_group
+from .slots import (
+    Noise,
+    ParameterGroup,
+    Slot,
+    initial_state,
+    make_slots,
+    mixed_seed,
+    rule_entries,
+    state_bytes,
+    torch_group,
+)
 from .tracker import LossTracker
 
 
@@ -136,6 +146,18 @@ class KeptState(torch.optim.Optimizer):
             key: stochastic_round(value, self._state_dtype, generator=generator) if value.dtype == torch.float32 else value
             for key, value in entries.items()
         }
+
+    def _narrowed_in_parts(self, slot: Slot, entries: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        """The same where a parameter is sharded: what several processes hold alike is rounded alike, lest their bases part."""
+        if self._state_dtype == torch.float32 or slot.plan.layout.is_whole:
+            return entries
+        narrowed, device = {}, slot.plan.parameter.device
+        for place, (key, value) in enumerate(entries.items(), 1):
+            seed = self.seed
+            for number in (*part_of(slot, key, value), place):
+                seed = mixed_seed(seed, number, 0)
+            narrowed |= self._narrowed({key: value}, self._noise.at(device, seed, slot.index, -step))
+        return narrowed
 
     def _settings(self, slot: Slot, rank: int | None = None) -> Settings:
         parameter = slot.plan.parameter

@@ -41,7 +41,7 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
 
     Raises:
         CheckpointError: gradients wait for `opt.step()`.
-        ArgumentError: something in `more`, or in the model's extra state, is neither.
+        ArgumentError: something in `more`, or in the model's extra state, is neither; or the model is sharded.
         OSError: the folder is not there, or the disk is full. The old file is as it was.
     """
     path = Path(path)
@@ -73,6 +73,7 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         CheckpointError: the file is missing, damaged (a single bit is found) or no checkpoint of gradlr; the model or the
             optimizer is another one; an object was not saved, or is of another class. It names the file and the first parameter
             that does not fit; nothing was changed.
+        ArgumentError: the model is sharded.
 
     Warns:
         GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.

@@ -74,7 +74,8 @@ class LossTracker:
         self._latest: float | None = None
         self._history: deque[float] = deque(maxlen=_HISTORY_LENGTH)
         self._in_flight: Deferred | None = None
-        self._listeners: weakref.WeakSet[Any] = weakref.WeakSet()
+        # In the order in which they came: where processes train together, each of them asks in the same one.
+        self._listeners: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
         self.scale: Tensor | None = None
         self.count = self.serial = self.begun_serial = 0
         self.open_backwards: dict[int, int | None] = {}
@@ -140,11 +141,11 @@ class LossTracker:
 
     def subscribe(self, listener: LossListener) -> None:
         """Call `listener.before_backward(self)` at every loss, as long as the listener lives (held weakly)."""
-        self._listeners.add(listener)
+        self._listeners[listener] = None
 
     def unsubscribe(self, listener: LossListener) -> None:
         """Stop calling the listener."""
-        self._listeners.discard(listener)
+        self._listeners.pop(listener, None)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and a list of them; a loss still on its way from the device is waited for."""

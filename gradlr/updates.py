@@ -173,7 +173,8 @@ class Updates(Projections):
     def _meet_shards(self, losses: list[float], *, has_failed: bool = False) -> None:
         """Learn the norm of all gradients; the step is left out where a part of one is not finite."""
         status, own_reason = self._own_status(has_failed)
-        energy, statuses = self._shards.meet_at_step(self._gauge.energy, status, self._gauge.parameter.device)
+        waiting, device = [slot.index for slot in self._waiting()], self._gauge.parameter.device
+        energy, statuses = self._shards.meet_at_step(self._gauge.energy, status, waiting, device)
         at = {kind: [rank for rank, other in enumerate(statuses) if other == kind] for kind in (FAILED, NOT_FINITE)}
         self._heed(at[FAILED], at[NOT_FINITE], own_reason)
         self._gauge.become(energy)
@@ -263,10 +264,11 @@ class Updates(Projections):
         """Write an update and its state, on CUDA only where the flag says so. The only place where a weight changes."""
         slot, update, is_finite = prepared.slot, prepared.update, prepared.is_finite
         group, parameter = self.param_groups[slot.group_index], slot.plan.parameter
+        new_state = self._narrowed_in_parts(slot, prepared.new_state, prepared.settings.step)
         # A stream of its own: in step() the rules of other parameters have drawn since.
         seed = mixed_seed(self.seed, slot.plan.layout.number, 0) if slot.plan.layout.number else self.seed
         generator = self._noise.at(parameter.device, seed, slot.index, -prepared.settings.step)
-        new_state, decay = self._narrowed(prepared.new_state, generator), group["weight_decay"]
+        new_state, decay = self._narrowed(new_state, generator), group["weight_decay"]
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, self.state[parameter])
             decay = decay * is_finite if decay else decay
@@ -278,7 +280,7 @@ class Updates(Projections):
         state.update(new_state, step=state["step"] + 1)
         slot.basis = None
         if slot.schedule.needs_spectrum and update.spectrum is not None:
-            state["spectrum"] = update.spectrum
+            state["spectrum"] = slot.plan.layout.batch.gathered(update.spectrum, 0)
         self._watch.changed.append(slot.plan.name)
         self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
 

@@ -109,6 +109,22 @@ def test_listeners_are_told_once_per_loss_and_held_weakly():
     tracker(1.0)
 
 
+def test_listeners_are_told_in_the_order_in_which_they_came():
+    """Where processes train together, each listener asks the others: in another order they would answer each other."""
+    tracker, told = LossTracker(), []
+
+    class Noting(Listener):
+        def before_backward(self, tracker):
+            told.append(self)
+
+    listeners = [Noting() for _ in range(20)]
+    listeners = listeners[::3] + listeners[1::3] + listeners[2::3]  # not as they lie in memory
+    for listener in listeners:
+        tracker.subscribe(listener)
+    tracker(1.0)
+    assert told == listeners
+
+
 def test_a_loss_does_not_keep_its_tracker_alive():
     tracker = LossTracker()
     loss = (torch.ones(3, requires_grad=True) ** 2).sum()

@@ -9,10 +9,17 @@ from torch import Tensor
 
 
 class Axis:
-    """One axis of a matrix, all of which lies in this process; a subclass shares it with others."""
+    """One axis of a matrix, all of which lies in this process; a subclass shares it with others.
+
+    Attributes:
+        is_whole: Whether all of it lies here.
+        parts: Number of parts.
+        first: Place of the first entry that lies here: another one in each part.
+    """
 
     is_whole = True
     parts = 1
+    first = 0
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of what each part's process gives; `x` may be overwritten. Here `x` itself."""

@@ -3,7 +3,7 @@
 from .comparison import compare, world
 from .exchange import FAILED, FINE, NOT_FINITE, Told, as_shared, exchange
 from .fingerprint import fingerprint, state_fingerprint
-from .kept import saved_state, whole_state
+from .kept import part_of, saved_state, whole_state
 from .replicas import Replicas, together, warn_of_processes
 from .shards import Shards
 
@@ -18,6 +18,7 @@ __all__ = [
     "compare",
     "exchange",
     "fingerprint",
+    "part_of",
     "saved_state",
     "state_fingerprint",
     "together",

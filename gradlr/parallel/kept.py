@@ -22,7 +22,7 @@ def whole_state(slot: Slot, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _whole(slot: Slot, key: str, value: Tensor) -> Tensor:
     plan, layout = slot.plan, slot.plan.layout
-    if is_like_parameter(slot, value):
+    if is_like_parameter(slot, key, value):
         from torch.distributed.tensor import DTensor
 
         like = plan.parameter
@@ -65,14 +65,25 @@ def _here(slot: Slot, key: str, value: Tensor) -> Tensor:
     return value
 
 
-def is_like_parameter(slot: Slot, value: Tensor) -> bool:
+def is_like_parameter(slot: Slot, key: str, value: Tensor) -> bool:
     """Whether a state entry has one number per weight of an elementwise rule."""
     plan = slot.plan
-    return slot.rule.needs_dense and plan.view.pattern is None and value.shape == plan.here.shape and value.ndim > 0
+    is_elementwise = slot.rule.needs_dense and key not in slot.rule.spread
+    return is_elementwise and plan.view.pattern is None and value.shape == plan.here.shape and value.ndim > 0
+
+
+def part_of(slot: Slot, key: str, value: Tensor) -> tuple[int, ...]:
+    """Which part of a state entry lies here: equal where several processes hold the same one."""
+    layout = slot.plan.layout
+    if is_like_parameter(slot, key, value):
+        return (layout.number,)
+    return tuple(getattr(layout, axis).first for axis, _ in _axes(slot, key, value))
 
 
 def _axes(slot: Slot, key: str, value: Tensor) -> list[tuple[str, int]]:
     """Which axes of a state entry are spread, with the place of each."""
+    if key == "spectrum":  # a batch shares one rank, so all of it is known everywhere
+        return []
     axes = [("batch", 0)] if len(slot.plan.shape) > 2 and value.ndim else []
     if key in slot.rule.spread:
         axes.append((slot.rule.spread[key], -2))

@@ -44,6 +44,10 @@ class SharedAxis(Axis):
 
     is_whole = False
 
+    @property
+    def first(self) -> int:
+        return int(self.places[0]) if len(self.places) else 0
+
     def total(self, x: Tensor) -> Tensor:
         return self._reduced(x, distributed.ReduceOp.SUM)
 
@@ -141,6 +145,7 @@ def _places(name: str, parameter: DTensor) -> dict[int, Tensor]:
     for index, placement in enumerate(parameter.placements):
         dim = _sharded_axis(placement, len(shape))
         if dim is not None:
+            _require_in_order(mesh, index)
             known = places.get(dim, torch.arange(shape[dim]))
             # FSDP over tensor parallelism: each tensor-parallel shard, which comes later in the mesh, is divided again.
             strides = getattr(placement, "split_factor", 1)
@@ -154,6 +159,13 @@ def _places(name: str, parameter: DTensor) -> dict[int, Tensor]:
             "does not know how to place. Choose sizes that the mesh divides"
         )
     return places
+
+
+def _require_in_order(mesh: Any, index: int) -> None:
+    # Torch deals out shards by the rank in the group, and describes them by the place in the mesh.
+    if mesh.get_group(index).rank() != mesh.get_coordinate()[index]:
+        order = mesh.mesh.tolist()
+        raise AttachError(f"the ranks of the device mesh {order} do not ascend, so nobody knows who has which part: sort them")
 
 
 def _chunk(whole: Tensor, count: int, index: int) -> Tensor:

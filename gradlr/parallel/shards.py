@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor, distributed
 from ..errors import AttachError, ParallelError
 from ..parameters import ParameterPlan, is_sharded
 from ..slots import Slot
-from .exchange import checksum
+from .exchange import FAILED, checksum
 from .layout import with_layout
 from .replicas import Replicas, ranks_named
 
@@ -70,34 +71,56 @@ class Shards:
         """Number of processes that hold the same block."""
         return self.everyone.size / slot.plan.layout.parts
 
-    def hear(self, slots: Sequence[Slot], loss: float | None) -> Heard:
-        """Tell the others the loss and, in turn, the checksum of one parameter's block.
+    def hear(self, slots: Sequence[Slot], loss: float | None, rates: Sequence[float]) -> Heard:
+        """Tell the others the loss and, in turn, the checksum of one parameter's block and its learning rate.
 
         Args:
             slots: All parameters, in the same order everywhere.
             loss: The last one that was read; None where there is none yet.
+            rates: Learning rate of each group.
 
         Raises:
-            ParallelError: a process is missing, or those that hold the same block have different weights.
+            ParallelError: a process is missing, those that hold the same block have different weights, or rates differ.
         """
         self.everyone.meet()
         watched = slots[self.everyone.meetings % len(slots)]
-        own = [0.0 if loss is None else 1.0, loss or 0.0, float(checksum(watched.plan.here))]
-        told = self._told(own, watched.plan.here.device)
+        sum_of_bits, rate = float(checksum(watched.plan.here)), rates[watched.group_index]
+        told = self._told([0.0 if loss is None else 1.0, loss or 0.0, sum_of_bits, rate], watched.plan.here.device)
         self._require_alike(watched, [int(one[2]) for one in told])
-        finite = [value for is_there, value, _ in told if is_there and math.isfinite(value)]
-        not_finite = [rank for rank, (is_there, value, _) in enumerate(told) if is_there and not math.isfinite(value)]
+        if others := [rank for rank, one in enumerate(told) if one[3] != told[0][3]]:
+            raise ParallelError(
+                f"{watched.plan.name!r} has learning rate {told[others[0]][3]:g} on {ranks_named(others)} and {told[0][3]:g} on "
+                "rank 0: step schedulers alike everywhere (ReduceLROnPlateau by the mean of all losses)"
+            )
+        finite = [one[1] for one in told if one[0] and math.isfinite(one[1])]
+        not_finite = [rank for rank, one in enumerate(told) if one[0] and not math.isfinite(one[1])]
         return Heard(sum(finite) / len(finite) if finite else None, not_finite)
 
-    def meet_at_step(self, energy: Tensor | None, status: int, device: torch.device) -> tuple[float, list[int]]:
+    def meet_at_step(
+        self, energy: Tensor | None, status: int, waiting: Sequence[int], device: torch.device
+    ) -> tuple[float, list[int]]:
         """Squared norm of all gradients, from this process' share of it, and each process' status.
 
+        Args:
+            energy: That share, 0-dim; None where nothing waits.
+            status: `FINE`, `NOT_FINITE` or `FAILED`.
+            waiting: Numbers of the parameters whose gradients wait here.
+            device: Of the parameters.
+
         Raises:
-            ParallelError: a process is missing.
+            ParallelError: a process is missing, or has gradients of other parameters.
         """
         share = 0.0 if energy is None else float(energy)
-        told = self._told([share if math.isfinite(share) else 0.0, float(status)], device)
-        return sum(share for share, _ in told), [int(status) for _, status in told]
+        which = zlib.crc32(repr(list(waiting)).encode())
+        told = self._told([share, float(status), float(which), float(len(waiting))], device)
+        statuses = [int(one[1]) for one in told]
+        if FAILED not in statuses and (others := [rank for rank, one in enumerate(told) if one[2] != told[0][2]]):
+            raise ParallelError(
+                f"gradients of {told[others[0]][3]:.0f} parameters wait on {ranks_named(others)}, of {told[0][3]:.0f} on rank 0, "
+                "or other ones: run the same forward and backward everywhere, and call opt.zero_grad() on all ranks or on none. "
+                "Nothing was changed"
+            )
+        return sum(one[0] for one in told), statuses
 
     def agreed(self, flag: Tensor) -> Tensor:
         """Whether a flag, a 0-dim boolean, is True in all processes; on its device."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 from checks import counted_bytes
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -276,6 +276,75 @@ def narrow_weights_are_rounded_in_each_part(rank, size):
     assert all(two.isfinite().all() and not torch.equal(one, two) for one, two in zip(before, after, strict=True))
 
 
+def _everywhere(value, group=None):
+    others = [torch.empty_like(value) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(others, value.contiguous(), group=group)
+    return others
+
+
+def narrow_state_is_rounded_alike_where_it_is_the_same(rank, size):
+    """Rounded at random in each process, R would be another test matrix in each, and its signs part."""
+    model = shard(net(dtype=torch.float32))
+    tracker, opt = attach(model, state_dtype=torch.bfloat16, rank=4, momentum_rank=2)
+    train(model, tracker, opt, 5, part=share_of(rank, size))
+    state = opt.state[model.up.weight]
+    rights, lefts = _everywhere(state["R"]), _everywhere(state["P"])
+    assert state["R"].dtype == torch.bfloat16 and all(torch.equal(rights[0], other) for other in rights)
+    assert not torch.equal(lefts[0], lefts[1])
+
+
+def narrow_state_over_two_axes(rank, size):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = shard(_parallelized(net(dtype=torch.float32), mesh["tensor"]), mesh["data"])
+    tracker, opt = attach(model, state_dtype=torch.bfloat16, rank=4, momentum_rank=2)
+    train(model, tracker, opt, 3, part=share_of(mesh["data"].get_local_rank(), 2))
+    left, right = (_everywhere(opt.state[model.down.weight][key]) for key in ("P", "R"))
+    assert torch.equal(left[0], left[1]) and torch.equal(left[2], left[3]) and not torch.equal(left[0], left[2])
+    assert torch.equal(right[0], right[2]) and torch.equal(right[1], right[3]) and not torch.equal(right[0], right[1])
+
+
+def a_model_is_attached_after_an_evaluation(rank, size):
+    """Which leaves whole weights at the root: hooks on those would train copies that nobody keeps."""
+    for place in (shard, fully_shard):
+        model, reference = place(net()), net()
+        with torch.no_grad():
+            loss_of(model, tokens_of(0))
+        assert not isinstance(model.embedding.weight, DTensor)
+        tracker, opt = attach(model)
+        reference_tracker, reference_opt = attach_alone(reference)
+        train(model, tracker, opt, 3, part=share_of(rank, size))
+        train(reference, reference_tracker, reference_opt, 3)
+        assert_like(model, reference)
+
+
+def weights_are_kept_in_a_smaller_mesh_between_forward_and_backward(rank, size):
+    compare_with_one_process(rank, size, place=partial(shard, reshard_after_forward=2))
+
+
+def experts_of_all_processes_share_one_rank(rank, size):
+    """Three experts in four processes, one of which has none."""
+    options = {"rank": gradlr.ByEnergy(0.8), "momentum_rank": 4}
+    model, reference = shard(net(kind=Odd)), net(kind=Odd)
+    with pytest.warns(gradlr.GradlrWarning, match="is taken as one matrix"):
+        tracker, opt = attach(model, **options)
+    views = {"attention.in_proj_weight": "m n -> m n"}
+    reference_tracker, reference_opt = attach_alone(reference, views=views, **options)
+    for step in range(5):
+        train(model, tracker, opt, 1, part=share_of(rank, size), start=step)
+        train(reference, reference_tracker, reference_opt, 1, start=step)
+        assert [slot.rank for slot in opt.slots] == [slot.rank for slot in reference_opt.slots]
+    assert len({slot.rank for slot in opt.slots if slot.plan.kind == "matrix"}) > 1
+    assert_like(model, reference)
+    opt.load_state_dict(opt.state_dict())
+    train(model, tracker, opt, 1, part=share_of(rank, size))
+
+
+def a_norm_that_overflows_is_infinite_everywhere(rank, size):
+    tracker, opt = attach(shard(net()), apply="step")
+    energy = torch.tensor(math.inf if rank == 1 else 1.0, dtype=torch.float64)
+    assert opt._shards.meet_at_step(energy, 0, energy.device) == (math.inf, [0] * size)
+
+
 def _parallelized(model, mesh):
     return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
@@ -390,7 +459,7 @@ def bytes_are_those_of_the_formula(rank, size):
         loss = loss_of(model, tokens_of(1)[share_of(rank, size)])
         with counted_bytes() as counts:
             tracker(loss)
-        assert counts == [24 * size]
+        assert counts == [32 * size]
         with counted_bytes("all_reduce") as counts:  # FSDP2 itself gathers, and reduces with a scatter
             loss.backward()
         r, k = 2, 1
@@ -408,13 +477,37 @@ def what_cannot_be_sharded_is_refused(rank, size):
         attach(shard(net()), process_group=distributed.group.WORLD, apply="step")
     with pytest.raises(gradlr.AttachError, match="takes that axis apart"):
         attach(shard(net()), views={"up.weight": "(three o) i -> three o i"})
-    tracker, opt = attach(shard(net()))
+    model = shard(net())
+    tracker, opt = attach(model)
     with pytest.raises(gradlr.ArgumentError, match="sharded"):
         opt.observe()
     with pytest.raises(gradlr.ArgumentError, match="sharded"):
         opt.report()
+    with pytest.raises(gradlr.AttachError, match=r"the device mesh \[1, 0\] do not ascend"):
+        attach(shard(net(), DeviceMesh("cpu", [1, 0])))
     with pytest.raises(gradlr.ParallelError, match=r"rank 1 and rank 0 do not train the same: on rank 1, lr of"):
         attach(shard(net()), lr=1e-2 * (1 + rank % 2))
+
+
+def rates_and_gradients_of_one_rank_are_told(rank, size):
+    model = shard(net())
+    tracker, opt = attach(model, apply="step")
+    if rank == 1:
+        for group in opt.param_groups:
+            group["lr"] /= 2
+    with pytest.raises(gradlr.ParallelError, match="has learning rate .* on rank 1 and .* on rank 0"):
+        train(model, tracker, opt, 1, part=share_of(rank, size))
+    opt.detach()
+    model.zero_grad()
+    tracker, opt = attach(model, apply="step")
+    before = _parts_of(model)
+    tracker(loss_of(model, tokens_of(0))).backward()
+    if rank == 1:
+        opt.zero_grad()
+    with pytest.raises(gradlr.ParallelError, match="gradients of 0 parameters wait on rank 1, of 8 on rank 0"):
+        opt.step()
+    assert all(map(torch.equal, before, _parts_of(model)))
+    train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
 def attaching_before_sharding_is_told(rank, size):
