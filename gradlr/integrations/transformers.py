@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .. import guards
 from ..errors import ArgumentError, AttachError, GradlrWarning
 from ..tracker import LossTracker
-from .accelerate import attach, clip_grad_norm_, require_one_device, unwrap
+from .accelerate import attach, clip_grad_norm_, unwrap
+from .processes import is_alone, require_supported
 
 
 class _DropGradients(transformers.TrainerCallback):
@@ -42,8 +43,9 @@ class Trainer(transformers.Trainer):
         args, kwargs: As for `transformers.Trainer`; an optimizer must come from `gradlr.attach`, called on the model's device.
 
     Raises:
-        ArgumentError: `gradlr` and an optimizer; `apply="backward"` and `max_grad_norm`; or as `gradlr.attach`.
-        AttachError: several devices.
+        ArgumentError: `gradlr` and an optimizer; an optimizer and several processes; `apply="backward"` and `max_grad_norm`; or as
+            `gradlr.attach`.
+        AttachError: DataParallel, or an engine that gradlr does not know.
     """
 
     def __init__(self, *args: Any, gradlr: dict[str, Any] | None = None, **kwargs: Any) -> None:
@@ -51,6 +53,8 @@ class Trainer(transformers.Trainer):
         super().__init__(*args, **kwargs)
         if gradlr is not None and self.optimizer is not None:
             raise ArgumentError("both gradlr=... and an optimizer were given: leave one out")
+        if self.optimizer is not None and not is_alone(self.accelerator):
+            raise ArgumentError("several processes run: give gradlr=... in place of an optimizer, and Trainer attaches in time")
         self.add_callback(_DropGradients)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -59,7 +63,7 @@ class Trainer(transformers.Trainer):
         self.accelerator.backward = partial(self._backward, self.accelerator.backward)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        require_one_device(self.accelerator)
+        require_supported(self.accelerator)
         if self.args.n_gpu > 1:
             raise AttachError(f"Trainer would wrap the model in DataParallel on {self.args.n_gpu} devices: show it one")
         if self.optimizer is None:
@@ -96,5 +100,10 @@ class Trainer(transformers.Trainer):
         return self._get_grad_norm(model)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
-        is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward"
+        is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward" or not is_alone(self.accelerator)
         return grad_norm if is_known else clip_grad_norm_(self.accelerator, self.optimizer, math.inf)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any) -> None:
+        # Several processes know it after the step only.
+        known = unwrap(self.optimizer).grad_norm if grad_norm is None else grad_norm
+        super()._maybe_log_save_evaluate(tr_loss, known, *args, **kwargs)

@@ -1,0 +1,107 @@
+"""Several processes under accelerate: replicas that exchange sketches, or a model that FSDP2 shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend, fsdp2_prepare_model
+from torch import Tensor, distributed, nn
+
+from ..errors import ArgumentError, AttachError
+from ..optimizer import GradLR
+from ..parameters import is_sharded
+
+_OTHERWISE = "Or write a plain loop, as in docs/devices.md"
+
+
+def require_supported(accelerator: Accelerator) -> None:
+    """Raise an AttachError where the accelerator trains in a way that gradlr does not know."""
+    if reason := _unknown_engine(accelerator) or (is_alone(accelerator) and _lost_processes()):
+        raise AttachError(reason)
+    if not is_alone(accelerator) and (reason := _unsuited(accelerator)):
+        raise AttachError(f"with {accelerator.num_processes} processes, {reason}. {_OTHERWISE}")
+
+
+def is_alone(accelerator: Accelerator) -> bool:
+    """Whether it trains in one process on one device."""
+    return accelerator.distributed_type == DistributedType.NO
+
+
+def make_ready(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
+    """Move or shard `model` in place, such that `accelerator.prepare` leaves it as it is; what `gradlr.attach` needs then."""
+    if accelerator.is_fsdp2:
+        fsdp2_prepare_model(accelerator, model)
+        return {}
+    if any(map(is_sharded, model.parameters())):
+        raise AttachError(f"the model is sharded, and not by the accelerator's fsdp_plugin. {_OTHERWISE}")
+    if is_alone(accelerator):
+        model.to(accelerator.device)
+        return {}
+    # All that `prepare` does with a model, but for DistributedDataParallel: it would reduce gradients that nobody keeps.
+    accelerator.prepare_model(model, evaluation_mode=True)
+    return {"process_group": distributed.group.WORLD}
+
+
+def guard(accelerator: Accelerator, optimizer: GradLR) -> None:
+    """Where several processes train: clipping by hand becomes an error, and `prepare` leaves the optimizer its parameters."""
+    if is_alone(accelerator):
+        return
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        setattr(accelerator, name, partial(_clip, getattr(accelerator, name), name, optimizer))
+    if accelerator.is_fsdp2:
+        accelerator.prepare = partial(_prepare, accelerator.prepare, optimizer)
+
+
+def _clip(clip: Callable[..., Any], name: str, optimizer: GradLR, parameters: Iterable[Tensor] | Tensor, *args: Any, **kw: Any):
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    own = {id(slot.plan.parameter) for slot in optimizer.slots}
+    if any(id(parameter) in own for parameter in given):
+        tale = "would find no gradients and clip nothing: each process keeps its part of them until opt.step()"
+        raise ArgumentError(f"accelerator.{name} {tale}. Give max_grad_norm= to attach; opt.grad_norm is the norm before")
+    return clip(given, *args, **kw)
+
+
+def _prepare(prepare: Callable[..., Any], optimizer: GradLR, *args: Any, **kwargs: Any) -> Any:
+    # Accelerate tells parameters apart by where they lie, which shards without entries do not.
+    held = [list(group["params"]) for group in optimizer.param_groups]
+    prepared = prepare(*args, **kwargs)
+    for group, parameters in zip(optimizer.param_groups, held, strict=True):
+        group["params"] = parameters
+    return prepared
+
+
+def _unknown_engine(accelerator: Accelerator) -> str | None:
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        return f"FSDP1 makes flat parameters, of which gradlr sees no matrix: set fsdp_version=2. {_OTHERWISE}"
+    is_known = kind in (DistributedType.NO, DistributedType.FSDP) or str(kind.value).startswith("MULTI_")
+    return None if is_known else f"the accelerator trains with {kind}; gradlr knows replicas and FSDP2. {_OTHERWISE}"
+
+
+def _lost_processes() -> str | None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    tale = f"{count} processes run, and the accelerator knows of one, so that each would train alone: on the CPU, say Accelerator"
+    return f"{tale}(cpu=True). {_OTHERWISE}" if count.isdecimal() and int(count) > 1 else None
+
+
+def _unsuited(accelerator: Accelerator) -> str | None:
+    plugin, config = getattr(accelerator.state, "fsdp_plugin", None), accelerator.parallelism_config
+    others = [name for name in ("tp", "cp", "sp") if getattr(config, f"{name}_enabled", False)]
+    reasons = {
+        "a GradScaler scales each process' part alone: train in mixed_precision='bf16'": accelerator.scaler is not None,
+        "accelerate ignores FSDP on the CPU and makes replicas: leave it out": (
+            not accelerator.is_fsdp2 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+        ),
+        f"parallelism_config ({', '.join(others)}) replaces parameters after attaching": bool(others),
+        "FSDP's activation_checkpointing rebuilds the model after attaching: use the model's own": (
+            plugin is not None and plugin.activation_checkpointing
+        ),
+        "dynamo_backend compiles a copy: compile block by block (block.compile())": (
+            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
