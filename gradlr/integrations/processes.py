@@ -15,15 +15,14 @@ from ..errors import ArgumentError, AttachError
 from ..optimizer import GradLR
 from ..parameters import is_sharded
 
-_OTHERWISE = "Or write a plain loop, as in docs/devices.md"
+_OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
 
 
 def require_supported(accelerator: Accelerator) -> None:
     """Raise an AttachError where the accelerator trains in a way that gradlr does not know."""
-    if reason := _unknown_engine(accelerator) or (is_alone(accelerator) and _lost_processes()):
-        raise AttachError(reason)
-    if not is_alone(accelerator) and (reason := _unsuited(accelerator)):
-        raise AttachError(f"with {accelerator.num_processes} processes, {reason}. {_OTHERWISE}")
+    reason = _unknown_engine(accelerator) or (_lost_processes() if is_alone(accelerator) else _unsuited(accelerator))
+    if reason:
+        raise AttachError(f"{reason}. {_OTHERWISE}")
 
 
 def is_alone(accelerator: Accelerator) -> bool:
@@ -76,32 +75,28 @@ def _prepare(prepare: Callable[..., Any], optimizer: GradLR, *args: Any, **kwarg
 
 def _unknown_engine(accelerator: Accelerator) -> str | None:
     kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
-        return f"FSDP1 makes flat parameters, of which gradlr sees no matrix: set fsdp_version=2. {_OTHERWISE}"
-    is_known = kind in (DistributedType.NO, DistributedType.FSDP) or str(kind.value).startswith("MULTI_")
-    return None if is_known else f"the accelerator trains with {kind}; gradlr knows replicas and FSDP2. {_OTHERWISE}"
+    if kind == DistributedType.FSDP:
+        return None if accelerator.is_fsdp2 else "FSDP1 makes flat parameters, of which gradlr sees no matrix: set fsdp_version=2"
+    is_known = is_alone(accelerator) or str(kind.value).startswith("MULTI_")
+    return None if is_known else f"the accelerator trains with {kind}; gradlr knows replicas and FSDP2"
 
 
 def _lost_processes() -> str | None:
     count = os.environ.get("WORLD_SIZE", "1")
-    tale = f"{count} processes run, and the accelerator knows of one, so that each would train alone: on the CPU, say Accelerator"
-    return f"{tale}(cpu=True). {_OTHERWISE}" if count.isdecimal() and int(count) > 1 else None
+    is_lost = count.isdecimal() and int(count) > 1
+    return f"{count} processes run, and the accelerator knows of one: on the CPU, say Accelerator(cpu=True)" if is_lost else None
 
 
 def _unsuited(accelerator: Accelerator) -> str | None:
     plugin, config = getattr(accelerator.state, "fsdp_plugin", None), accelerator.parallelism_config
     others = [name for name in ("tp", "cp", "sp") if getattr(config, f"{name}_enabled", False)]
-    reasons = {
-        "a GradScaler scales each process' part alone: train in mixed_precision='bf16'": accelerator.scaler is not None,
-        "accelerate ignores FSDP on the CPU and makes replicas: leave it out": (
-            not accelerator.is_fsdp2 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-        ),
-        f"parallelism_config ({', '.join(others)}) replaces parameters after attaching": bool(others),
-        "FSDP's activation_checkpointing rebuilds the model after attaching: use the model's own": (
-            plugin is not None and plugin.activation_checkpointing
-        ),
-        "dynamo_backend compiles a copy: compile block by block (block.compile())": (
-            accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    if accelerator.scaler is not None:
+        return "a GradScaler scales each process' part alone: train in mixed_precision='bf16'"
+    if not accelerator.is_fsdp2 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "accelerate ignores FSDP on the CPU and makes replicas: leave it out"
+    if others:
+        return f"parallelism_config ({', '.join(others)}) replaces parameters after attaching"
+    if plugin is not None and plugin.activation_checkpointing:
+        return "FSDP's activation_checkpointing rebuilds the model after attaching: use the model's own"
+    is_compiled = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    return "dynamo_backend compiles a copy: compile block by block (block.compile())" if is_compiled else None
