@@ -30,11 +30,10 @@ LOW = {"lr": 1e-2, "rank": 4, "momentum_rank": 2}
 # Sums in another order, in float32, which the polar factor enlarges where singular values are small.
 CLOSE = {"rtol": 0, "atol": 2e-5}
 
-for message in (
+EXPECTED = (
     ".*many workers", ".*pin_memory", ".*TypedStorage is deprecated", ".*LeafSpec.* is deprecated", ".*OMP_NUM_THREADS",
     ".*FSDP upcast", "FSDP2-wrapped module", "Detected an existing checkpoint",
-):  # fmt: skip
-    warnings.filterwarnings("ignore", message)
+)  # fmt: skip
 
 
 def llama(seed=0, tied=False):
@@ -58,6 +57,8 @@ def texts(count=64):
 
 def launch(rank, size, *, is_gpu_like=False):
     """What torchrun sets; `is_gpu_like` lets accelerate take the way of GPUs, since it does not shard on the CPU."""
+    for message in EXPECTED:
+        warnings.filterwarnings("ignore", message)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
     os.environ.pop("ACCELERATE_USE_FSDP", None)

@@ -39,7 +39,11 @@ IN_FOUR = (
     "a_killed_process_ends_the_others",
 )
 SAVED = ("from_one", "from_two", "from_four")
-WHOLE = ("whole_state_dicts_are_those_of_one_process", "a_checkpoint_without_a_parameter_changes_nothing")
+WHOLE = (
+    "whole_state_dicts_are_those_of_one_process",
+    "whole_state_dicts_are_broadcast_to_a_fresh_optimizer",
+    "a_checkpoint_without_a_parameter_changes_nothing",
+)
 
 
 @pytest.fixture(scope="module")
