@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -39,7 +40,13 @@ def extra_of(state_dict: dict[str, Any]) -> Any:
 def _in_first_group(state_dict: dict[str, Any]) -> Any:
     groups = state_dict.get("param_groups")
     first = groups[0] if isinstance(groups, list) and groups else None
-    return first.get("gradlr") if isinstance(first, dict) else None
+    extra = first.get("gradlr") if isinstance(first, dict) else None
+    if not isinstance(extra, str):
+        return extra
+    try:
+        return json.loads(extra)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the checkpoint's record of ranks, seed and losses is damaged: {error}") from error
 
 
 def _check_entries(state_dict: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
@@ -110,8 +111,9 @@ class KeptState(torch.optim.Optimizer):
             packed["params"] = packed["params"][: len(group["param_names"])]
         ranks = [slot.rank for slot in self.slots]
         extra = {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict(), **more}
-        # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only.
-        state["param_groups"][0]["gradlr"] = extra
+        # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only; and as one text, since
+        # its loaders take lists apart and lose entries that a fresh optimizer has not.
+        state["param_groups"][0]["gradlr"] = json.dumps(extra)
         return {**state, "gradlr": extra}
 
     def _restore(self, state_dict: dict[str, Any]) -> None:

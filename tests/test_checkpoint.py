@@ -103,6 +103,11 @@ def test_saving_in_the_middle_of_an_accumulation_is_refused():
     opt.state_dict()
 
 
+def one_record(state):
+    # Without the copy that torch.distributed.checkpoint finds.
+    del state["param_groups"][0]["gradlr"]
+
+
 def refusals():
     model, tracker, opt = attached(Mixed())
     good = opt.state_dict()
@@ -117,8 +122,10 @@ def refusals():
     yield "other names", broken(lambda s: s["param_groups"][0].update(param_names=["a", "b"])), "other parameters"
     yield "an empty gradlr entry", broken(lambda s: s.update(gradlr={})), "no state_dict of gradlr"
     yield "other kind", broken(lambda s: s["param_groups"][0].update(kind="table")), "kind 'table'"
-    yield "another format", broken(lambda s: s["gradlr"].update(version=99)), "format 99"
-    yield "too few ranks", broken(lambda s: s["gradlr"]["ranks"].pop()), "7 ranks"
+    yield "another format", broken(lambda s: (one_record(s), s["gradlr"].update(version=99))), "format 99"
+    yield "too few ranks", broken(lambda s: (one_record(s), s["gradlr"]["ranks"].pop())), "7 ranks"
+    yield "two records", broken(lambda s: s["gradlr"].update(seed=3)), "two records .* differ"
+    yield "a damaged record", broken(lambda s: (s.pop("gradlr"), s["param_groups"][0].update(gradlr="{"))), "losses is damaged"
     yield "no lr", broken(lambda s: s["param_groups"][1].pop("lr")), "lacks its 'lr'"
     yield "a vector of another length", broken(lambda s: s["state"][4].update(mean=torch.zeros(1))), "'mean'"
     yield "other rule", broken(lambda s: s["param_groups"][0].update(rule="adam")), "rule 'adam'"

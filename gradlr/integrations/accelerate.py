@@ -16,21 +16,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..attach import attach as attach_to
-from ..errors import ArgumentError, AttachError
+from ..errors import ArgumentError
 from ..optimizer import GradLR
 from ..tracker import LossTracker
+from .processes import guard, make_ready, require_supported
 
 
 def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker, **options: Any) -> GradLR:
-    """Move `model` to the accelerator's device and attach to it, before `accelerator.prepare`.
+    """Move `model` to the accelerator's device, or shard it, and attach to it, before `accelerator.prepare`.
+
+    Several processes train replicas, which exchange sketches in place of DistributedDataParallel, or with an `fsdp_plugin` of
+    version 2 one sharded model. All call this alike.
 
     Args:
-        accelerator: Of one process.
-        model: Moved in place.
+        accelerator: Of any number of processes.
+        model: Moved or sharded in place; `prepare` leaves it so.
         loss_tracker: Shown each loss: `accelerator.backward(loss_tracker(loss))`.
         options: Those of `gradlr.attach`; `apply` is "step" where it is left out.
 
@@ -38,17 +42,22 @@ def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker
         The optimizer, to be prepared with the model.
 
     Raises:
-        AttachError: the accelerator trains on several devices or through another engine; or as `gradlr.attach`.
+        AttachError: the accelerator trains through another engine, or in a way that does not suit several processes; or as
+            `gradlr.attach`.
         ArgumentError: as `gradlr.attach`.
     """
-    require_one_device(accelerator)
-    return attach_to(model.to(accelerator.device), loss_tracker, **{"apply": "step", **options})
+    require_supported(accelerator)
+    options = {"apply": "step", **make_ready(accelerator, model), **options}
+    optimizer = attach_to(model, loss_tracker, **options)
+    guard(accelerator, optimizer)
+    return optimizer
 
 
 def clip_grad_norm_(accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
     """In place of `accelerator.clip_grad_norm_(model.parameters(), max_norm)`, which finds no gradients and clips nothing.
 
-    Not needed where `max_grad_norm` was given to `attach`, which is exact with every capture.
+    Not needed where `max_grad_norm` was given to `attach`, which is exact with every capture, and the only way where several
+    processes train.
 
     Args:
         accelerator: Unscales the gradients first, where it uses a GradScaler.
@@ -59,7 +68,7 @@ def clip_grad_norm_(accelerator: Accelerator, optimizer: torch.optim.Optimizer, 
         The norm before, 0-dim: with "adaptor" and "one_sided" capture, and under accumulation, that of the sketches.
 
     Raises:
-        ArgumentError: no optimizer of gradlr, or one that updates in backward.
+        ArgumentError: no optimizer of gradlr, one that updates in backward, or several processes.
     """
     opt = unwrap(optimizer)
     if opt.apply != "step":
@@ -78,14 +87,3 @@ def unwrap(optimizer: torch.optim.Optimizer) -> GradLR:
     if not isinstance(opt, GradLR):
         raise ArgumentError(f"the optimizer is a {type(opt).__name__}; make it with gradlr.attach")
     return opt
-
-
-def require_one_device(accelerator: Accelerator) -> None:
-    """Refuse what would wrap or shard the model after attaching.
-
-    Raises:
-        AttachError: it would.
-    """
-    if accelerator.distributed_type != DistributedType.NO:
-        kind = f"{accelerator.distributed_type} with {accelerator.num_processes} processes"
-        raise AttachError(f"the accelerator trains with {kind}; gradlr trains in one process on one device: launch it so")

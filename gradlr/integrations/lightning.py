@@ -85,7 +85,10 @@ def _require_fit(trainer: lightning.Trainer, attached: list[GradLR]) -> None:
         raise ArgumentError(f"ShowLosses: configure_optimizers returned {kinds}; return what gradlr.attach returns")
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         strategy = type(trainer.strategy).__name__
-        raise AttachError(f"{strategy} trains on several devices; gradlr trains in one process on one: set Trainer(devices=1)")
+        raise AttachError(
+            f"{strategy} wraps, shards and saves the model by itself, of which gradlr knows nothing: set Trainer(devices=1), or "
+            "for several processes take accelerate (gradlr.integrations.accelerate) or a plain loop, as in docs/devices.md"
+        )
     if trainer.gradient_clip_val and trainer.gradient_clip_algorithm == "value":
         raise ArgumentError('gradient_clip_algorithm="value": no gradient is there to clip by value; use "norm"')
     is_whole = trainer.accumulate_grad_batches > 1 or trainer.gradient_clip_val

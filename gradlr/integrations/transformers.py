@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .. import guards
 from ..errors import ArgumentError, AttachError, GradlrWarning
 from ..tracker import LossTracker
-from .accelerate import attach, clip_grad_norm_, require_one_device, unwrap
+from .accelerate import attach, clip_grad_norm_, unwrap
+from .processes import is_alone, require_supported
 
 
 class _DropGradients(transformers.TrainerCallback):
@@ -42,15 +43,15 @@ class Trainer(transformers.Trainer):
         args, kwargs: As for `transformers.Trainer`; an optimizer must come from `gradlr.attach`, called on the model's device.
 
     Raises:
-        ArgumentError: `gradlr` and an optimizer; `apply="backward"` and `max_grad_norm`; or as `gradlr.attach`.
-        AttachError: several devices.
+        ArgumentError: `gradlr` and an optimizer; an optimizer in several processes; `apply="backward"` and `max_grad_norm`.
+        AttachError: DataParallel, or an engine that gradlr does not know; both as `gradlr.attach`, too.
     """
 
     def __init__(self, *args: Any, gradlr: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._options, self._share = gradlr, 1.0
         super().__init__(*args, **kwargs)
-        if gradlr is not None and self.optimizer is not None:
-            raise ArgumentError("both gradlr=... and an optimizer were given: leave one out")
+        if self.optimizer is not None and (gradlr is not None or not is_alone(self.accelerator)):
+            raise ArgumentError("give gradlr=... in place of an optimizer where several processes run; of the two leave one out")
         self.add_callback(_DropGradients)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -59,7 +60,7 @@ class Trainer(transformers.Trainer):
         self.accelerator.backward = partial(self._backward, self.accelerator.backward)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        require_one_device(self.accelerator)
+        require_supported(self.accelerator)
         if self.args.n_gpu > 1:
             raise AttachError(f"Trainer would wrap the model in DataParallel on {self.args.n_gpu} devices: show it one")
         if self.optimizer is None:
@@ -92,9 +93,12 @@ class Trainer(transformers.Trainer):
         backward(tracker(loss) if is_whole else tracker(loss / self._share) * self._share, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
-        # step() clips, by its own limit: the norm before that is what is asked for here.
-        return self._get_grad_norm(model)
+        return self._get_grad_norm(model)  # step() clips, by its own limit: the norm before that is what is asked for here
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
-        is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward"
+        is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward" or not is_alone(self.accelerator)
         return grad_norm if is_known else clip_grad_norm_(self.accelerator, self.optimizer, math.inf)
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any) -> None:
+        known = unwrap(self.optimizer).grad_norm if grad_norm is None else grad_norm  # in several processes: after the step only
+        super()._maybe_log_save_evaluate(tr_loss, known, *args, **kwargs)

@@ -174,6 +174,6 @@ def test_what_does_not_fit_is_refused():
         clip_grad_norm_(accelerator, opt, 1.0)
     with pytest.raises(ArgumentError, match="SGD; make it with gradlr"):
         unwrap(torch.optim.SGD(model.parameters()))
-    accelerator.state.distributed_type = DistributedType.MULTI_CPU
-    with pytest.raises(AttachError, match="one process on one device"):
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    with pytest.raises(AttachError, match="DEEPSPEED; gradlr knows replicas and FSDP2"):
         attach(accelerator, mlp(), gradlr.LossTracker())

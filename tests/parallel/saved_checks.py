@@ -164,6 +164,25 @@ def _no_space(*_, **__):
     raise OSError("no space left on the disk")
 
 
+def whole_state_dicts_are_broadcast_to_a_fresh_optimizer(rank, size):
+    """Torch's loader takes lists apart and drops what the other ranks' fresh optimizer lacks, such as losses."""
+    model, other = placed(rank, size), placed(rank, size)
+    tracker, opt = attach(model, **OPTIONS)
+    train(model, tracker, opt, 2, part=batch_share(rank, size))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+    saved = get_optimizer_state_dict(model, opt, options=options)
+    other_tracker, other_opt = attach(other, **OPTIONS)
+    set_optimizer_state_dict(other, other_opt, saved if rank == 0 else {}, options=options)
+    assert other_tracker.history == distributed_from_first(tracker.history) and other_tracker.ratio == tracker.ratio
+    assert all(int(other_opt.state[slot.plan.parameter]["step"]) == 2 for slot in other_opt.slots)
+
+
+def distributed_from_first(value):
+    told = [value]
+    distributed.broadcast_object_list(told)
+    return told[0]
+
+
 def a_checkpoint_without_a_parameter_changes_nothing(rank, size):
     model = placed(rank, size)
     tracker, opt = attach(model, **OPTIONS)

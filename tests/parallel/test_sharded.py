@@ -56,6 +56,7 @@ SAVED = (
 )
 WHOLE = (
     "whole_state_dicts_are_those_of_one_process",
+    "whole_state_dicts_are_broadcast_to_a_fresh_optimizer",
     "folders_are_written_whole",
     "a_checkpoint_without_a_parameter_changes_nothing",
 )

@@ -1,0 +1,102 @@
+"""Several processes under accelerate: replicas that exchange sketches, or a model that FSDP2 shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DynamoBackend, fsdp2_prepare_model
+from torch import Tensor, distributed, nn
+
+from ..errors import ArgumentError, AttachError
+from ..optimizer import GradLR
+from ..parameters import is_sharded
+
+_OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
+
+
+def require_supported(accelerator: Accelerator) -> None:
+    """Raise an AttachError where the accelerator trains in a way that gradlr does not know."""
+    reason = _unknown_engine(accelerator) or (_lost_processes() if is_alone(accelerator) else _unsuited(accelerator))
+    if reason:
+        raise AttachError(f"{reason}. {_OTHERWISE}")
+
+
+def is_alone(accelerator: Accelerator) -> bool:
+    """Whether it trains in one process on one device."""
+    return accelerator.distributed_type == DistributedType.NO
+
+
+def make_ready(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
+    """Move or shard `model` in place, such that `accelerator.prepare` leaves it as it is; what `gradlr.attach` needs then."""
+    if accelerator.is_fsdp2:
+        fsdp2_prepare_model(accelerator, model)
+        return {}
+    if any(map(is_sharded, model.parameters())):
+        raise AttachError(f"the model is sharded, and not by the accelerator's fsdp_plugin. {_OTHERWISE}")
+    if is_alone(accelerator):
+        model.to(accelerator.device)
+        return {}
+    # All that `prepare` does with a model, but for DistributedDataParallel: it would reduce gradients that nobody keeps.
+    accelerator.prepare_model(model, evaluation_mode=True)
+    return {"process_group": distributed.group.WORLD}
+
+
+def guard(accelerator: Accelerator, optimizer: GradLR) -> None:
+    """Where several processes train: clipping by hand becomes an error, and `prepare` leaves the optimizer its parameters."""
+    if is_alone(accelerator):
+        return
+    for name in ("clip_grad_norm_", "clip_grad_value_"):
+        setattr(accelerator, name, partial(_clip, getattr(accelerator, name), name, optimizer))
+    if accelerator.is_fsdp2:
+        accelerator.prepare = partial(_prepare, accelerator.prepare, optimizer)
+
+
+def _clip(clip: Callable[..., Any], name: str, optimizer: GradLR, parameters: Iterable[Tensor] | Tensor, *args: Any, **kw: Any):
+    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    own = {id(slot.plan.parameter) for slot in optimizer.slots}
+    if any(id(parameter) in own for parameter in given):
+        tale = "would find no gradients and clip nothing: each process keeps its part of them until opt.step()"
+        raise ArgumentError(f"accelerator.{name} {tale}. Give max_grad_norm= to attach; opt.grad_norm is the norm before")
+    return clip(given, *args, **kw)
+
+
+def _prepare(prepare: Callable[..., Any], optimizer: GradLR, *args: Any, **kwargs: Any) -> Any:
+    # Accelerate tells parameters apart by where they lie, which shards without entries do not.
+    held = [list(group["params"]) for group in optimizer.param_groups]
+    prepared = prepare(*args, **kwargs)
+    for group, parameters in zip(optimizer.param_groups, held, strict=True):
+        group["params"] = parameters
+    return prepared
+
+
+def _unknown_engine(accelerator: Accelerator) -> str | None:
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        return None if accelerator.is_fsdp2 else "FSDP1 makes flat parameters, of which gradlr sees no matrix: set fsdp_version=2"
+    is_known = is_alone(accelerator) or str(kind.value).startswith("MULTI_")
+    return None if is_known else f"the accelerator trains with {kind}; gradlr knows replicas and FSDP2"
+
+
+def _lost_processes() -> str | None:
+    count = os.environ.get("WORLD_SIZE", "1")
+    is_lost = count.isdecimal() and int(count) > 1
+    return f"{count} processes run, and the accelerator knows of one: on the CPU, say Accelerator(cpu=True)" if is_lost else None
+
+
+def _unsuited(accelerator: Accelerator) -> str | None:
+    plugin, config = getattr(accelerator.state, "fsdp_plugin", None), accelerator.parallelism_config
+    others = [name for name in ("tp", "cp", "sp") if getattr(config, f"{name}_enabled", False)]
+    if accelerator.scaler is not None:
+        return "a GradScaler scales each process' part alone: train in mixed_precision='bf16'"
+    if not accelerator.is_fsdp2 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        return "accelerate ignores FSDP on the CPU and makes replicas: leave it out"
+    if others:
+        return f"parallelism_config ({', '.join(others)}) replaces parameters after attaching"
+    if plugin is not None and plugin.activation_checkpointing:
+        return "FSDP's activation_checkpointing rebuilds the model after attaching: use the model's own"
+    is_compiled = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
+    return "dynamo_backend compiles a copy: compile block by block (block.compile())" if is_compiled else None
