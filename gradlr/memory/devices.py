@@ -152,7 +152,24 @@ def answering(devices: Devices, ledger: Ledger, rows: Callable[[Tensor], int]) -
         return 1.0, [FINE] * self.everyone.size
 
     others = {"all_reduce": all_reduce, "gathered": lambda self, told: [told] * self.size, "broadcast": lambda self, model: None}
-    with _in_place(Replicas, **others), _in_place(Shards, meet_at_step=meet_at_step):
+    with _in_place(Replicas, **others), _in_place(Shards, meet_at_step=meet_at_step), _unbooked_shapes(devices, ledger):
+        yield
+
+
+@contextmanager
+def _unbooked_shapes(devices: Devices, ledger: Ledger) -> Iterator[None]:
+    # To know a result's shape, DTensor runs each operation once on whole tensors without values, as it does in real training.
+    if devices.shard == DP or devices.gpus == 1:
+        yield
+        return
+    propagator = importlib.import_module("torch.distributed.tensor._sharding_prop").ShardingPropagator
+    original = propagator._propagate_tensor_meta_non_cached
+
+    def propagate(self: Any, *schema: Any) -> Any:
+        with ledger.aside():
+            return original(self, *schema)
+
+    with _in_place(propagator, _propagate_tensor_meta_non_cached=propagate):
         yield
 
 

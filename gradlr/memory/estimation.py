@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
-from ..errors import ArgumentError, GradlrWarning
-from .blank import blank_copy, checkpoint_blocks, untraced
-from .collectives import ALL_REDUCE, MODEL, Traffic, ring_bytes
-from .devices import BUCKET_BYTES, DP, Devices, among, answering, gradient_buckets, shard_model
-from .ledger import ACTIVATIONS, EXCHANGE, KINDS, STATE, WEIGHTS, Ledger
-from .methods import METHODS, Method, Training
-from .subject import Subject, subject_of
+from ..errors import ArgumentError
+from .collectives import Traffic, ring_bytes
+from .devices import Devices, among
+from .ledger import EXCHANGE, KINDS, STATE, Ledger
+from .methods import METHODS, Method
+from .simulation import simulate
+from .subject import subject_of
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -161,7 +158,12 @@ def estimate(
     chosen = _method(method, rank, options, shard)
     subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
     with among(devices) as mesh:
-        return _simulated(subject, chosen, rank, options, batch_size, checkpointing, devices, mesh)
+        ledger, count = simulate(subject, chosen, rank, options, checkpointing=checkpointing, devices=devices, mesh=mesh)
+    return Estimate(
+        subject.name, chosen.name, chosen.label, count, **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak,
+        peak_stage=ledger.peak_stage, at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size,
+        checkpointing=bool(checkpointing), gpus=gpus, shard=shard, traffic=_traffic(ledger, gpus),
+    )  # fmt: skip
 
 
 def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any = None, **arguments: Any) -> list[Estimate]:
@@ -204,62 +206,9 @@ def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None) ->
     return method
 
 
-def _simulated(
-    subject: Subject, method: Method, rank: Any, options: dict[str, Any], batch_size: int, checkpointing: bool,
-    devices: Devices, mesh: Any,
-) -> Estimate:  # fmt: skip
-    mode, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
-    model = blank_copy(subject.model, mode, subject.dtype).train()
-    if checkpointing:
-        # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
-        checkpoint_blocks(model, preserve_rng_state=False)
-    rank = method.rank if rank is None else rank
-    with warnings.catch_warnings(), mode, ledger, untraced():
-        # What attach has to say about speed and guesses, it says at the real attach.
-        warnings.simplefilter("ignore", GradlrWarning)
-        method.adapt(model, rank)
-        count = sum(parameter.numel() for parameter in model.parameters())
-        shard_model(model, devices, mesh)
-        ledger.move([*model.parameters(), *model.buffers()], WEIGHTS)
-        fed = tuple(_cast(value, subject.dtype) for value in subject.feed())
-        ledger.move([value for value in fed if isinstance(value, Tensor)], ACTIVATIONS)
-        tokens = devices.gpus * sum(value.numel() for value in fed if isinstance(value, Tensor) and not value.is_floating_point())
-        with answering(devices, ledger, lambda mask: training.touched_rows(mask, tokens)):
-            training = method.prepare(model, ledger, rank, _group_options(method, devices) | options)
-            _run(training, ledger, lambda: subject.loss(model, *fed), has_buckets=devices.shard == DP and not method.is_gradlr)
-    return Estimate(
-        subject.name, method.name, method.label, count, **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak,
-        peak_stage=ledger.peak_stage, at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size,
-        checkpointing=bool(checkpointing), gpus=devices.gpus, shard=devices.shard, traffic=_traffic(ledger, devices.gpus),
-    )  # fmt: skip
-
-
-def _group_options(method: Method, devices: Devices) -> dict[str, Any]:
-    is_replica = devices.shard == DP and method.is_gradlr
-    return {"process_group": distributed.group.WORLD, "apply": "step"} if is_replica else {}
-
-
-def _run(training: Training, ledger: Ledger, compute: Callable[[], Tensor], *, has_buckets: bool) -> None:
-    ledger.move([*training.model.parameters(), *training.model.buffers()], WEIGHTS)
-    buckets = gradient_buckets(training.model) if has_buckets else []
-    ledger.move(buckets, EXCHANGE)
-    ledger.restart(keep_peak=False)
-    for _ in range(training.steps):
-        ledger.traffic.clear()
-        ledger.restart(keep_peak=True)
-        training.step(compute)
-    ledger.enter("end")
-    if buckets:
-        ledger.count_exchange(MODEL, ALL_REDUCE, nbytes := sum(one.nbytes for one in buckets), math.ceil(nbytes / BUCKET_BYTES))
-
-
 def _traffic(ledger: Ledger, gpus: int) -> tuple[Traffic, ...]:
-    kinds = dict.fromkeys((purpose, operation) for purpose, operation, _ in ledger.traffic)
-    found = [(*kind, *(ledger.traffic[*kind, what] for what in ("calls", "bytes"))) for kind in kinds]
-    return tuple(
-        Traffic(operation, purpose, calls, handed, ring_bytes(operation, handed, gpus)) for purpose, operation, calls, handed in found
-    )
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
+    found = []
+    for purpose, operation in dict.fromkeys((purpose, operation) for purpose, operation, _ in ledger.traffic):
+        calls, handed = (ledger.traffic[purpose, operation, what] for what in ("calls", "bytes"))
+        found.append(Traffic(operation, purpose, calls, handed, ring_bytes(operation, handed, gpus)))
+    return tuple(found)

@@ -59,12 +59,15 @@ class Ledger(TorchDispatchMode):
         self.held = dict.fromkeys(KINDS, 0)
         self.largest, self.at_peak = dict(self.held), dict(self.held)
         self.peak, self.peak_stage, self._stage = 0, "", ""
+        self._is_aside = False
         self._pending: dict[str, int] | None = None
         self._youngest: _Entry | None = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if any(kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # it does the same to what lies here, and this is booked
+        if self._is_aside:
+            return function(*args, **(kwargs or {}))
         if function is torch.ops.prim.device.default:  # half of all calls, and nothing is made
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         if function is torch.ops.aten._local_scalar_dense.default:
@@ -104,6 +107,15 @@ class Ledger(TorchDispatchMode):
             yield
         finally:
             self._kind = before
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done here is no work of the step, and not booked."""
+        self._is_aside = True
+        try:
+            yield
+        finally:
+            self._is_aside = False
 
     def enter(self, stage: str) -> None:
         """What is under way from now on."""

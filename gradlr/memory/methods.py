@@ -162,7 +162,8 @@ class GradlrTraining(Training):
             self._lookups.add(parameter)
         with self.ledger.booking(WORKSPACE):
             if self.optimizer.apply == "backward":
-                signature = ("update", *self._signature(parameter, gradient))
+                # Anew in each step: the optimizer wants to see a gradient between two losses.
+                signature = ("update", self.tracker.count, *self._signature(parameter, gradient))
                 self.ledger.replay(signature, lambda: self._receive(parameter, gradient))
                 self.ledger.move(_tensors(self.optimizer.state[parameter]), STATE)
                 return
