@@ -85,3 +85,19 @@ def replica_traffic(
     """
     sketches = sum(min(r * (m + n), m * n) for m, n, r in matrices)
     return 4 * (2 + 2 * gpus + parameters + sketches + vectors + table_numbers) + table_rows
+
+
+def update_traffic(shape: tuple[int, int], rank: int, momentum_rank: int, *, has_residual: bool = True) -> int:
+    """Bytes that one update of gradlr hands to all-reduces where a matrix' rows are sharded, as under FSDP2, inside backward.
+
+    All are float32: Gᵀ times the basis, nr; momentum times the basis, kr; three passes of Cholesky-QR, r² + r each; three row and
+    column scalings of the residual, n each, and four numbers; one that says whether all is finite.
+
+    Args:
+        shape: (m, n) of the whole matrix; m does not matter.
+        rank, momentum_rank: r and k.
+        has_residual: Whether the rule adds one (`TrackedMomentum(residual=0)` does not).
+    """
+    _, n = shape
+    r, k = rank, momentum_rank
+    return 4 * (n * r + k * r + 3 * (r * r + r) + (3 * n + 4 if has_residual else 0) + 1)

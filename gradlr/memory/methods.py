@@ -274,12 +274,13 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
 
 _ADAMW = _torch(torch.optim.AdamW, fused=True)
 
-# Under DDP a gradient is whole and the devices' mean only after backward; the other packages know no sharded parameters.
+# Under DDP a gradient is the devices' mean only after backward, too late for layer by layer. Torch's fused SGD and other people's
+# packages know no sharded parameters.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("no_optimizer", "forward + backward, no optimizer", None, lambda model, ledger, *_: Training(model, ledger)),
-        Method("sgd", "SGD", None, _torch(torch.optim.SGD, fused=True)),
+        Method("sgd", "SGD", None, _torch(torch.optim.SGD, fused=True), (DP,)),
         Method("adamw", "AdamW (fused)", None, _ADAMW),
         Method("adamw_foreach", "AdamW (foreach)", None, _torch(torch.optim.AdamW, foreach=True)),
         Method("adamw8bit", "AdamW, 8 bits (bitsandbytes)", None, _adamw_8bit, (DP,)),
