@@ -51,14 +51,20 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
         if hasattr(model, switch):
             getattr(model, switch)(options)
             return
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
-    if not lists:
+    blocks = blocks_of(model)
+    if not blocks:
         raise ArgumentError(
             f"checkpointing=True: {type(model).__name__} has no nn.ModuleList or nn.Sequential of blocks; wrap its blocks in "
             "torch.utils.checkpoint.checkpoint yourself and leave checkpointing out"
         )
-    for block in max(lists, key=len):
+    for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Members of its longest `nn.ModuleList` or `nn.Sequential`; none where none has two."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
+    return list(max(lists, key=len, default=()))
 
 
 @contextmanager

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ..errors import ArgumentError, GradlrWarning
-from .blank import blank_copy, checkpoint_blocks, untraced
-from .ledger import ACTIVATIONS, KINDS, STATE, WEIGHTS, Ledger
+from ..errors import ArgumentError
+from .collectives import Traffic, ring_bytes
+from .devices import Devices, among
+from .ledger import EXCHANGE, KINDS, STATE, Ledger
 from .methods import METHODS, Method
-from .subject import Subject, subject_of
+from .simulation import simulate
+from .subject import subject_of
 
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -36,12 +36,16 @@ class Estimate:
         activations: The most that everything else of forward and backward takes at one time: what autograd keeps, its
             temporaries, and the inputs.
         workspace: The most that an update takes besides.
+        exchange: The most that other devices' parts take: whole parameters of blocks under way, buckets, buffers. 0 on one device.
         peak: The most that all of these take together. Not their sum: they are not largest at one time.
         peak_stage: When that is: "forward", "backward" (for gradlr, updates included) or "step".
         at_peak: What each of them takes then; adds up to `peak`.
         tokens: Tokens of one sequence; None where inputs were given.
         batch_size: Sequences of a step.
         checkpointing: Whether blocks are recomputed in backward.
+        gpus: Number of devices; all amounts are those of one of them, and the batch is its own.
+        shard: What each holds: "dp", "fsdp" or "tp"; None for one device.
+        traffic: The collectives of a step.
     """
 
     model: str
@@ -53,12 +57,21 @@ class Estimate:
     gradients: int
     activations: int
     workspace: int
+    exchange: int
     peak: int
     peak_stage: str
     at_peak: dict[str, int]
     tokens: int | None
     batch_size: int
     checkpointing: bool
+    gpus: int = 1
+    shard: str | None = None
+    traffic: tuple[Traffic, ...] = ()
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one device sends in a step, where the devices form a ring."""
+        return sum(one.sent for one in self.traffic)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -67,11 +80,23 @@ class Estimate:
     def __str__(self) -> str:
         fed = "inputs as given" if self.tokens is None else f"{self.batch_size} x {self.tokens} tokens"
         recomputed = ", checkpointing" if self.checkpointing else ""
-        head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{recomputed}"
-        rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in KINDS]
+        spread = "" if self.shard is None else f", each of {self.gpus} devices under {self.shard}"
+        head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{recomputed}{spread}"
+        rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in kinds(self.shard)]
         lines = [f"  {name:<12}{size(largest):>12}{size(then):>14}" for name, largest, then in rows]
         title = f"  {'':<12}{'at most':>12}{'at the peak':>14}"
-        return "\n".join([head, title, *lines, f"  {'peak':<12}{'':>12}{size(self.peak):>14}  in {self.peak_stage}"])
+        peak = f"  {'peak':<12}{'':>12}{size(self.peak):>14}  in {self.peak_stage}"
+        return "\n".join([head, title, *lines, peak, *map(_traffic_line, self.traffic)])
+
+
+def kinds(shard: str | None) -> tuple[str, ...]:
+    """Those that are worth telling: without other devices nothing is exchanged."""
+    return tuple(kind for kind in KINDS if kind != EXCHANGE or shard is not None)
+
+
+def _traffic_line(traffic: Traffic) -> str:
+    times = f"{traffic.calls:,} {traffic.operation}{'s' if traffic.calls > 1 else ''} of the {traffic.purpose}"
+    return f"  {times}: {size(traffic.handed)}, of which this device sends {size(traffic.sent)} round a ring"
 
 
 def size(count: int) -> str:
@@ -93,6 +118,9 @@ def estimate(
     checkpointing: bool = False,
     inputs: Sequence[Tensor] | None = None,
     loss: Callable[..., Tensor] | None = None,
+    gpus: int = 1,
+    shard: str | None = None,
+    reshard: bool = True,
     **options: Any,
 ) -> Estimate:
     """Memory that training takes: the step is run on tensors without values, and every allocation is counted.
@@ -112,17 +140,30 @@ def estimate(
         inputs: What the model is called with, where it takes neither token ids nor vectors; only shapes and dtypes count.
         loss: Function of the model and its inputs to the loss; where None, that of transformers' language models, or the sum
             of the first output.
+        gpus: N devices train together, 1 to 1,024: what one of them takes, and sends, in a step. Its batch is its own, except
+            under "tp". Not while this process belongs to a process group.
+        shard: With `gpus`: "dp", a replica on each (DistributedDataParallel; for gradlr `process_group=`, with `apply="step"`);
+            "fsdp", FSDP2's `fully_shard` of each block and the root; "tp", tensor parallel, for llama-*.
+        reshard: Under "fsdp": False keeps each block whole from forward to backward (`reshard_after_forward=False`).
         **options: Of `gradlr.attach`, for gradlr's methods: `momentum_rank=16, capture="adaptor", apply="step"`.
 
     Returns:
         The bytes of each kind and of the peak.
 
     Raises:
-        ArgumentError: a name or option is unknown or out of range, or the model cannot be fed without `inputs`.
+        ArgumentError: a name or option is unknown or out of range, the model cannot be fed without `inputs`, or the method or
+            model cannot be sharded so.
     """
-    chosen = _method(method, rank, options)
+    devices = Devices(gpus, shard, reshard)
+    chosen = _method(method, rank, options, shard)
     subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
-    return _simulated(subject, chosen, rank, options, batch_size, checkpointing)
+    with among(devices) as mesh:
+        ledger, count = simulate(subject, chosen, rank, options, checkpointing=checkpointing, devices=devices, mesh=mesh)
+    return Estimate(
+        subject.name, chosen.name, chosen.label, count, **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak,
+        peak_stage=ledger.peak_stage, at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size,
+        checkpointing=bool(checkpointing), gpus=gpus, shard=shard, traffic=_traffic(ledger, gpus),
+    )  # fmt: skip
 
 
 def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any = None, **arguments: Any) -> list[Estimate]:
@@ -134,11 +175,12 @@ def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any 
         rank: For all that have one.
         **arguments: As for `estimate`.
     """
-    shared = {"dtype", "batch_size", "tokens", "checkpointing", "inputs", "loss"}
+    shared = {"dtype", "batch_size", "tokens", "checkpointing", "inputs", "loss", "gpus", "shard", "reshard"}
     common = {key: value for key, value in arguments.items() if key in shared}
     own = {key: value for key, value in arguments.items() if key not in shared}
-    names = list(METHODS) if methods is None else list(methods)
-    chosen = [_method(name, None, {}) for name in names]
+    shard = common.get("shard")
+    names = [name for name in METHODS if shard in (None, *METHODS[name].shards)] if methods is None else list(methods)
+    chosen = [_method(name, None, {}, shard) for name in names]
     return [
         estimate(
             model, method=one.name, **common, rank=rank if one.is_gradlr or one.rank else None, **(own if one.is_gradlr else {})
@@ -147,10 +189,13 @@ def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any 
     ]
 
 
-def _method(name: str, rank: Any, options: dict[str, Any]) -> Method:
+def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None) -> Method:
     if name not in METHODS:
         raise ArgumentError(f"method={name!r} is unknown; use one of {', '.join(METHODS)}")
     method = METHODS[name]
+    if shard not in (None, *method.shards):
+        able = ", ".join(other.name for other in METHODS.values() if shard in other.shards)
+        raise ArgumentError(f"method={name!r} is not known to train under shard={shard!r}; these are: {able}")
     if options and not method.is_gradlr:
         raise ArgumentError(f"method={name!r} takes no {next(iter(options))!r}: that is an option of gradlr.attach")
     if rank is not None and not method.is_gradlr:
@@ -161,34 +206,9 @@ def _method(name: str, rank: Any, options: dict[str, Any]) -> Method:
     return method
 
 
-def _simulated(
-    subject: Subject, method: Method, rank: Any, options: dict[str, Any], batch_size: int, checkpointing: bool
-) -> Estimate:
-    mode, ledger = FakeTensorMode(allow_non_fake_inputs=True), Ledger()
-    model = blank_copy(subject.model, mode, subject.dtype).train()
-    if checkpointing:
-        # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
-        checkpoint_blocks(model, preserve_rng_state=False)
-    with warnings.catch_warnings(), mode, ledger, untraced():
-        # What attach has to say about speed and guesses, it says at the real attach.
-        warnings.simplefilter("ignore", GradlrWarning)
-        ledger.move([*model.parameters(), *model.buffers()], WEIGHTS)
-        training = method.prepare(model, ledger, method.rank if rank is None else rank, options)
-        ledger.move([*model.parameters(), *model.buffers()], WEIGHTS)
-        fed = subject.feed()
-        fed = tuple(_cast(value, subject.dtype) for value in fed)
-        ledger.move([value for value in fed if isinstance(value, Tensor)], ACTIVATIONS)
-        ledger.restart(keep_peak=False)
-        for _ in range(training.steps):
-            ledger.restart(keep_peak=True)
-            training.step(lambda: subject.loss(model, *fed))
-        ledger.enter("end")
-    return Estimate(
-        subject.name, method.name, method.label, sum(parameter.numel() for parameter in model.parameters()),
-        **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak, peak_stage=ledger.peak_stage,
-        at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size, checkpointing=bool(checkpointing),
-    )  # fmt: skip
-
-
-def _cast(value: Any, dtype: torch.dtype | None) -> Any:
-    return value.to(dtype) if dtype is not None and isinstance(value, Tensor) and value.is_floating_point() else value
+def _traffic(ledger: Ledger, gpus: int) -> tuple[Traffic, ...]:
+    found = []
+    for purpose, operation in dict.fromkeys((purpose, operation) for purpose, operation, _ in ledger.traffic):
+        calls, handed = (ledger.traffic[purpose, operation, what] for what in ("calls", "bytes"))
+        found.append(Traffic(operation, purpose, calls, handed, ring_bytes(operation, handed, gpus)))
+    return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +13,10 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..attach import attach
 from ..errors import ArgumentError
-from ..gradient import GradientOperator
-from ..parameters import MATRIX, plan_parameters
+from ..gradient import Dense, GradientOperator, Rows
+from ..parameters import MATRIX, TABLE, is_sharded, plan_parameters
 from ..tracker import LossTracker
+from .devices import DP, FSDP, SHARDS
 from .ledger import GRADIENTS, STATE, WORKSPACE, Ledger
 from .peers import AdamW8bit, Apollo, GaLore, LowRankAdam, Peer, add_adapters
 
@@ -34,12 +36,23 @@ class Training:
     def __init__(self, model: nn.Module, ledger: Ledger) -> None:
         self.model, self.ledger = model, ledger
         self._nodes = [self._watch(parameter) for parameter in model.parameters() if parameter.requires_grad]
+        self._gathered: set[nn.Parameter] = set()
+        if any(map(is_sharded, model.parameters())):
+            for module in model.modules():
+                module.register_forward_pre_hook(self._watch_gathered)
 
     def _watch(self, parameter: nn.Parameter) -> Any:
         # A hook on the node, not on the parameter: gradlr takes a weight with a hook of somebody's another way.
         node = get_gradient_edge(parameter).node
         node.register_prehook(lambda gradients: self.ledger.move([g for g in gradients if g is not None], GRADIENTS))
         return node
+
+    def _watch_gathered(self, module: nn.Module, _: Any) -> None:
+        # By now FSDP2 has put whole parameters in the place of its shards, the same ones in each step.
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad and not is_sharded(parameter) and parameter not in self._gathered:
+                self._gathered.add(parameter)
+                self._nodes.append(self._watch(parameter))
 
     def step(self, compute: Loss) -> None:
         """Forward, backward and update."""
@@ -120,6 +133,7 @@ class GradlrTraining(Training):
 
     def __init__(self, model: nn.Module, ledger: Ledger, options: dict[str, Any]) -> None:
         super().__init__(model, ledger)
+        self._lookups: set[nn.Parameter] = set()
         with ledger.booking(WORKSPACE):
             self.tracker = LossTracker()
             self.optimizer = attach(model, self.tracker, **options)
@@ -128,12 +142,28 @@ class GradlrTraining(Training):
         self._write, self.optimizer._write = self.optimizer._write, self._replay_write
 
     def backward(self, loss: Tensor) -> None:
-        self.tracker(loss).backward()
+        with self.ledger.booking(WORKSPACE):
+            shown = self.tracker(loss)
+        shown.backward()
+
+    def touched_rows(self, mask: Tensor, tokens: int) -> int:
+        """At most how many rows of a table get a gradient in a step, given one byte for each row, and the step's tokens.
+
+        Lookups touch one row a token; a head, and an embedding that is one too, touch all.
+        """
+        tables = [slot for slot in self.optimizer.slots if slot.plan.kind == TABLE]
+        starts = itertools.accumulate((slot.plan.shape[0] for slot in tables), initial=0)
+        slot = next(slot for slot, start in zip(tables, starts, strict=False) if start == mask.storage_offset())
+        is_few = isinstance(slot.pending, Rows) or slot.plan.parameter in self._lookups
+        return min(len(mask), tokens) if is_few else len(mask)
 
     def _take(self, parameter: nn.Parameter, gradient: GradientOperator) -> None:
+        if isinstance(gradient, Dense) and self.ledger.is_lookup(gradient.matrix):
+            self._lookups.add(parameter)
         with self.ledger.booking(WORKSPACE):
             if self.optimizer.apply == "backward":
-                signature = ("update", *self._signature(parameter, gradient))
+                # Anew in each step: the optimizer wants to see a gradient between two losses.
+                signature = ("update", self.tracker.count, *self._signature(parameter, gradient))
                 self.ledger.replay(signature, lambda: self._receive(parameter, gradient))
                 self.ledger.move(_tensors(self.optimizer.state[parameter]), STATE)
                 return
@@ -182,12 +212,16 @@ class Method:
         label: What tables call it.
         rank: The rank where none is given: its package's own default; None where it has none, or attach knows it.
         prepare: Makes a model ready, given model, ledger, rank and the options of `attach`.
+        shards: Ways to train on several devices that it has: those of `gradlr.memory.devices`.
+        adapt: Changes the model before it is sharded, given model and rank.
     """
 
     name: str
     label: str
     rank: int | None
     prepare: Callable[[nn.Module, Ledger, Any, dict[str, Any]], Training]
+    shards: tuple[str, ...] = SHARDS
+    adapt: Callable[[nn.Module, Any], None] = lambda model, rank: None
 
     @property
     def is_gradlr(self) -> bool:
@@ -197,9 +231,15 @@ class Method:
 
 def _torch(make: Callable[..., torch.optim.Optimizer], **options: Any) -> Callable[..., Training]:
     def prepare(model: nn.Module, ledger: Ledger, rank: Any, _: dict[str, Any]) -> Training:
-        return TorchTraining(model, ledger, lambda parameters: make(parameters, lr=1e-3, **options))
+        return TorchTraining(model, ledger, lambda parameters: make(_alike(parameters), lr=1e-3, **options))
 
     return prepare
+
+
+def _alike(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    # Torch's kernels over many parameters take sharded ones or whole ones, not both together.
+    parts = [[one for one in parameters if is_sharded(one) == sharded] for sharded in (False, True)]
+    return [{"params": part} for part in parts if part]
 
 
 def _adamw_8bit(model: nn.Module, ledger: Ledger, rank: Any, _: dict[str, Any]) -> Training:
@@ -214,10 +254,9 @@ def _low_rank(kind: type[LowRankAdam], *, is_layerwise: bool = False) -> Callabl
     return prepare
 
 
-def _lora(model: nn.Module, ledger: Ledger, rank: Any, _: dict[str, Any]) -> Training:
+def _with_adapters(model: nn.Module, rank: Any) -> None:
     if not add_adapters(model, _matrices(model), rank):
         raise ArgumentError(f"method='lora': {type(model).__name__} has no Linear inside, head aside, to put an adapter around")
-    return TorchTraining(model, ledger, lambda adapters: torch.optim.AdamW(adapters, lr=1e-3, fused=True))
 
 
 def _gradlr(**own: Any) -> Callable[..., Training]:
@@ -233,21 +272,25 @@ def _matrices(model: nn.Module) -> list[nn.Parameter]:
     return [plan.parameter for plan in plan_parameters(model) if plan.kind == MATRIX and plan.parameter.ndim == 2]
 
 
+_ADAMW = _torch(torch.optim.AdamW, fused=True)
+
+# Under DDP a gradient is the devices' mean only after backward, too late for layer by layer. Torch's fused SGD and other people's
+# packages know no sharded parameters.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         Method("no_optimizer", "forward + backward, no optimizer", None, lambda model, ledger, *_: Training(model, ledger)),
-        Method("sgd", "SGD", None, _torch(torch.optim.SGD, fused=True)),
-        Method("adamw", "AdamW (fused)", None, _torch(torch.optim.AdamW, fused=True)),
+        Method("sgd", "SGD", None, _torch(torch.optim.SGD, fused=True), (DP,)),
+        Method("adamw", "AdamW (fused)", None, _ADAMW),
         Method("adamw_foreach", "AdamW (foreach)", None, _torch(torch.optim.AdamW, foreach=True)),
-        Method("adamw8bit", "AdamW, 8 bits (bitsandbytes)", None, _adamw_8bit),
-        Method("galore", "GaLore", 128, _low_rank(GaLore)),
-        Method("galore_layerwise", "GaLore, layer by layer", 128, _low_rank(GaLore, is_layerwise=True)),
-        Method("apollo", "APOLLO", 256, _low_rank(Apollo)),
-        Method("lora", "LoRA (AdamW)", 8, _lora),
+        Method("adamw8bit", "AdamW, 8 bits (bitsandbytes)", None, _adamw_8bit, (DP,)),
+        Method("galore", "GaLore", 128, _low_rank(GaLore), (DP,)),
+        Method("galore_layerwise", "GaLore, layer by layer", 128, _low_rank(GaLore, is_layerwise=True), ()),
+        Method("apollo", "APOLLO", 256, _low_rank(Apollo), (DP,)),
+        Method("lora", "LoRA (AdamW)", 8, _ADAMW, (DP, FSDP), _with_adapters),
         Method("gradlr", "gradlr", None, _gradlr()),
         Method("gradlr_step", 'gradlr, apply="step"', None, _gradlr(apply="step")),
-        Method("gradlr_adaptor", 'gradlr, capture="adaptor"', None, _gradlr(capture="adaptor")),
-        Method("gradlr_one_sided", 'gradlr, capture="one_sided"', None, _gradlr(capture="one_sided")),
+        Method("gradlr_adaptor", 'gradlr, capture="adaptor"', None, _gradlr(capture="adaptor"), (DP,)),
+        Method("gradlr_one_sided", 'gradlr, capture="one_sided"', None, _gradlr(capture="one_sided"), (DP,)),
     )
 }

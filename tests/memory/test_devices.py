@@ -1,0 +1,206 @@
+"""What one of several devices takes and sends: against shards counted by hand, formulas, and two real processes."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "parallel")]  # spawned processes inherit it
+
+from device_checks import METHODS, OPTIONS, SHAPE, TOKENS
+from processes import assert_passed, run_in_processes
+
+from gradlr import ArgumentError, estimate, estimate_all
+from gradlr.cli import main
+from gradlr.memory.collectives import replica_traffic, ring_bytes, update_traffic
+from gradlr.memory.shapes import Llama, Shape
+
+GPUS = 4
+# Everything divides by four, so that no shard is padded.
+SMALL = Shape(64, 128, 2, 4, 4, 100, 64, torch.float32)
+IDS = (torch.zeros(2, 16, dtype=torch.int64),)
+
+
+def llama(shape=SMALL):
+    with torch.device("meta"):
+        return Llama(shape)
+
+
+def found(method="adamw", shard="fsdp", gpus=GPUS, model=None, **options):
+    model = llama() if model is None else model
+    return estimate(model, method=method, gpus=gpus, shard=shard, inputs=IDS, loss=lambda net, ids: net(ids), **options)
+
+
+def handed(one, operation, purpose="model"):
+    return sum(part.handed for part in one.traffic if (part.operation, part.purpose) == (operation, purpose))
+
+
+def numbers(modules):
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+
+WHOLE = 4 * numbers([llama()])
+ROOT = 4 * numbers([llama().embedding, llama().norm, llama().head])
+
+
+def test_fsdp_shards_weights_state_and_gradients():
+    one, alone = found(), estimate(llama(), method="adamw", inputs=IDS, loss=lambda net, ids: net(ids))
+    count = len(list(llama().parameters()))
+    assert one.parameters == alone.parameters
+    # Angles and nothing else are no parameters; a step count each is whole everywhere.
+    assert one.weights == WHOLE // GPUS
+    assert one.state == 2 * WHOLE // GPUS + 4 * count
+    assert WHOLE // GPUS <= one.gradients < WHOLE  # the shards, and one whole block's
+    assert 2 * ROOT / 2 < one.exchange < WHOLE + ROOT
+    assert sum(one.at_peak.values()) == one.peak < alone.peak
+
+
+def test_fsdp_gathers_twice_and_scatters_once():
+    one = found()
+    # The root's own parameters are not given back after forward.
+    assert handed(one, "all-gather") == 2 * WHOLE - ROOT
+    assert handed(one, "reduce-scatter") == WHOLE
+    kept = found(reshard=False)
+    assert handed(kept, "all-gather") == WHOLE
+    assert kept.peak > one.peak
+    assert one.sent == ring_bytes("all-gather", 2 * WHOLE - ROOT, GPUS) + ring_bytes("reduce-scatter", WHOLE, GPUS)
+
+
+def test_narrow_weights_travel_narrow():
+    assert 2 * handed(found(dtype=torch.bfloat16), "reduce-scatter") == handed(found(), "reduce-scatter")
+
+
+def test_updates_of_shards_exchange_what_the_formula_says():
+    rank, k = 8, 2
+    one = found("gradlr", rank=rank, momentum_rank=k)
+    matrices = [tuple(p.shape) for block in llama().blocks for p in block.parameters() if p.ndim == 2]
+    others = len(list(llama().parameters())) - len(matrices)
+    # Whether all is finite, for each of the others; loss and a checksum of each process, in float64.
+    expected = sum(update_traffic(shape, rank, k) for shape in matrices) + 4 * others + 3 * 8 * GPUS
+    assert handed(one, "all-reduce", "update") == expected
+    assert one.state < 2 * WHOLE / GPUS / 4
+
+
+def test_state_of_a_shard_is_its_rows_and_all_columns():
+    class Mlp(nn.Sequential):
+        def __init__(self):
+            super().__init__(*(nn.Linear(32, 64, bias=False) if index % 2 == 0 else nn.Linear(64, 32, bias=False) for index in range(4)))
+
+    one = estimate(Mlp(), method="gradlr", gpus=GPUS, shard="fsdp", tokens=8, rank=4, momentum_rank=2)
+    assert one.state == 2 * 4 * 2 * (64 // GPUS + 32 + 32 // GPUS + 64) + 4 * 8  # and a step count each
+
+
+def test_replicas_of_gradlr_send_sketches_and_the_rows_that_tokens_touch():
+    model, rank, gpus = llama(), 2, 2
+    one = found("gradlr", "dp", gpus, model, rank=rank, momentum_rank=2)
+    matrices = [(*p.shape, rank) for block in model.blocks for p in block.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    rows = gpus * IDS[0].numel() + 100  # every token of the batch another row, and all of the head
+    count = len(list(model.parameters()))
+    expected = replica_traffic(gpus, count, matrices, sum(p.numel() for p in vectors), 64 * rows, 2 * 100)
+    assert handed(one, "all-reduce", "update") == expected
+    assert one.weights == WHOLE
+    assert handed(one, "all-gather") == handed(one, "reduce-scatter") == 0
+
+
+def test_replicas_under_ddp_send_all_gradients_and_keep_buckets():
+    one, alone = found(shard="dp"), estimate(llama(), method="adamw", inputs=IDS, loss=lambda net, ids: net(ids))
+    assert handed(one, "all-reduce") == one.exchange == WHOLE
+    assert one.sent == 2 * WHOLE * (GPUS - 1) / GPUS
+    assert one.peak == alone.peak + WHOLE
+
+
+@pytest.mark.parametrize("method", ["adamw", "gradlr_step"])
+def test_tensor_parallel_reduces_activations_four_times_a_block(method):
+    one = found(method, "tp")
+    activation = 4 * IDS[0].numel() * SMALL.width
+    # And the embedding's output in forward, the head's input in backward.
+    assert handed(one, "all-reduce") == (4 * SMALL.depth + 2) * activation
+    assert handed(one, "all-gather") == 4 * IDS[0].numel() * SMALL.vocabulary  # logits
+    norms = 4 * sum(p.numel() for p in llama().parameters() if p.ndim < 2)
+    assert one.weights == (WHOLE - norms) // GPUS + norms
+
+
+def test_adapters_are_sharded_too():
+    one, alone = (found("lora", shard, gpus, rank=4) for shard, gpus in (("fsdp", GPUS), (None, 1)))
+    assert one.state < alone.state / 2
+    assert handed(one, "reduce-scatter") < WHOLE / 2
+
+
+def test_a_thousand_devices():
+    one = estimate(nn.Sequential(nn.Linear(8, 2048, bias=False), nn.Linear(2048, 1024, bias=False)), method="adamw", gpus=1024,
+                   shard="fsdp", tokens=2)  # fmt: skip
+    assert one.weights == 4 * (2 * 8 + 2048)  # two rows of the first, one of the second
+    assert one.gpus == 1024
+    assert not distributed.is_initialized()
+
+
+def test_all_methods_that_can_are_estimated():
+    small = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    names = [one.method for one in estimate_all(small, gpus=2, shard="fsdp", tokens=2, rank=4)]
+    assert names == ["no_optimizer", "adamw", "adamw_foreach", "lora", "gradlr", "gradlr_step"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gpus": 0, "shard": "fsdp"}, "\\[1, 1024\\]"),
+        ({"gpus": 1025, "shard": "fsdp"}, "\\[1, 1024\\]"),
+        ({"gpus": 8}, "what does each hold"),
+        ({"gpus": 1, "shard": "fsdp"}, "give gpus= too"),
+        ({"gpus": 2, "shard": "zero"}, "dp, fsdp, tp"),
+        ({"gpus": 2, "shard": "dp", "reshard": False}, "about shard='fsdp'"),
+        ({"gpus": 3, "shard": "tp"}, "12 heads, which 3|known for llama-7b"),
+        ({"gpus": 2, "shard": "fsdp", "method": "galore"}, "these are: .*adamw"),
+        ({"gpus": 2, "shard": "dp", "method": "galore_layerwise"}, "not known to train under"),
+        ({"gpus": 2, "shard": "dp", "apply": "backward"}, 'apply="step"'),
+    ],
+)
+def test_senseless_combinations_are_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        estimate("minilm", tokens=8, **options)
+    assert not distributed.is_initialized()
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ArgumentError, match="4 heads of keys and values|4 heads, which 8 devices do not divide"):
+        found(shard="tp", gpus=8)
+
+
+def test_it_is_refused_inside_a_process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with pytest.raises(ArgumentError, match="this process has one"):
+            found()
+    finally:
+        distributed.destroy_process_group()
+
+
+def test_the_command_prints_memory_and_traffic(capsys):
+    arguments = ["estimate", "minilm", "--tokens", "8", "--methods", "adamw", "gradlr"]
+    assert main([*arguments, "--gpus", "8", "--shard", "fsdp", "--limit", "100MiB"]) == 0
+    memory, traffic = capsys.readouterr().out.split("\n\n")
+    assert memory.splitlines()[0].endswith("| exchange | peak | sent a step | fits 0.09766 GiB |")
+    assert "| gradlr | all-reduce | update |" in traffic
+    assert main([*arguments, "--gpus", "8"]) == 2
+    assert "--shard" in capsys.readouterr().err
+    assert main([*arguments, "--json", "--gpus", "8", "--shard", "dp"]) == 0
+    first = json.loads(capsys.readouterr().out)[0]
+    assert first["traffic"][0]["handed"] == first["exchange"]
+
+
+def test_two_real_processes_take_as_much(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("peaks")
+    environment = {"GRADLR_TEST_FOLDER": str(folder)}
+    reports = run_in_processes(2, "device_checks", ["measured_peaks"], tmp_path_factory.mktemp("two"), environment=environment)
+    assert_passed(reports["measured_peaks"])
+    measured = json.loads((folder / "peaks.json").read_text())
+    ids = (torch.zeros(1, TOKENS, dtype=torch.int64),)
+    for name in METHODS:
+        options = OPTIONS if name != "adamw" else {}
+        guess = estimate(llama(SHAPE), method=name, gpus=2, shard="fsdp", inputs=ids, loss=lambda net, ids: net(ids), **options)
+        # Gloo's own thread lets go of a buffer when it comes to it, now and then a block later: the estimate is the least.
+        assert 0.8 < guess.peak / measured[name] <= 1.01, name
