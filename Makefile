@@ -14,7 +14,7 @@ demo: $(INSTALLED)
 	$(VENV)/bin/python -m gradlr demo
 
 test: $(TESTABLE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadgroup
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet ruff
