@@ -23,7 +23,7 @@ from ..attach import attach as attach_to
 from ..errors import ArgumentError
 from ..optimizer import GradLR
 from ..tracker import LossTracker
-from .processes import guard, make_ready, require_supported
+from .processes import guard, is_alone, make_ready, require_supported
 
 
 def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker, **options: Any) -> GradLR:
@@ -49,7 +49,8 @@ def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker
     require_supported(accelerator)
     options = {"apply": "step", **make_ready(accelerator, model), **options}
     optimizer = attach_to(model, loss_tracker, **options)
-    guard(accelerator, optimizer)
+    if not is_alone(accelerator):
+        guard(accelerator, optimizer)
     return optimizer
 
 

@@ -20,8 +20,7 @@ _OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
 
 def require_supported(accelerator: Accelerator) -> None:
     """Raise an AttachError where the accelerator trains in a way that gradlr does not know."""
-    reason = _unknown_engine(accelerator) or (_lost_processes() if is_alone(accelerator) else _unsuited(accelerator))
-    if reason:
+    if reason := _unknown_engine(accelerator) or (_lost_processes() if is_alone(accelerator) else _unsuited(accelerator)):
         raise AttachError(f"{reason}. {_OTHERWISE}")
 
 
@@ -46,9 +45,7 @@ def make_ready(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
 
 
 def guard(accelerator: Accelerator, optimizer: GradLR) -> None:
-    """Where several processes train: clipping by hand becomes an error, and `prepare` leaves the optimizer its parameters."""
-    if is_alone(accelerator):
-        return
+    """For several processes: clipping by hand becomes an error, and `prepare` leaves the optimizer its parameters."""
     for name in ("clip_grad_norm_", "clip_grad_value_"):
         setattr(accelerator, name, partial(_clip, getattr(accelerator, name), name, optimizer))
     if accelerator.is_fsdp2:

@@ -1,13 +1,11 @@
 """transformers: a Trainer whose weights gradlr updates, with accumulation, clipping, logging and checkpoints as usual.
 
 from gradlr.integrations.transformers import Trainer
-
 trainer = Trainer(model=model, args=TrainingArguments(..., learning_rate=1.6e-2), train_dataset=data, gradlr={"rank": 64})
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -82,14 +80,12 @@ class Trainer(transformers.Trainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _share_of_step(self, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor | float:
-        # What Trainer or the model have multiplied the micro-batch's mean loss with.
         if count is None or self.loss_is_scaled_for_ga is False:
-            return 1 / self.current_gradient_accumulation_steps
+            return 1 / self.current_gradient_accumulation_steps  # what the micro-batch's mean loss was multiplied with
         return self._get_num_items_in_batch([inputs], self.args.device).clamp(min=1) / count
 
     def _backward(self, backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
-        tracker = unwrap(self.optimizer).tracker
-        is_whole = self.current_gradient_accumulation_steps == 1
+        tracker, is_whole = unwrap(self.optimizer).tracker, self.current_gradient_accumulation_steps == 1
         backward(tracker(loss) if is_whole else tracker(loss / self._share) * self._share, **kwargs)
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor | None:
@@ -97,8 +93,8 @@ class Trainer(transformers.Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
         is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward" or not is_alone(self.accelerator)
-        return grad_norm if is_known else clip_grad_norm_(self.accelerator, self.optimizer, math.inf)
+        return grad_norm if is_known else clip_grad_norm_(self.accelerator, self.optimizer, torch.inf)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any) -> None:
-        known = unwrap(self.optimizer).grad_norm if grad_norm is None else grad_norm  # in several processes: after the step only
-        super()._maybe_log_save_evaluate(tr_loss, known, *args, **kwargs)
+        after_step = unwrap(self.optimizer).grad_norm  # several processes know no norm before
+        super()._maybe_log_save_evaluate(tr_loss, after_step if grad_norm is None else grad_norm, *args, **kwargs)
