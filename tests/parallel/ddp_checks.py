@@ -403,6 +403,19 @@ def mistakes_are_told(rank, size):
         train(ddp, tracker, opt, len(opt.slots), part=part_of(rank, size))
 
 
+def an_error_on_one_rank_stops_all(rank, size):
+    ddp, tracker, opt = wrapped(mixed())
+    tracker(loss_of(ddp, tokens_of(0)[part_of(rank, size)])).backward()
+    if rank == 1:
+        tracker.load_state_dict(tracker.state_dict())
+    error, tale = (gradlr.LossError, "never shown a loss") if rank == 1 else (gradlr.ParallelError, "error on rank 1")
+    with pytest.raises(error, match=tale):
+        opt.step()
+    assert all(parameter.grad is None for parameter in ddp.parameters())
+    train(ddp, tracker, opt, 1, part=part_of(rank, size))
+    assert_same_everywhere(ddp.module)
+
+
 def weights_come_from_the_first_rank(rank, size):
     torch.manual_seed(rank)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4).requires_grad_(False))
