@@ -218,7 +218,8 @@ def warn_of_processes() -> None:
     if count > 1:
         warnings.warn(
             f'{count} processes run, and each trains alone: attach(..., apply="step", '
-            "process_group=torch.distributed.group.WORLD), after torch.distributed.init_process_group(), trains one model",
+            "process_group=torch.distributed.group.WORLD), after torch.distributed.init_process_group(), trains one model; so "
+            'does capture="ddp" with DistributedDataParallel(model) after it',
             GradlrWarning,
             stacklevel=3,
         )

@@ -1,10 +1,13 @@
 """What runs in each process of tests/parallel/test_ddp.py: one function per check, called alike on every rank."""
 
 import copy
+import functools
 import gc
 import io
 import math
+import os
 import pickle
+import tempfile
 import warnings
 from datetime import timedelta
 
@@ -18,7 +21,7 @@ from torch import distributed, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy, mse_loss
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import gradlr
 
@@ -128,19 +131,20 @@ def what_no_map_fits_is_formed_and_sketched(rank, size):
 
 
 class Recomputed(nn.Module):
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.blocks = mlp(8, dtype=torch.float64)
+        self.blocks, self.options = mlp(8, dtype=torch.float64), options
 
     def forward(self, x):
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
+            x = checkpoint(block, x, use_reentrant=False, **self.options)
         return x
 
 
 def checkpointed_layers_are_recomputed(rank, size):
-    for options in ({}, {"static_graph": True}):
-        run_beside_exchange(Recomputed(), rank, size, lambda model, x: mse_loss(model(x), x), ddp_options=options)
+    selective = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default, torch.ops.aten.addmm.default])
+    for ddp_options, options in (({}, {}), ({"static_graph": True}, {}), ({}, {"context_fn": selective})):
+        run_beside_exchange(Recomputed(**options), rank, size, lambda model, x: mse_loss(model(x), x), ddp_options)
 
 
 def second_derivatives_reach_the_sketches(rank, size):
@@ -325,23 +329,21 @@ def a_resumed_run_goes_on_bit_for_bit(rank, size):
     model = mixed()
     ddp, tracker, opt = wrapped(model, rank=gradlr.ByLoss(3))
     train(ddp, tracker, opt, 3, part=part_of(rank, size))
-    file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "opt": opt.state_dict()}, file)
+    paths = [os.path.join(tempfile.mkdtemp(), "run.pt")]
+    distributed.broadcast_object_list(paths)
+    if rank == 0:
+        gradlr.save(paths[0], model=model, optimizer=opt)
     train(ddp, tracker, opt, 3, part=part_of(rank, size), start=3)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
     other = mixed(seed=5)
     other_ddp, other_tracker, other_opt = wrapped(other, rank=gradlr.ByLoss(3))
     train(other_ddp, other_tracker, other_opt, 1, part=part_of(rank, size))
-    other.load_state_dict(saved["model"])
-    other_opt.load_state_dict(saved["opt"])
+    gradlr.load(paths[0], model=other, optimizer=other_opt)
     train(other_ddp, other_tracker, other_opt, 3, part=part_of(rank, size), start=3)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
     # Without a wrapper, one process goes on with it, and exchanging sketches, too.
     plain = mixed(seed=6)
     plain_tracker, plain_opt = attach_group(plain, rank=gradlr.ByLoss(3))
-    plain.load_state_dict(saved["model"])
-    plain_opt.load_state_dict(saved["opt"])
+    gradlr.load(paths[0], model=plain, optimizer=plain_opt)
     train_group(plain, plain_tracker, plain_opt, 3, part=part_of(rank, size), start=3)
     assert_close(model, plain)
     tracker(loss_of(ddp, tokens_of(6))).backward()
@@ -399,6 +401,19 @@ def mistakes_are_told(rank, size):
             model.mix.weight[0, 0] += 1e-9
     with pytest.raises(gradlr.ParallelError, match=r"'mix.weight' has other weights on rank 1 than on rank 0"):
         train(ddp, tracker, opt, len(opt.slots), part=part_of(rank, size))
+
+
+def an_error_on_one_rank_stops_all(rank, size):
+    ddp, tracker, opt = wrapped(mixed())
+    tracker(loss_of(ddp, tokens_of(0)[part_of(rank, size)])).backward()
+    if rank == 1:
+        tracker.load_state_dict(tracker.state_dict())
+    error, tale = (gradlr.LossError, "never shown a loss") if rank == 1 else (gradlr.ParallelError, "error on rank 1")
+    with pytest.raises(error, match=tale):
+        opt.step()
+    assert all(parameter.grad is None for parameter in ddp.parameters())
+    train(ddp, tracker, opt, 1, part=part_of(rank, size))
+    assert_same_everywhere(ddp.module)
 
 
 def weights_come_from_the_first_rank(rank, size):

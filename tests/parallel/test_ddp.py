@@ -31,6 +31,7 @@ IN_TWO = (
     "a_resumed_run_goes_on_bit_for_bit",
     "a_graph_from_before_has_bases_that_are_gone",
     "mistakes_are_told",
+    "an_error_on_one_rank_stops_all",
     "weights_come_from_the_first_rank",
     "strangers_are_told_and_sketches_are_none",
     "bytes_are_those_of_the_formula",
