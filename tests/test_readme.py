@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradlr
-from gradlr.bench import estimate, memory, quality, speed
+from gradlr.bench import devices, estimate, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,6 +47,7 @@ TABLES = {
     "quality-scratch": (BENCHMARKS, quality),
     "quality-minilm": (BENCHMARKS, quality),
     "quality-digits": (BENCHMARKS, quality),
+    "devices": (BENCHMARKS, devices),
     "study-pretrained": (STUDY, quality),
     "estimate": (MEMORY, estimate),
     "memory": (README, memory),
@@ -103,6 +104,12 @@ def test_a_fifth_of_a_number_per_weight_is_within_three_percent_of_muon():
     (ours,) = (row for row in results("study-pretrained")["results"] if row["name"] == "k16_r64")
     assert ours["matrix_state_per_weight"] <= 0.2
     assert all(loss <= 1.03 * muon for loss, muon in zip(ours["losses"], losses("muon")["losses"], strict=True))
+
+
+def test_between_processes_a_tenth_of_the_gradients_travels():
+    sent = {row["name"]: row["sent_ratio"] for row in results("devices")["results"]}
+    assert max(sent["group"], sent["group_adaptor"]) <= 0.11 < 1 < sent["fsdp"]
+    assert sent["ddp"] == 1
 
 
 def test_the_peak_above_the_parameters_is_below_30_mib_in_both_modes():

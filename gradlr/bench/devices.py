@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import ArgumentError
@@ -71,6 +69,10 @@ def _gradlr_before_ddp(model: ByteTransformer, rank: int) -> tuple[nn.Module, St
 
 
 def _shard(model: ByteTransformer) -> None:
+    # Not above: a torch that was built without distributed has the other benchmarks.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     for block in model.blocks:
         fully_shard(block, mesh=mesh)
@@ -190,7 +192,7 @@ def _with_traffic(rows: list[dict[str, Any]], traffic: dict[str, dict[str, int]]
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    heads = ["training", "step, ms", "ratio", *(f"{kind}, MB" for kind in _KINDS), "sent, MB", "ratio"]
+    heads = ["training", "step, ms", "to DDP's", *(f"{kind}, MB" for kind in _KINDS), "sent, MB", "to DDP's"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in report["results"]:
         moved = [f"{row['bytes'].get(kind, 0) / 1e6:.2f}" for kind in _KINDS]

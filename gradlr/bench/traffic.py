@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import ArgumentError
@@ -47,7 +46,10 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
+        from torch.distributed.tensor import DTensor  # not above: a torch built without distributed lacks it
+
         super().__init__()
+        self._sharded = DTensor
         self.calls: list[Call] = []
 
     def bytes(self) -> dict[str, int]:
@@ -58,7 +60,7 @@ class Traffic(TorchDispatchMode):
         return dict(found)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
+        if any(issubclass(kind, self._sharded) for kind in types):
             # It comes again, as what each process does with its own part.
             return NotImplemented
         result = func(*args, **(kwargs or {}))
