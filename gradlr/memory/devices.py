@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class Devices:
         if shard is not None and shard not in SHARDS:
             raise ArgumentError(f"shard={shard!r}: use one of {', '.join(SHARDS)}")
         if gpus > 1 and shard is None:
-            raise ArgumentError(f"gpus={gpus}: what does each hold? Give shard= one of {', '.join(SHARDS)}")
+            raise ArgumentError(f"gpus={gpus}: what does each hold? Give shard= (--shard) one of {', '.join(SHARDS)}")
         if gpus == 1 and shard is not None:
             raise ArgumentError(f"shard={shard!r} is about several devices: give gpus= too, or leave shard out")
         if not self.reshard and shard != FSDP:
@@ -93,9 +94,10 @@ def shard_model(model: nn.Module, devices: Devices, mesh: Any) -> None:
         _parallelize(model, mesh, devices.gpus)
         return
     fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, reshard_after_forward=devices.reshard)
-    fully_shard(model, mesh=mesh)
+    with _one_shard_made():
+        for block in blocks_of(model):
+            fully_shard(block, mesh=mesh, reshard_after_forward=devices.reshard)
+        fully_shard(model, mesh=mesh)
 
 
 def _parallelize(model: nn.Module, mesh: Any, gpus: int) -> None:
@@ -174,7 +176,23 @@ def _unbooked_shapes(devices: Devices, ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _in_place(owner: type, **others: Callable) -> Iterator[None]:
+def _one_shard_made() -> Iterator[None]:
+    # FSDP2 divides each parameter into all N shards to keep one: a minute for a thousand devices. Rank 0's will do.
+    module = sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param")
+    if not hasattr(module, "_chunk_with_empty"):
+        yield
+        return
+
+    def chunks(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
+        size = tensor.size(dim)
+        return [tensor.narrow(dim, 0, min(size, -(-size // count)))] * count
+
+    with _in_place(module, _chunk_with_empty=chunks):
+        yield
+
+
+@contextmanager
+def _in_place(owner: Any, **others: Callable) -> Iterator[None]:
     own = {name: getattr(owner, name) for name in others}
     for name, other in others.items():
         setattr(owner, name, other)

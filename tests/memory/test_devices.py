@@ -131,7 +131,7 @@ def test_adapters_are_sharded_too():
 
 
 def test_a_thousand_devices():
-    one = estimate(nn.Sequential(nn.Linear(8, 2048, bias=False), nn.Linear(2048, 1024, bias=False)), method="adamw", gpus=1024,
+    one = estimate(nn.Sequential(nn.Linear(8, 2048, bias=False), nn.Linear(2048, 1024, bias=False), nn.Tanh()), method="adamw", gpus=1024,
                    shard="fsdp", tokens=2)  # fmt: skip
     assert one.weights == 4 * (2 * 8 + 2048)  # two rows of the first, one of the second
     assert one.gpus == 1024
@@ -139,7 +139,7 @@ def test_a_thousand_devices():
 
 
 def test_all_methods_that_can_are_estimated():
-    small = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    small = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh())
     names = [one.method for one in estimate_all(small, gpus=2, shard="fsdp", tokens=2, rank=4)]
     assert names == ["no_optimizer", "adamw", "adamw_foreach", "lora", "gradlr", "gradlr_step"]
 
