@@ -124,6 +124,15 @@ def unfinished_step(waiting: Sequence[str]) -> CheckpointError:
     return CheckpointError(f"{tale}: save after opt.step() or opt.zero_grad()")
 
 
+def wrapped(name: str, wrapper: str) -> AttachError:
+    """The model is in a wrapper that averages gradients after hooks have taken them."""
+    return AttachError(
+        f"{name} is wrapped in {wrapper}: hooks would see each replica's own gradient, and replicas would drift apart. Attach "
+        'to the plain module, with apply="step" and either process_group= instead of wrapping it, or capture="ddp" before '
+        "DistributedDataParallel(model)"
+    )
+
+
 def lost_parameters(lost: Sequence[str], count: int) -> AttachError:
     """Attached parameters are no longer the model's."""
     return AttachError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
@@ -22,11 +23,7 @@ def require_plain_model(model: nn.Module) -> None:
         raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     for name, module in model.named_modules():
         if isinstance(module, (DistributedDataParallel, DataParallel)):
-            raise AttachError(
-                f"{name or 'the model'} is wrapped in {type(module).__name__}: hooks would see each replica's own gradient, and "
-                'the replicas would drift apart. Attach to the plain module, with apply="step" and either process_group= instead '
-                'of wrapping it, or capture="ddp" before DistributedDataParallel(model)'
-            )
+            raise guards.wrapped(name or "the model", type(module).__name__)
 
 
 def require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
@@ -57,9 +54,10 @@ class Membership:
     Args:
         model: What was attached to.
         plans: Its attached parameters.
+        is_alone: Whether this process exchanges nothing with others.
     """
 
-    def __init__(self, model: nn.Module, plans: list[ParameterPlan]) -> None:
+    def __init__(self, model: nn.Module, plans: list[ParameterPlan], *, is_alone: bool = True) -> None:
         self._model = weakref.ref(model)
         # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.
         self._plans = {id(plan.parameter): plan for plan in plans}
@@ -71,6 +69,7 @@ class Membership:
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)
         self._own: set[int] = set()
+        self._may_be_wrapped = is_alone
 
     def expect(self, parameters: list[Tensor]) -> None:
         """These were put into the model by gradlr, and are no strangers."""
@@ -80,7 +79,8 @@ class Membership:
         """Look at every parameter of the model.
 
         Raises:
-            AttachError: attached parameters are not the model's any more, or have another shape, dtype or device.
+            AttachError: attached parameters are not the model's any more, or have another shape, dtype or device; or
+                DistributedDataParallel has been put around them since.
 
         Warns:
             GradlrWarning: the model has trainable parameters that are not attached, or is compiled as a whole (once each).
@@ -92,6 +92,9 @@ class Membership:
             if _form(plan.parameter) != self._forms[key]:
                 raise guards.changed_form(plan.name, self._forms[key], _form(plan.parameter))
         model = self._model()
+        if model is not None and self._may_be_wrapped:
+            self._may_be_wrapped = False
+            _require_unwrapped(model)
         if model is not None and not self._was_compiled and is_compiled_whole(model):
             self._was_compiled = True
             warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=5)
@@ -113,6 +116,16 @@ class Membership:
         model = self._model()
         pairs = [] if model is None else model.named_parameters()
         return ((name, parameter) for name, parameter in pairs if parameter.requires_grad)
+
+
+def _require_unwrapped(model: nn.Module) -> None:
+    # Nothing in a module tells of a wrapper around it. Where several processes run, one look at all objects is cheap enough.
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return
+    own = set(map(id, model.modules()))
+    for thing in gc.get_objects():
+        if issubclass(type(thing), DistributedDataParallel) and id(thing.module) in own:
+            raise guards.wrapped("the model", type(thing).__name__)
 
 
 def is_compiled_whole(model: nn.Module) -> bool:

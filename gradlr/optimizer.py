@@ -62,7 +62,7 @@ class GradLR(Updates):
         self._bad_backward: tuple[int, str] | None = None
         self._bad_loss: str | None = None
         layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
-        self._membership = Membership(model, [slot.plan for slot in self.slots])
+        self._membership = Membership(model, [slot.plan for slot in self.slots], is_alone=self.everyone is None)
         self._capture, self._adaptors = self._captured(layers)
         self._is_detached = False
         tracker.subscribe(self)

@@ -518,6 +518,15 @@ def attaching_before_sharding_is_told(rank, size):
         train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+def wrapping_after_attaching_is_told(rank, size):
+    model = net()
+    tracker, opt = attach_alone(model)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    with pytest.raises(gradlr.AttachError, match=r"wrapped in DistributedDataParallel.* capture=\"ddp\" before"):
+        tracker(loss_of(ddp, tokens_of(0)))
+    assert opt is not None
+
+
 def a_model_is_attached_again_after_detach(rank, size):
     model = shard(net())
     tracker, opt = attach(model)

@@ -24,6 +24,7 @@ IN_TWO = (
     "policies_of_fsdp_are_followed",
     "narrow_weights_are_rounded_in_each_part",
     "narrow_state_is_rounded_alike_where_it_is_the_same",
+    "wrapping_after_attaching_is_told",
     "a_model_is_attached_after_an_evaluation",
     "a_norm_that_overflows_is_infinite_everywhere",
     "tensor_parallel_equals_one_process",
@@ -35,6 +36,7 @@ IN_TWO = (
     "what_cannot_be_sharded_is_refused",
     "rates_and_gradients_of_one_rank_are_told",
     "attaching_before_sharding_is_told",
+    "wrapping_after_attaching_is_told",
     "a_model_is_attached_again_after_detach",
 )
 IN_FOUR = (
