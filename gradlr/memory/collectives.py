@@ -44,7 +44,7 @@ class Traffic:
 
 
 def ring_bytes(operation: str, handed: int, gpus: int) -> int:
-    """Bytes that each of N devices in a ring sends: 2(N - 1)/N of what is all-reduced, (N - 1)/N of what is gathered or scattered.
+    """Bytes that each of N devices in a ring sends: 2(N - 1)/N of what is all-reduced, (N - 1)/N of a gather or scatter.
 
     Args:
         operation: "all-reduce", "all-gather" or "reduce-scatter".

@@ -89,7 +89,8 @@ def traffic_table(estimates: Sequence[Estimate]) -> str:
     lines = ["| method | collective | for | calls | moves, MiB | sent, MiB |", "|---|---|---|---|---|---|"]
     for one in estimates:
         for part in one.traffic:
-            cells = (one.label, part.operation, part.purpose, f"{part.calls:,}", *(f"{x / MIB:,.2f}" for x in (part.handed, part.sent)))
+            sizes = (f"{count / MIB:,.2f}" for count in (part.handed, part.sent))
+            cells = (one.label, part.operation, part.purpose, f"{part.calls:,}", *sizes)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

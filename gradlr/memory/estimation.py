@@ -36,7 +36,8 @@ class Estimate:
         activations: The most that everything else of forward and backward takes at one time: what autograd keeps, its
             temporaries, and the inputs.
         workspace: The most that an update takes besides.
-        exchange: The most that other devices' parts take: whole parameters of blocks under way, buckets, buffers. 0 on one device.
+        exchange: The most that other devices' parts take: whole parameters of blocks under way, buckets, buffers; 0 where there
+            are none.
         peak: The most that all of these take together. Not their sum: they are not largest at one time.
         peak_stage: When that is: "forward", "backward" (for gradlr, updates included) or "step".
         at_peak: What each of them takes then; adds up to `peak`.

@@ -39,8 +39,9 @@ def simulate(
         checkpoint_blocks(model, preserve_rng_state=False)
     rank = method.rank if rank is None else rank
     with warnings.catch_warnings(), mode, ledger, untraced():
-        # What attach has to say about speed and guesses, it says at the real attach.
+        # What attach has to say about speed and guesses, it says at the real attach; and so does FSDP2.
         warnings.simplefilter("ignore", GradlrWarning)
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         method.adapt(model, rank)
         count = sum(parameter.numel() for parameter in model.parameters())
         shard_model(model, devices, mesh)
