@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..errors import ArgumentError
-from ..parallel import FINE, Replicas, Shards
+from ..parallel import Replicas, Shards
 from .blank import blocks_of
 from .ledger import Ledger
 from .shapes import SHAPES, Llama
@@ -133,7 +133,7 @@ def _require_divisible(model: Llama, gpus: int) -> None:
 
 @contextmanager
 def answering(devices: Devices, ledger: Ledger, rows: Callable[[Tensor], int]) -> Iterator[None]:
-    """The other processes' part in what gradlr's own ask each other: all is well, and all have the same.
+    """The other processes' part in what gradlr's own tell each other: all is well, and all have the same.
 
     Args:
         devices: Which.
@@ -149,12 +149,13 @@ def answering(devices: Devices, ledger: Ledger, rows: Callable[[Tensor], int]) -
             is_mask = numbers.dtype == torch.uint8
             ledger.tell(numbers, rows if is_mask else lambda scalar: float(scalar.storage_offset() >= count))
 
-    def meet_at_step(self: Shards, energy: Tensor | None, status: int, device: torch.device) -> tuple[float, list[int]]:
-        self._told([1.0, float(status)], device)
-        return 1.0, [FINE] * self.everyone.size
+    def told(self: Shards, own: list[float], device: torch.device) -> list[list[float]]:
+        size = self.everyone.size
+        self.everyone.all_reduce(torch.zeros((size, len(own)), dtype=torch.int64, device=device))
+        return [own] * size
 
     others = {"all_reduce": all_reduce, "gathered": lambda self, told: [told] * self.size, "broadcast": lambda self, model: None}
-    with _in_place(Replicas, **others), _in_place(Shards, meet_at_step=meet_at_step), _unbooked_shapes(devices, ledger):
+    with _in_place(Replicas, **others), _in_place(Shards, _told=told), _unbooked_shapes(devices, ledger):
         yield
 
 

@@ -46,7 +46,8 @@ class Shards:
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
-        meshes = [parameter.device_mesh for parameter in parameters if is_sharded(parameter)]
+        # Mostly one, of all parameters.
+        meshes = {id(one.device_mesh): one.device_mesh for one in parameters if is_sharded(one)}.values()
         mesh = max(meshes, key=lambda mesh: mesh.size())
         members = set(mesh.mesh.flatten().tolist())
         if any(not members.issuperset(other.mesh.flatten().tolist()) for other in meshes):
