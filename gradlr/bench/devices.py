@@ -92,7 +92,7 @@ WAYS = {
     )
 }
 REFERENCE = "ddp"
-DEFAULT = ("ddp", "group", "group_adaptor", "fsdp")
+DEFAULT = tuple(WAYS)
 
 
 def measure(
