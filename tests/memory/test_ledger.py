@@ -25,7 +25,7 @@ def test_kinds_can_be_moved_and_the_peak_follows():
             x = torch.empty(100)
         ledger.move([x], "state")
         ledger.enter("end")
-    assert ledger.at_peak == {"weights": 0, "state": 400, "gradients": 0, "activations": 0, "workspace": 0}
+    assert ledger.at_peak == {"weights": 0, "state": 400, "gradients": 0, "activations": 0, "workspace": 0, "exchange": 0}
     assert ledger.largest["workspace"] == 0
 
 
@@ -54,3 +54,18 @@ def test_a_step_in_which_nothing_goes_wrong():
         assert not is_scaled
         assert float(x.sum()) == 1.0
         assert int(torch.arange(7)[-1]) == 6
+
+
+def test_memory_that_a_storage_is_given_and_loses_is_booked():
+    with FakeTensorMode(), Ledger() as ledger:
+        x = torch.empty(100)
+        x.untyped_storage().resize_(0)
+        assert ledger.held["exchange"] == ledger.held["activations"] == 0
+        x.untyped_storage().resize_(400)
+        assert ledger.held["exchange"] == 400
+        with ledger.aside():
+            y = torch.empty(50)
+        assert sum(ledger.held.values()) == 400
+        del x, y
+        assert sum(ledger.held.values()) == 0
+    assert torch.UntypedStorage.resize_.__name__ == "resize_"
