@@ -90,8 +90,8 @@ def replica_traffic(
 def update_traffic(shape: tuple[int, int], rank: int, momentum_rank: int, *, has_residual: bool = True) -> int:
     """Bytes that one update of gradlr hands to all-reduces where a matrix' rows are sharded, as under FSDP2, inside backward.
 
-    All are float32: Gᵀ times the basis, nr; momentum times the basis, kr; three passes of Cholesky-QR, r² + r each; three row and
-    column scalings of the residual, n each, and four numbers; one that says whether all is finite.
+    All are float32: Gᵀ times the basis, nr; momentum times the basis, kr; Cholesky-QR, r and three passes of r²; three
+    column scalings of the residual, n each, and three numbers; one that says whether all is finite.
 
     Args:
         shape: (m, n) of the whole matrix; m does not matter.
@@ -100,4 +100,4 @@ def update_traffic(shape: tuple[int, int], rank: int, momentum_rank: int, *, has
     """
     _, n = shape
     r, k = rank, momentum_rank
-    return 4 * (n * r + k * r + 3 * (r * r + r) + (3 * n + 4 if has_residual else 0) + 1)
+    return 4 * (n * r + k * r + 3 * r * r + r + (3 * n + 3 if has_residual else 0) + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -149,8 +149,10 @@ def answering(devices: Devices, ledger: Ledger, rows: Callable[[Tensor], int]) -
             is_mask = numbers.dtype == torch.uint8
             ledger.tell(numbers, rows if is_mask else lambda scalar: float(scalar.storage_offset() >= count))
 
-    def meet_at_step(self: Shards, energy: Tensor | None, status: int, device: torch.device) -> tuple[float, list[int]]:
-        self._told([1.0, float(status)], device)
+    def meet_at_step(
+        self: Shards, energy: Tensor | None, status: int, waiting: Sequence[int], device: torch.device
+    ) -> tuple[float, list[int]]:
+        self._told([1.0, float(status), 0.0, float(len(waiting))], device)
         return 1.0, [FINE] * self.everyone.size
 
     others = {"all_reduce": all_reduce, "gathered": lambda self, told: [told] * self.size, "broadcast": lambda self, model: None}
