@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 import warnings
@@ -72,10 +73,13 @@ def read_folder(path: Path, model: nn.Module, optimizer: GradLR | None) -> dict[
     try:
         rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
         reader = dcp.FileSystemReader(path)
-        sizes = {name: entry.size for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
-        wanted = _wanted(path, sizes, model, optimizer, names_of(rest["optimizer"]))
+        saved = {name: entry for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
+        wanted = _wanted(path, saved, model, optimizer, names_of(rest["optimizer"]))
         with _quiet(), _as_error(path):
-            dcp.load(wanted, storage_reader=reader, process_group=_group(optimizer), no_dist=not is_any_sharded(model))
+            if is_any_sharded(model):
+                dcp.load(wanted, storage_reader=reader, process_group=_group(optimizer))
+            else:
+                _load_alone(wanted, reader)
     except CheckpointError:
         raise
     except Exception as error:  # torch raises whatever its readers do
@@ -116,31 +120,41 @@ def _rest(weights: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
 
 
+def _load_alone(wanted: dict[str, Any], reader: Any) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    if "no_dist" in inspect.signature(dcp.load).parameters:
+        dcp.load(wanted, storage_reader=reader, no_dist=True)
+    else:  # before torch 2.7
+        dcp.load_state_dict(wanted, reader, no_dist=True)
+
+
 def _wanted(
-    path: Path, sizes: dict[str, torch.Size], model: nn.Module, optimizer: GradLR | None, names: list[str]
+    path: Path, saved: dict[str, Any], model: nn.Module, optimizer: GradLR | None, names: list[str]
 ) -> dict[str, Any]:
     """Room for what is to be read: weights like the model's, states as large as they were saved."""
     weights = {name: torch.empty_like(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
     for name, value in weights.items():
-        saved = sizes.get(f"model.{name}")
-        if saved != value.shape:
-            found = "lacks it" if saved is None else f"has it with shape {tuple(saved)}"
+        entry = saved.get(f"model.{name}")
+        if entry is None or entry.size != value.shape:
+            found = "lacks it" if entry is None else f"has it with shape {tuple(entry.size)}"
             raise CheckpointError(f"{path}: {name!r} {tuple(value.shape)}: the checkpoint {found}. Nothing was changed")
     states: dict[str, dict[str, Tensor]] = {}
     if optimizer is None:
         return {"model": weights, "optimizer": states}
     own = {slot.plan.name: optimizer.state[slot.plan.parameter] for slot in optimizer.slots}
     like = {slot.plan.name: slot.plan.parameter for slot in optimizer.slots}
-    for key, size in sizes.items():
+    for key, tensor in saved.items():
         if not key.startswith("optimizer."):
             continue
         name, entry = key.removeprefix("optimizer.").rsplit(".", 1)
         known = own.get(name, {}).get(entry)
-        dtype = torch.float32 if known is None else known.dtype
-        if name in like and is_sharded(like[name]) and known is not None and known.shape == like[name].to_local().shape:
+        dtype = tensor.properties.dtype if known is None else known.dtype
+        is_like = name in like and is_sharded(like[name]) and tensor.size == like[name].shape
+        if is_like and known is not None and known.shape == like[name].to_local().shape:
             room = torch.empty_like(like[name].detach(), dtype=dtype)
         else:
-            room = torch.empty(size, dtype=dtype)
+            room = torch.empty(tensor.size, dtype=dtype)
         states.setdefault(name, {})[entry] = room
     return {"model": weights, "optimizer": {name: states[name] for name in names if name in states}}
 
@@ -161,6 +175,7 @@ def _all(everyone: Replicas) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():  # a process may have nothing to write; one alone loads for itself
         warnings.filterwarnings("ignore", module="torch.distributed")
+        warnings.filterwarnings("ignore", "`load_state_dict` is deprecated", FutureWarning)
         yield
 
 
@@ -182,8 +197,8 @@ def _beside(path: Path, suffix: str) -> Path:
 def _swap(part: Path, path: Path) -> None:
     """Give a whole folder its name. Killed in between, the old one is still beside it."""
     old = _beside(path, "old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.is_dir():
+    if path.is_dir():  # otherwise the one beside is all there is
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
     os.rename(part, path)
     shutil.rmtree(old, ignore_errors=True)

@@ -82,7 +82,7 @@ def test_updates_of_shards_exchange_what_the_formula_says():
     one = found("gradlr", rank=rank, momentum_rank=k)
     matrices = [tuple(p.shape) for block in llama().blocks for p in block.parameters() if p.ndim == 2]
     others = len(list(llama().parameters())) - len(matrices)
-    # Whether all is finite, for each of the others; loss and a checksum of each process, in float64.
+    # Whether all is finite, for each of the others; loss, checksum and rate of each process, in float64.
     expected = sum(update_traffic(shape, rank, k) for shape in matrices) + 4 * others + 4 * 8 * GPUS
     assert handed(one, "all-reduce", "update") == expected
     assert one.state < 2 * WHOLE / GPUS / 4

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import gradlr
 
@@ -158,6 +159,29 @@ def folders_are_written_whole(rank, size):
     distributed.barrier()
     with pytest.raises(gradlr.CheckpointError, match="damaged, cut off"):
         gradlr.load(path, model=model, optimizer=opt)
+
+
+def what_has_the_shape_of_a_shard_is_loaded_as_it_was(rank, size):
+    """R, of n x k numbers, may look like the shard; the spectrum, of which a fresh optimizer knows nothing, is float64."""
+    options = {"rank": gradlr.ByEnergy(0.9), "momentum_rank": 8, "apply": "step"}
+    model, other = (shard_one(torch.nn.Linear(8, 8 * size, bias=False), seed) for seed in (0, 1))
+    tracker, opt = attach(model, **options)
+    for step in range(2):
+        tracker(model(torch.randn(16, 8, generator=torch.Generator().manual_seed(step))).square().mean()).backward()
+        opt.step()
+    gradlr.save(folder(f"shape{size}"), model=model, optimizer=opt)
+    _, other_opt = attach(other, **options)
+    gradlr.load(folder(f"shape{size}"), model=other, optimizer=other_opt)
+    (expected,), (found,) = opt.state.values(), other_opt.state.values()
+    assert expected["R"].shape == model.weight.to_local().shape and expected["spectrum"].dtype == torch.float64
+    assert expected.keys() == found.keys()
+    assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items())
+
+
+def shard_one(layer, seed):
+    torch.manual_seed(seed)
+    torch.nn.init.normal_(layer.weight)
+    return fully_shard(layer)
 
 
 def _no_space(*_, **__):

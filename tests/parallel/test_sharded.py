@@ -1,5 +1,9 @@
 """FSDP2, tensor parallelism and both, in two and in four gloo processes, each number of them started once."""
 
+import contextlib
+import functools
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -8,6 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
 from processes import assert_passed, run_documented_loop, run_in_processes
+
+from gradlr import folders
+
+shutil_rmtree = shutil.rmtree
 
 # In one process of pytest-xdist, so that no fixture is made twice.
 pytestmark = pytest.mark.xdist_group("sharded")
@@ -36,7 +44,6 @@ IN_TWO = (
     "what_cannot_be_sharded_is_refused",
     "rates_and_gradients_of_one_rank_are_told",
     "attaching_before_sharding_is_told",
-    "wrapping_after_attaching_is_told",
     "a_model_is_attached_again_after_detach",
 )
 IN_FOUR = (
@@ -63,6 +70,7 @@ WHOLE = (
     "whole_state_dicts_are_those_of_one_process",
     "whole_state_dicts_are_broadcast_to_a_fresh_optimizer",
     "folders_are_written_whole",
+    "what_has_the_shape_of_a_shard_is_loaded_as_it_was",
     "a_checkpoint_without_a_parameter_changes_nothing",
 )
 
@@ -114,6 +122,34 @@ def test_distributed_checkpoints_are_loaded_by_any_number_of_processes(saved, na
 @pytest.mark.parametrize("name", WHOLE)
 def test_state_dicts_of_sharded_models(saved, name, size):
     assert_passed(saved[name, size])
+
+
+def test_a_folder_that_is_replaced_is_always_there(tmp_path, monkeypatch):
+    """Killed at each renaming or removal in turn, first with a folder of this name, then with its older version alone."""
+    path, part, old = tmp_path / "run", tmp_path / "run.part", tmp_path / "run.old"
+    for names in ((path,), (old,), (path, old)):
+        for count in range(6):
+            for folder in (path, old, part):
+                shutil.rmtree(folder, ignore_errors=True)
+            for folder in (*names, part):
+                folder.mkdir()
+                (folder / "gradlr.pt").touch()
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                left = iter(range(count))
+                for owner, name in ((os, "rename"), (shutil, "rmtree")):
+                    patch.setattr(owner, name, functools.partial(_unless_killed, getattr(owner, name), left))
+                folders._swap(part, path)
+            assert folders.is_folder(path)
+            assert ((path if path.is_dir() else old) / "gradlr.pt").is_file()
+    assert path.is_dir() and not old.exists() and not part.exists()
+
+
+def _unless_killed(work, left, *args, **kwargs):
+    if next(left, None) is not None:
+        return work(*args, **kwargs)
+    if work is shutil_rmtree:  # some of it is gone by then
+        (Path(args[0]) / "gradlr.pt").unlink(missing_ok=True)
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("number", [2, 3])
