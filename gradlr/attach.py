@@ -131,8 +131,8 @@ def attach(
 
     Raises:
         ArgumentError: an argument is out of range, unknown, or matches no parameter. Nothing was changed.
-        AttachError: the model is wrapped, sharded or spread for several devices, has no trainable parameter, holds gradients, or
-            is attached already.
+        AttachError: the model is wrapped, or spread over several devices of this process, has no trainable parameter, holds
+            gradients, or is attached already.
         ParallelError: the processes of the group differ in model or arguments; names the ranks.
 
     Warns:

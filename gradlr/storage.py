@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError, CheckpointError, GradlrWarning
+from .errors import ArgumentError, CheckpointError, GradlrWarning, ParallelError
 from .files import write_atomically
 from .folders import as_held, is_any_sharded, is_folder, read_folder, write_folder
 from .optimizer import GradLR
@@ -41,8 +41,9 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
 
     Raises:
         CheckpointError: gradients wait for `opt.step()`.
-        ArgumentError: something in `more`, or in the model's extra state, is neither; or the model is sharded.
+        ArgumentError: something in `more`, or in the model's extra state, is neither.
         OSError: the folder is not there, or the disk is full. The old file is as it was.
+        ParallelError: of a sharded model, another process could not write its part. The old folder is as it was.
     """
     path = Path(path)
     if not path.absolute().parent.is_dir():
@@ -70,16 +71,17 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         The plain values that were saved, by name.
 
     Raises:
-        CheckpointError: the file is missing, damaged (a single bit is found) or no checkpoint of gradlr; the model or the
-            optimizer is another one; an object was not saved, or is of another class. It names the file and the first parameter
-            that does not fit; nothing was changed.
-        ArgumentError: the model is sharded.
+        CheckpointError: the file is missing, damaged (a single bit is found, but not in the shards of a folder) or no checkpoint
+            of gradlr; the model or the optimizer is another one; an object was not saved, or is of another class. It names the
+            file and the first parameter that does not fit; nothing was changed.
+        ParallelError: other processes have loaded another one, or could not load it: the optimizer's state may be the new one.
 
     Warns:
         GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.
     """
     path = Path(path)
     checkpoint = read_folder(path.absolute(), model, optimizer) if is_folder(path.absolute()) else _read(path)
+    _check_format(path, checkpoint)
     _check_model(path, checkpoint["model"], model)
     given = {name: value for name, value in more.items() if value is not None}
     _check_objects(path, checkpoint["more"], given)
@@ -103,7 +105,7 @@ def _load_all(path: Path, loads: list[tuple[Any, dict[str, Any]]]) -> None:
     except BaseException as error:
         for earlier, before in done:
             earlier.load_state_dict(before)
-        if not isinstance(error, Exception) or isinstance(thing, nn.Module):
+        if not isinstance(error, Exception) or isinstance(error, ParallelError) or isinstance(thing, nn.Module):
             raise
         raise CheckpointError(f"{path}: {error}. Nothing was changed") from error
 
@@ -164,9 +166,12 @@ def _read(path: Path) -> dict[str, Any]:
     parts += parts[-1].values() if isinstance(parts[-1], dict) else []
     if not all(isinstance(part, dict) for part in parts) or "gradlr" not in checkpoint:
         raise CheckpointError(f"{path}: no checkpoint of gradlr.save; load it with torch.load and load_state_dict")
-    if not (isinstance(checkpoint["gradlr"], int) and checkpoint["gradlr"] == _FORMAT):
-        raise CheckpointError(f"{path}: has format {checkpoint['gradlr']!r}, this gradlr reads format {_FORMAT}")
     return checkpoint
+
+
+def _check_format(path: Path, checkpoint: dict[str, Any]) -> None:
+    if not (isinstance(checkpoint.get("gradlr"), int) and checkpoint["gradlr"] == _FORMAT):
+        raise CheckpointError(f"{path}: has format {checkpoint.get('gradlr')!r}, this gradlr reads format {_FORMAT}")
 
 
 def _check_model(path: Path, saved: dict[str, Any], model: nn.Module) -> None:

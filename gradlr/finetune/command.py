@@ -70,7 +70,8 @@ def _run(arguments: argparse.Namespace, processes: Processes) -> int:
         advice = ", ".join(_advice(task))
         raise GradlrError(f"{str(error).splitlines()[0]} To need less: {advice}") from error
     except OSError as error:
-        raise GradlrError(f"{error}: training stopped. {folder.checkpoint} is whole, if it was there before") from error
+        kept = folder.shards if arguments.shard == "fsdp" else folder.checkpoint
+        raise GradlrError(f"{error}: training stopped. {kept} is whole, if it was there before") from error
     finally:
         folder.close()
 

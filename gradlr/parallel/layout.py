@@ -89,7 +89,7 @@ def with_layout(plan: ParameterPlan, all_reduce: AllReduce) -> ParameterPlan:
         plan = _without_view(plan, cut[0])
     axes = [_axis(plan, axis, places, all_reduce) for axis in range(len(plan.shape))]
     if plan.kind == VECTOR:  # entry by entry: the order of the axes says nothing
-        axes = [WHOLE, *sorted(axes, key=lambda axis: axis.is_whole, reverse=True)]
+        axes = [WHOLE, WHOLE, *sorted(axes, key=lambda axis: axis.is_whole, reverse=True)]
     batch = axes[-3] if len(axes) > 2 else WHOLE
     return replace(plan, layout=Layout(axes[-2], axes[-1], batch, _number(parameter)))
 

@@ -9,7 +9,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -187,7 +187,8 @@ def together(replicas: Replicas | None) -> Iterator[None]:
         raise
     except Exception as error:
         if replicas is not None:
-            replicas.tell_failure(error)
+            with suppress(ParallelError):  # the error at hand says more than that somebody does not hear of it
+                replicas.tell_failure(error)
         raise
 
 

@@ -153,6 +153,19 @@ def folders_are_written_whole(rank, size):
         os.rename(path, path + ".old")  # as where a process was killed before it has given the new one its name
     distributed.barrier()
     assert gradlr.load(path, model=model, optimizer=opt) == {"epoch": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.setattr(opt, "_load", _not_this_one)
+        with pytest.raises(gradlr.CheckpointError if rank == 1 else gradlr.ParallelError, match="not this one") as told:
+            gradlr.load(path, model=model, optimizer=opt)
+        assert ("Nothing was changed" in str(told.value)) == (rank == 1)
+    distributed.barrier()
+    if rank == 0:
+        rest = torch.load(path + ".old/gradlr.pt", weights_only=True)
+        torch.save({**rest, "gradlr": 2}, path + ".old/gradlr.pt")
+    distributed.barrier()
+    with pytest.raises(gradlr.CheckpointError, match="has format 2"):
+        gradlr.load(path, model=model, optimizer=opt)
     distributed.barrier()
     if rank == 0:
         os.remove(path + ".old/gradlr.pt")
@@ -182,6 +195,10 @@ def shard_one(layer, seed):
     torch.manual_seed(seed)
     torch.nn.init.normal_(layer.weight)
     return fully_shard(layer)
+
+
+def _not_this_one(state_dict):
+    raise gradlr.CheckpointError("not this one")
 
 
 def _no_space(*_, **__):

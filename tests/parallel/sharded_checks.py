@@ -14,7 +14,7 @@ from checks import counted_bytes
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 
@@ -548,3 +548,14 @@ def a_killed_process_ends_the_others(rank, size):
         model.up.weight.register_post_accumulate_grad_hook(lambda parameter: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises((gradlr.ParallelError, RuntimeError)):
         train(model, tracker, opt, 1, part=share_of(rank, size), start=1)
+
+
+def a_replicated_number_is_trained(rank, size):
+    """`distribute_module` makes DTensors of all parameters, those without axes included."""
+    mesh = init_device_mesh("cpu", (size,))
+    model = torch.nn.Module()
+    model.scale = torch.nn.Parameter(distribute_tensor(torch.tensor(2.0), mesh, [Replicate()]))
+    tracker, opt = attach(model)
+    tracker(model.scale.square().to_local()).backward()
+    opt.step()
+    assert model.scale.to_local() < 2

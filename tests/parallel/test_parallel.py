@@ -9,6 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
 from processes import assert_passed, run_documented_loop, run_in_processes
 
+from gradlr import ArgumentError, ParallelError
+from gradlr.parallel import together
+
 # In one process of pytest-xdist, so that no fixture is made twice.
 pytestmark = pytest.mark.xdist_group("parallel")
 
@@ -67,3 +70,13 @@ def test_in_four_processes(in_four, name):
 def test_the_documented_loop_runs_under_torchrun(tmp_path):
     saved = run_documented_loop(0, tmp_path)
     assert {int(state["step"]) for state in saved["optimizer"]["state"].values()} == {3}
+
+
+class _Unreachable:
+    def tell_failure(self, error):
+        raise ParallelError("nobody hears it")
+
+
+def test_an_error_is_told_here_where_nobody_else_hears_of_it():
+    with pytest.raises(ArgumentError, match="the reason"), together(_Unreachable()):
+        raise ArgumentError("the reason")

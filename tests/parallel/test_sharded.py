@@ -42,6 +42,7 @@ IN_TWO = (
     "nan_in_backward_is_an_error_on_all",
     "bytes_are_those_of_the_formula",
     "what_cannot_be_sharded_is_refused",
+    "a_replicated_number_is_trained",
     "rates_and_gradients_of_one_rank_are_told",
     "attaching_before_sharding_is_told",
     "a_model_is_attached_again_after_detach",
