@@ -11,8 +11,8 @@ from gradlr.bench import devices, estimate, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CAPTURE, BENCHMARKS, STUDY, MEMORY = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("capture", "benchmarks", "study", "memory")
+CAPTURE, BENCHMARKS, STUDY, MEMORY, DEVICES = (
+    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("capture", "benchmarks", "study", "memory", "devices")
 )
 RESULTS = ROOT / "gradlr" / "bench" / "results"
 
@@ -57,6 +57,7 @@ TABLES = {
     "speed-transformer-512": (CAPTURE, speed),
     "crossover": (CAPTURE, speed),
     "quality-capture": (CAPTURE, quality),
+    "quality-group": (DEVICES, quality),
 }
 
 
@@ -104,6 +105,17 @@ def test_a_fifth_of_a_number_per_weight_is_within_three_percent_of_muon():
     (ours,) = (row for row in results("study-pretrained")["results"] if row["name"] == "k16_r64")
     assert ours["matrix_state_per_weight"] <= 0.2
     assert all(loss <= 1.03 * muon for loss, muon in zip(ours["losses"], losses("muon")["losses"], strict=True))
+
+
+def test_bases_that_all_processes_know_cost_less_than_adamw_is_behind():
+    rows = {row["name"]: row for row in results("quality-group")["results"]}
+    for name in ("k4_r64_group", "k32_r64_group"):
+        for reference in ("adamw", "adamw_slow_tables"):
+            pairs = zip(rows[name]["losses"], losses(reference)["losses"], strict=True)
+            assert all(ours < theirs for ours, theirs in pairs)
+        alone = losses(name.removesuffix("_group"))
+        assert rows[name]["best_lr"] == alone["best_lr"]
+        assert 0 < rows[name]["mean"] - alone["mean"] < 0.02
 
 
 def test_between_processes_a_tenth_of_the_gradients_travels():
