@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 
 from ..errors import ArgumentError
 from ..parallel import Replicas, Shards
@@ -75,11 +76,23 @@ def among(devices: Devices) -> Iterator[Any]:
     importlib.import_module("torch.testing._internal.distributed.fake_pg")  # brings the backend
     distributed.init_process_group("fake", rank=0, world_size=devices.gpus, store=distributed.HashStore())
     try:
+        _require_valueless_collectives(devices)
         # Outside any mode: it is made of numbers that are looked at.
         make = importlib.import_module("torch.distributed.device_mesh").init_device_mesh
         yield None if devices.shard == DP else make("cpu", (devices.gpus,))
     finally:
         distributed.destroy_process_group()
+
+
+def _require_valueless_collectives(devices: Devices) -> None:
+    try:
+        with FakeTensorMode():
+            distributed.all_reduce(torch.empty(1))
+    except UnsupportedOperatorException as error:
+        raise ArgumentError(
+            f"gpus={devices.gpus}: torch {torch.__version__} has no collectives of tensors without values: estimate with a newer "
+            "one (2.13 does), or one device without gpus="
+        ) from error
 
 
 def shard_model(model: nn.Module, devices: Devices, mesh: Any) -> None:

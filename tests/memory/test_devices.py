@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, nn
+from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
@@ -137,6 +138,16 @@ def test_a_thousand_devices():
     one = estimate(model, method="adamw", gpus=1024, shard="fsdp", tokens=2)
     assert one.weights == 4 * (2 * 8 + 2048)  # two rows of the first, one of the second
     assert one.gpus == 1024
+    assert not distributed.is_initialized()
+
+
+def test_a_torch_without_collectives_of_fake_tensors_is_told(monkeypatch):
+    def unsupported(numbers):
+        raise UnsupportedOperatorException(torch.ops.c10d.allreduce_.default)  # as torch 2.6
+
+    monkeypatch.setattr(distributed, "all_reduce", unsupported)
+    with pytest.raises(ArgumentError, match="estimate with a newer"):
+        found("gradlr", "fsdp")
     assert not distributed.is_initialized()
 
 
