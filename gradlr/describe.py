@@ -59,8 +59,9 @@ def _row(optimizer: GradLR, slot: Slot) -> tuple[str, ...]:
 
 
 def _totals(optimizer: GradLR) -> str:
-    weights = sum(slot.plan.parameter.numel() for slot in optimizer.slots)
-    return tale_of_state(len(optimizer.slots), weights, optimizer.state_bytes())
+    weights = sum(slot.plan.here.numel() for slot in optimizer.slots)
+    is_sharded = any(not slot.plan.layout.is_whole for slot in optimizer.slots)
+    return tale_of_state(len(optimizer.slots), weights, optimizer.state_bytes()) + (" (in this process)" if is_sharded else "")
 
 
 def tale_of_state(parameters: int, weights: int, state: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import distributed, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, AttachError
 from .optimizer import GradLR
 from .parallel import Replicas, Shards, fingerprint
 from .parameters import is_sharded
@@ -16,7 +16,7 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
 
     Raises:
         ArgumentError: the other arguments do not suit that.
-        AttachError: there are several meshes.
+        AttachError: there are several meshes, or FSDP2 has left parameters out.
     """
     if isinstance(model, nn.Module):
         _reshard(model)
@@ -30,13 +30,28 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
             f'capture="{capture}" works on plain layers, and the model is sharded: FSDP2 gathers a weight for its forward, and '
             'tensor parallelism splits it. Use capture="hook", whose gradients are shards'
         )
+    _require_averaged(model)
     return Shards(trainable)
+
+
+def _require_averaged(model: nn.Module) -> None:
+    is_fsdp = any(map(_is_fsdp, model.modules()))
+    plain = [name for name, one in model.named_parameters() if one.requires_grad and not is_sharded(one)]
+    if is_fsdp and plain:
+        raise AttachError(
+            f"{plain[0]!r} is a plain parameter beside those that FSDP2 shards ({len(plain)} such in all): nobody would average its "
+            "gradient over the processes: call fully_shard on the whole model as well, last, before attaching"
+        )
+
+
+def _is_fsdp(module: nn.Module) -> bool:
+    return hasattr(module, "set_reshard_after_backward")  # FSDPModule, by name: importing it takes half a second
 
 
 def _reshard(model: nn.Module) -> None:
     # After an evaluation the root keeps plain tensors in the place of its shards, and hooks on those would train copies.
     for module in model.modules():
-        if hasattr(module, "set_reshard_after_backward"):  # FSDPModule, by name: importing it takes half a second
+        if _is_fsdp(module):
             module.reshard()
 
 

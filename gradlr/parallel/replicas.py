@@ -132,7 +132,8 @@ class Replicas:
             reason = str(error).splitlines()[0]
             raise ParallelError(
                 f"rank {self.rank} could not reach the others {where}: {self._tale_of_missing()} ({reason}). Every process must "
-                "call attach, load_state_dict and opt.step() equally often: one that has no batch left calls opt.step() without"
+                "call attach, load_state_dict and opt.step() equally often: one that has no batch left calls opt.step() "
+                "without a backward, and all take part in evaluating and saving a sharded model"
             ) from error
 
     def _tale_of_missing(self) -> str:
@@ -220,7 +221,8 @@ def warn_of_processes() -> None:
         warnings.warn(
             f'{count} processes run, and each trains alone: attach(..., apply="step", '
             "process_group=torch.distributed.group.WORLD), after torch.distributed.init_process_group(), trains one model; so "
-            'does capture="ddp" with DistributedDataParallel(model) after it',
+            'does capture="ddp" with DistributedDataParallel(model) after it. For FSDP2 or tensor parallel, call fully_shard or '
+            "parallelize_module before attach (docs/devices.md)",
             GradlrWarning,
             stacklevel=3,
         )

@@ -477,8 +477,13 @@ def what_cannot_be_sharded_is_refused(rank, size):
         attach(shard(net()), process_group=distributed.group.WORLD, apply="step")
     with pytest.raises(gradlr.AttachError, match="takes that axis apart"):
         attach(shard(net()), views={"up.weight": "(three o) i -> three o i"})
+    model = net()
+    fully_shard(model.up)
+    with pytest.raises(gradlr.AttachError, match=r"'embedding.weight' is a plain parameter .* \(6 such in all\)"):
+        attach(model)
     model = shard(net())
     tracker, opt = attach(model)
+    assert "(in this process)" in repr(opt)
     with pytest.raises(gradlr.ArgumentError, match="sharded"):
         opt.observe()
     with pytest.raises(gradlr.ArgumentError, match="sharded"):
