@@ -20,8 +20,9 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
     """
     if isinstance(model, nn.Module):
         _reshard(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if isinstance(model, nn.Module) else []
-    if not any(map(is_sharded, trainable)):
+    # Those that are frozen too: what stands beside them is trained, and saved, by all processes alike.
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if not any(map(is_sharded, parameters)):
         return None
     if process_group is not None:
         raise ArgumentError("the model is sharded: its parameters know their processes; leave process_group= out")
@@ -30,7 +31,7 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
             f'capture="{capture}" works on plain layers, and the model is sharded: FSDP2 gathers a weight for its forward, and '
             'tensor parallelism splits it. Use capture="hook", whose gradients are shards'
         )
-    return Shards(trainable)
+    return Shards(parameters)
 
 
 def _reshard(model: nn.Module) -> None:
