@@ -20,8 +20,9 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
     """
     if isinstance(model, nn.Module):
         _reshard(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad] if isinstance(model, nn.Module) else []
-    if not any(map(is_sharded, trainable)):
+    # Those that are frozen too: what stands beside them is trained, and saved, by all processes alike.
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    if not any(map(is_sharded, parameters)):
         return None
     if process_group is not None:
         raise ArgumentError("the model is sharded: its parameters know their processes; leave process_group= out")
@@ -31,7 +32,7 @@ def shards_of(model: nn.Module, process_group: distributed.ProcessGroup | None, 
             'tensor parallelism splits it. Use capture="hook", whose gradients are shards'
         )
     _require_averaged(model)
-    return Shards(trainable)
+    return Shards(parameters)
 
 
 def _require_averaged(model: nn.Module) -> None:
@@ -39,8 +40,8 @@ def _require_averaged(model: nn.Module) -> None:
     plain = [name for name, one in model.named_parameters() if one.requires_grad and not is_sharded(one)]
     if is_fsdp and plain:
         raise AttachError(
-            f"{plain[0]!r} is a plain parameter beside those that FSDP2 shards ({len(plain)} such in all): nobody would average its "
-            "gradient over the processes: call fully_shard on the whole model as well, last, before attaching"
+            f"{plain[0]!r} is a plain parameter beside those that FSDP2 shards ({len(plain)} such in all): nobody would average "
+            "its gradient over the processes. Call fully_shard on the whole model as well, last, before attaching"
         )
 
 

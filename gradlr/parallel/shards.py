@@ -36,7 +36,7 @@ class Shards:
     """The processes of a device mesh.
 
     Args:
-        parameters: Trainable parameters of the model, some of them sharded, over one mesh or parts of it.
+        parameters: Of the model, frozen ones included; some of them sharded, over one mesh or parts of it.
 
     Attributes:
         everyone: All processes of the mesh.

@@ -17,6 +17,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 import gradlr
 
@@ -189,6 +191,20 @@ def what_has_the_shape_of_a_shard_is_loaded_as_it_was(rank, size):
     assert expected["R"].shape == model.weight.to_local().shape and expected["spectrum"].dtype == torch.float64
     assert expected.keys() == found.keys()
     assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items())
+
+
+def what_is_trained_beside_frozen_shards_is_saved(rank, size):
+    model, other = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)) for _ in range(2))
+    for one in (model, other):
+        parallelize_module(one, init_device_mesh("cpu", (size,)), {"0": ColwiseParallel(output_layouts=Replicate())})
+        one[0].requires_grad_(False)
+        torch.nn.init.eye_(one[1].weight)
+        torch.nn.init.zeros_(one[1].bias)
+    (tracker, opt), (_, other_opt) = attach(model), attach(other)
+    tracker(model(torch.ones(4, 8)).square().mean()).backward()
+    gradlr.save(folder(f"beside{size}"), model=model, optimizer=opt)
+    gradlr.load(folder(f"beside{size}"), model=other, optimizer=other_opt)
+    assert not torch.equal(model[1].weight, torch.eye(8)) and torch.equal(model[1].weight, other[1].weight)
 
 
 def shard_one(layer, seed):

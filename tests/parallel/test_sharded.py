@@ -72,6 +72,7 @@ WHOLE = (
     "whole_state_dicts_are_broadcast_to_a_fresh_optimizer",
     "folders_are_written_whole",
     "what_has_the_shape_of_a_shard_is_loaded_as_it_was",
+    "what_is_trained_beside_frozen_shards_is_saved",
     "a_checkpoint_without_a_parameter_changes_nothing",
 )
 
