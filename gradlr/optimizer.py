@@ -14,7 +14,7 @@ from . import guards
 from .captures import captured_layers, operator_of
 from .checkpoint import extra_of
 from .describe import describe
-from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning
+from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning, ParallelError
 from .gauge import NormLimit
 from .gradient import AdaptorCapture, CapturedLayer, Claim, GradientOperator, HookCapture, LayerCapture
 from .membership import Membership
@@ -268,13 +268,19 @@ class GradLR(Updates):
 
         Raises:
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
-            ParallelError: the processes have loaded different ones, or one has failed to load.
+            ParallelError: the processes have loaded different ones, or one has failed to load; what was there is put back.
         """
+        before = self._remembered()
         with together(self.everyone):
             self._load(state_dict)
-        if self.everyone is not None:
-            options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
+        if self.everyone is None:
+            return
+        options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
+        try:
             self.everyone.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
+        except ParallelError:
+            self._put_back(before)
+            raise
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         self._restore(state_dict)

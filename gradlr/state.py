@@ -116,6 +116,20 @@ class KeptState(torch.optim.Optimizer):
         state["param_groups"][0]["gradlr"] = json.dumps(extra)
         return {**state, "gradlr": extra}
 
+    def _remembered(self) -> tuple[Any, ...]:
+        """All that loading replaces."""
+        states, ranks = dict(self.state), [slot.rank for slot in self.slots]
+        return states, ranks, [dict(group) for group in self.param_groups], self.seed, self.tracker.state_dict()
+
+    def _put_back(self, remembered: tuple[Any, ...]) -> None:
+        states, ranks, groups, self.seed, tracker = remembered
+        self.state.update(states)
+        for slot, rank in zip(self.slots, ranks, strict=True):
+            slot.restart(rank)
+        for group, before in zip(self.param_groups, groups, strict=True):
+            group.update(before)
+        self.tracker.load_state_dict(tracker)
+
     def _restore(self, state_dict: dict[str, Any]) -> None:
         check_layout(state_dict, self.param_groups)
         extra, slots = extra_of(state_dict), self.slots

@@ -17,6 +17,7 @@ from .errors import ArgumentError, CheckpointError, GradlrWarning, ParallelError
 from .files import write_atomically
 from .folders import as_held, is_any_sharded, is_folder, read_folder, write_folder
 from .optimizer import GradLR
+from .parallel import together
 
 _FORMAT = 1
 # What torch.load(weights_only=True) builds: subclasses and named tuples are code to it.
@@ -74,17 +75,23 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
         CheckpointError: the file is missing, damaged (a single bit is found, but not in the shards of a folder) or no checkpoint
             of gradlr; the model or the optimizer is another one; an object was not saved, or is of another class. It names the
             file and the first parameter that does not fit; nothing was changed.
-        ParallelError: other processes have loaded another one, or could not load it: the optimizer's state may be the new one.
+        ParallelError: other processes have found or loaded another one, or could not load it; the optimizer is as it was.
 
     Warns:
         GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.
     """
-    path = Path(path)
-    checkpoint = read_folder(path.absolute(), model, optimizer) if is_folder(path.absolute()) else _read(path)
-    _check_format(path, checkpoint)
-    _check_model(path, checkpoint["model"], model)
+    path, everyone = Path(path), None if optimizer is None else optimizer.everyone
+    is_in_folder = is_folder(path.absolute())
+    if everyone is not None:
+        everyone.agree({f"what is at {path}": "a folder" if is_in_folder else "a file" if path.is_file() else "nothing"})
     given = {name: value for name, value in more.items() if value is not None}
-    _check_objects(path, checkpoint["more"], given)
+    with together(everyone):
+        checkpoint = read_folder(path.absolute(), model, optimizer) if is_in_folder else _read(path)
+        _check_format(path, checkpoint)
+        _check_model(path, checkpoint["model"], model)
+        _check_objects(path, checkpoint["more"], given)
+    if everyone is not None:
+        everyone.agree({})
     if optimizer is not None:
         _warn_of_forgotten(path, checkpoint["more"], more)
     loads = [(value, checkpoint["more"][name]["state_dict"]) for name, value in given.items()]

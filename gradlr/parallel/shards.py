@@ -155,4 +155,10 @@ def _group_of(mesh: Any) -> distributed.ProcessGroup:
         return mesh.get_group()
     if mesh.size() == distributed.get_world_size():
         return distributed.group.WORLD
-    return mesh._flatten().get_group()
+    try:
+        return mesh._flatten().get_group()
+    except RuntimeError as error:
+        raise AttachError(
+            f"the device mesh {mesh} holds some of the processes, in several axes: give it mesh_dim_names, so that one group of "
+            f"them can be made ({error})"
+        ) from error

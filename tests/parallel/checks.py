@@ -313,8 +313,13 @@ def a_resumed_run_goes_on_bit_for_bit(rank, size):
     changed = copy.deepcopy(saved[1])
     if rank == 1:
         next(iter(changed["state"].values()))["P"][0] += 1
+    before = copy.deepcopy(other_opt.state_dict())
     with pytest.raises(gradlr.ParallelError, match=r"on rank 1, state of '"):
         other_opt.load_state_dict(changed)
+    after = other_opt.state_dict()
+    assert after["gradlr"] == before["gradlr"] and after["state"].keys() == before["state"].keys()
+    for index, state in before["state"].items():
+        assert all(torch.equal(value, after["state"][index][key]) for key, value in state.items())
     error, tale = (gradlr.CheckpointError, "lacks") if rank == 1 else (gradlr.ParallelError, "On rank 1: CheckpointError")
     with pytest.raises(error, match=tale):
         other_opt.load_state_dict({} if rank == 1 else saved[1])

@@ -174,6 +174,10 @@ def folders_are_written_whole(rank, size):
     distributed.barrier()
     with pytest.raises(gradlr.CheckpointError, match="damaged, cut off"):
         gradlr.load(path, model=model, optimizer=opt)
+    with pytest.MonkeyPatch.context() as patch:  # a disk that not all of them see
+        patch.setattr(gradlr.storage, "is_folder", lambda path: rank != 1)
+        with pytest.raises(gradlr.ParallelError, match=r"on rank 1, what is at .*: nothing; on rank 0: a folder"):
+            gradlr.load(path, model=model, optimizer=opt)
 
 
 def what_has_the_shape_of_a_shard_is_loaded_as_it_was(rank, size):
