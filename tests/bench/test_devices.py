@@ -32,10 +32,6 @@ def group():
     distributed.destroy_process_group()
 
 
-# In one process of pytest-xdist, so that no fixture is made twice.
-pytestmark = pytest.mark.xdist_group("bench devices")
-
-
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("devices") / "devices.json"

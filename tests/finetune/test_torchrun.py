@@ -26,10 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 STEPS = 20
 PATIENCE = 120  # seconds until something that was to happen counts as hanging
 
-pytestmark = [
-    pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc"),
-    pytest.mark.xdist_group("torchrun"),  # so that no fixture is made twice
-]
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 
 
 @pytest.fixture(scope="module")

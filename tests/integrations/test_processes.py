@@ -45,10 +45,6 @@ def run(names, tmp_path_factory):
     return run_in_processes(2, "process_checks", names, tmp_path_factory.mktemp("two"), environment=environment)
 
 
-# In one process of pytest-xdist, so that no fixture is made twice.
-pytestmark = pytest.mark.xdist_group("trainers")
-
-
 @pytest.fixture(scope="module")
 def accelerate_reports(tmp_path_factory):
     return run(ACCELERATE, tmp_path_factory)

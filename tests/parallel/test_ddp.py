@@ -12,9 +12,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 from models import mlp
 from processes import assert_passed, run_documented_loop, run_in_processes
 
-# In one process of pytest-xdist, so that no fixture is made twice.
-pytestmark = pytest.mark.xdist_group("ddp")
-
 IN_TWO = (
     "stock_ddp_equals_one_process",
     "accumulation_equals_one_process",

@@ -12,9 +12,6 @@ from processes import assert_passed, run_documented_loop, run_in_processes
 from gradlr import ArgumentError, ParallelError
 from gradlr.parallel import together
 
-# In one process of pytest-xdist, so that no fixture is made twice.
-pytestmark = pytest.mark.xdist_group("parallel")
-
 IN_TWO = (
     "hooks_equal_one_process",
     "accumulation_equals_one_process",

@@ -17,9 +17,6 @@ from gradlr import folders
 
 shutil_rmtree = shutil.rmtree
 
-# In one process of pytest-xdist, so that no fixture is made twice.
-pytestmark = pytest.mark.xdist_group("sharded")
-
 IN_TWO = (
     "fsdp_in_backward_equals_one_process",
     "fsdp_at_step_equals_one_process",
