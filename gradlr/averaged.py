@@ -131,10 +131,7 @@ class AveragedGradLR(GradLR):
         status = FAILED if has_failed else FINE if bad_loss is None else NOT_FINITE
         gradients, self._averaged, self._bad_backward = self._averaged, [], None
         told = compare(self._replicas, self.slots, gradients, losses=losses, status=status)
-        if told.failed:
-            raise guards.failed_elsewhere(told.failed)
-        if told.not_finite:
-            self._skips.reason = guards.not_finite_on(told.not_finite, self._replicas.rank, bad_loss or "")
+        self._heed(told.failed, told.not_finite, bad_loss or "")
         if told.loss is not None:
             self.tracker.record_mean(told.loss)
         for slot in self._waiting():
