@@ -14,11 +14,11 @@ from torch.nn.parallel import DistributedDataParallel
 from ..errors import ArgumentError
 from .environment import environment
 from .processes import in_processes
-from .speed import SEQUENCES, interleaved, timed_rows
+from .speed import SEQUENCES, cycled, interleaved, timed_rows
 from .steppers import Stepper, fused_adamw, gradlr
 from .text import batches, documentation
 from .traffic import Traffic, sent_bytes
-from .transformer import ByteTransformer, language_model_loss
+from .transformer import ByteTransformer
 
 _RATE = 1e-3
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter")
@@ -169,15 +169,7 @@ def _model(sizes: Sizes) -> ByteTransformer:
 
 def _step_of(way: Way, sizes: Sizes, windows: Windows) -> Callable[[], None]:
     module, stepper = way.prepare(_model(sizes), sizes.rank)
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        inputs, targets = windows[count % len(windows)]
-        stepper.step(lambda: language_model_loss(module, inputs, targets))
-        count += 1
-
-    return step
+    return cycled(stepper, module, windows)
 
 
 def _with_traffic(rows: list[dict[str, Any]], traffic: dict[str, dict[str, int]], processes: int) -> list[dict[str, Any]]:

@@ -9,12 +9,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import rules
 from .environment import environment
 from .peers import PEERS
-from .steppers import Contender, forward_backward, fused_adamw, gradlr, muon, sgd
+from .steppers import Contender, Stepper, forward_backward, fused_adamw, gradlr, muon, sgd
 from .text import batches, documentation
 from .transformer import ByteTransformer, language_model_loss
 
@@ -150,7 +150,12 @@ def _transformer_step(
     model = ByteTransformer(width, depth, max(1, width // 64), context=length).to(device, dtype)
     text = batches(documentation().train, batch_size=SEQUENCES, length=length, steps=8, seed=0)
     windows = [(inputs.to(device), targets.to(device)) for inputs, targets in text]
-    stepper, count = contender.make(model, _RATE), 0
+    return cycled(contender.make(model, _RATE), model, windows)
+
+
+def cycled(stepper: Stepper, model: nn.Module, windows: Sequence[tuple[Tensor, Tensor]]) -> Callable[[], None]:
+    """One training step a call, on pairs of inputs and targets in turn."""
+    count = 0
 
     def step() -> None:
         nonlocal count
