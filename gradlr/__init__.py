@@ -1,5 +1,10 @@
 """gradlr: every weight is updated inside backward, from a gradient compressed to rank r; no gradient is left over."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import linalg, rules
 from .attach import attach
 from .errors import (
@@ -14,12 +19,26 @@ from .errors import (
     ParallelError,
     ShapeError,
 )
-from .lora import LoraLayer, LoraReport, export_lora
-from .memory import Estimate, estimate, estimate_all
 from .optimizer import GradLR
 from .ranks import ByEnergy, ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
-from .storage import load, save
 from .tracker import LossTracker
+
+if TYPE_CHECKING:
+    from .apps.estimate import Estimate, estimate, estimate_all
+    from .apps.lora import LoraLayer, LoraReport, export_lora
+    from .checkpoint.file import load, save
+
+# Loaded when first asked for: `import gradlr` is what every training run waits for, and needs none of them.
+_ON_FIRST_USE = {
+    "Estimate": "apps.estimate",
+    "LoraLayer": "apps.lora",
+    "LoraReport": "apps.lora",
+    "estimate": "apps.estimate",
+    "estimate_all": "apps.estimate",
+    "export_lora": "apps.lora",
+    "load": "checkpoint.file",
+    "save": "checkpoint.file",
+}
 
 __version__ = "0.1.0"
 
@@ -54,3 +73,14 @@ __all__ = [
     "rules",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module 'gradlr' has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

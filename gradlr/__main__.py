@@ -1,8 +1,8 @@
-"""`python -m gradlr` is the command line of `gradlr.cli`."""
+"""`python -m gradlr` is the command line of `gradlr.apps.cli`."""
 
 import sys
 
-from .cli import main
+from .apps.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,33 +10,22 @@ from typing import Any
 import torch
 from torch import distributed, nn
 
-from . import guards
-from .averaged import AveragedGradLR
+from .capture.layer_swap import release_abandoned
+from .distributed import Communicator, propagate_errors, warn_of_processes
+from .distributed.setup import join, shards_of, spread
+from .engine import messages as guards
+from .engine.attached_parameters import is_compiled_whole, require_plain_model, require_trainable
+from .engine.grad_norm import GradClipper
+from .engine.record import ParameterGroup
 from .errors import ArgumentError, GradlrWarning
-from .gauge import NormLimit
-from .gradient import release_abandoned
-from .membership import is_compiled_whole, require_plain_model, require_trainable
 from .optimizer import GradLR
-from .parallel import Replicas, together, warn_of_processes, world
-from .parameters import (
-    KINDS,
-    MATRIX,
-    TABLE,
-    VECTOR,
-    ParameterPlan,
-    plan_parameters,
-    tale_of_guesses,
-    with_kind,
-    with_views,
-)
-from .processes import join, shards_of, spread
+from .params.kinds import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, guesses_message, plan_parameters, with_kind, with_views
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
 from .rules import Rule, resolve
 from .rules.base import require_fraction, require_number, require_positive
-from .slots import ParameterGroup
 from .tracker import LossTracker
 
-# Measured by `python -m gradlr bench quality` (gradlr/bench/results/quality.json; width 128, so r = 64 is half of full rank).
+# Measured by `python -m gradlr bench quality` (results/quality.json of the bench; width 128, so r = 64 is half of full rank).
 # lr: the best of the sweep. r is what quality needs: halving 64 costs 0.03 nats, doubling it gains 0.02 for twice the
 # arithmetic and memory in waiting. k makes no difference there; 4 keeps the state of matrices below 0.05 numbers per weight
 # and some momentum for small batches. One learning rate is tuned, the other two follow it, since tables want a far smaller one.
@@ -111,8 +100,7 @@ def attach(
             transformers' Conv1D or ungrouped convolution: its backward hands over input and output gradient, from which the
             rule takes its products of rank r, exact, without the residual; embeddings hand over rows. "one_sided" also saves
             r numbers a token for backward instead of the layer's input; the gradient is projected. "auto" is "adaptor" where
-            that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more. "ddp" is for a model
-            that is wrapped in DistributedDataParallel afterwards, which then averages sketches; see `docs/devices.md`.
+            that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
         max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. It decides what a
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
             norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
@@ -123,8 +111,7 @@ def attach(
         process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
             `opt.step()` exchanges sketches, r(m + n) numbers per matrix, whose mean all take; needs `apply="step"`. All processes
             call `attach`, `step` and `load_state_dict` alike; rank 0's weights and buffers go to all. A model that `fully_shard`
-            or `parallelize_module` has sharded needs none. With `capture="ddp"` the wrapper's own group; where None, that of all
-            processes. See `docs/devices.md`.
+            or `parallelize_module` has sharded needs none. See `docs/devices.md`.
 
     Returns:
         The optimizer, a `torch.optim.Optimizer`. Keep it in a variable: hooks hold it weakly.
@@ -142,21 +129,18 @@ def attach(
             what was assumed, and how to overrule it.
     """
     shards = shards_of(model, process_group, capture)
-    if capture == "ddp" and process_group is None:
-        process_group = world()
-    elif process_group is None and shards is None:
+    if process_group is None and shards is None:
         warn_of_processes()
-    replicas = None if process_group is None else Replicas(process_group)
-    everyone = replicas if shards is None else shards.everyone
-    with together(everyone):
+    replicas = None if process_group is None else Communicator(process_group)
+    comm = replicas if shards is None else shards.comm
+    with propagate_errors(comm):
         require_plain_model(model)
         if not isinstance(loss_tracker, LossTracker):
             raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
         if apply not in ("backward", "step"):
             raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
         if replicas is not None and apply == "backward":
-            what = 'capture="ddp"' if capture == "ddp" else "process_group="
-            raise ArgumentError(f'{what} needs apply="step": what processes exchange waits for opt.step()')
+            raise ArgumentError('process_group= needs apply="step": what processes exchange waits for opt.step()')
         if state_dtype not in (torch.float32, torch.bfloat16):
             raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -180,22 +164,22 @@ def attach(
             spread(parameter_groups, shards)
         limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
         if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
-            warnings.warn(tale_of_guesses(guesses), GradlrWarning, stacklevel=2)
-        optimizer = (AveragedGradLR if capture == "ddp" else GradLR)(
+            warnings.warn(guesses_message(guesses), GradlrWarning, stacklevel=2)
+        optimizer = GradLR(
             model, parameter_groups, loss_tracker, apply=apply, seed=seed, limit=limit, state_dtype=state_dtype,
             capture="hook" if shards is not None else capture, replicas=replicas, shards=shards,
         )  # fmt: skip
-    if everyone is not None:
-        join(optimizer, model, everyone, shards)
+    if comm is not None:
+        join(optimizer, model, comm, shards)
     return optimizer
 
 
-def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> NormLimit:
+def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> GradClipper:
     if max_norm is not None:
         max_norm = require_positive("max_grad_norm", max_norm)
     if max_growth is not None and require_number("max_norm_growth", max_growth) <= 1:
         raise ArgumentError(f"max_norm_growth={max_growth!r}: it must be above 1, such as 1.01")
-    limit = NormLimit(max_norm, max_growth)
+    limit = GradClipper(max_norm, max_growth)
     if limit.is_active and apply == "backward":
         raise ArgumentError(
             'a limit on the global norm needs all gradients before the first update: attach with apply="step", call opt.step()'
@@ -266,7 +250,7 @@ def _group(label: str, kind: str, options: dict[str, Any], members: list[Paramet
     rule_option = {MATRIX: "rule", TABLE: "table_rule", VECTOR: "vector_rule"}[kind]
     rate_option = {MATRIX: "lr", TABLE: "table_lr", VECTOR: "vector_lr"}[kind]
     rule = resolve(options[rule_option])
-    if kind == VECTOR and not rule.needs_dense:
+    if kind == VECTOR and not rule.is_elementwise:
         raise ArgumentError(f"vector_rule={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
     rate = options[rate_option]
     if rate is None:

@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import guards
-from .captures import captured_layers, operator_of
-from .checkpoint import extra_of
-from .describe import describe
+from .capture.adaptor import AdaptorCapture
+from .capture.hook import HookCapture, ParameterLock
+from .capture.layer_swap import CapturedLayer, LayerCapture
+from .capture.select import captured_layers, operator_of
+from .distributed import Communicator, Shards, propagate_errors, state_fingerprint
+from .engine import messages as guards
+from .engine.apply_update import full_precision
+from .engine.attached_parameters import AttachedParameters
+from .engine.commit import Updates
+from .engine.grad_norm import GradClipper
+from .engine.record import ParameterGroup, compute_dtype_and_device, follow_loss
+from .engine.state_dict import extra_of
 from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning, ParallelError
-from .gauge import NormLimit
-from .gradient import AdaptorCapture, CapturedLayer, Claim, GradientOperator, HookCapture, LayerCapture
-from .membership import Membership
-from .parallel import Replicas, Shards, state_fingerprint, together
-from .slots import ParameterGroup, follow_loss, working_form
+from .gradient import GradientOperator
+from .report.summary import describe
 from .tracker import LossTracker
-from .updates import Updates
-from .write import full_precision
 
 
 class GradLR(Updates):
@@ -49,9 +52,9 @@ class GradLR(Updates):
         apply: str,
         seed: int,
         capture: str,
-        limit: NormLimit,
+        limit: GradClipper,
         state_dtype: torch.dtype,
-        replicas: Replicas | None = None,
+        replicas: Communicator | None = None,
         shards: Shards | None = None,
     ) -> None:
         is_immediate = apply == "backward"
@@ -61,14 +64,14 @@ class GradLR(Updates):
         self._dropped_serial: int | None = None
         self._bad_backward: tuple[int, str] | None = None
         self._bad_loss: str | None = None
-        layers = captured_layers(model, self.slots, capture, is_immediate=is_immediate)
-        self._membership = Membership(model, [slot.plan for slot in self.slots], is_alone=self.everyone is None)
+        layers = captured_layers(model, self.records, capture, is_immediate=is_immediate)
+        self._membership = AttachedParameters(model, [record.plan for record in self.records], is_alone=self.comm is None)
         self._capture, self._adaptors = self._captured(layers)
         self._is_detached = False
         tracker.subscribe(self)
 
-    def _captured(self, layers: list[CapturedLayer]) -> tuple[Claim, LayerCapture]:
-        named = [(slot.plan.name, slot.plan.parameter) for slot in self.slots]
+    def _captured(self, layers: list[CapturedLayer]) -> tuple[ParameterLock, LayerCapture]:
+        named = [(record.plan.name, record.plan.parameter) for record in self.records]
         return HookCapture(named, self._take), AdaptorCapture(layers, self)
 
     @property
@@ -102,12 +105,12 @@ class GradLR(Updates):
         self._membership.check()
         if self._shards is not None:
             self._bad_loss = self._hear_losses()
-        for slot in self._slots.values():
+        for record in self._records.values():
             # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
             # Processes that train together set it in step(), from what they all know.
-            is_free = slot.pending is None and slot.basis is None and self._replicas is None
-            if is_free and not slot.rule.needs_dense:
-                follow_loss(slot, tracker.ratio, self.state[slot.plan.parameter])
+            is_free = record.pending is None and record.basis is None and self._replicas is None
+            if is_free and not record.rule.is_elementwise:
+                follow_loss(record, tracker.ratio, self.state[record.plan.parameter])
 
     def begin_backward(self, scale: Tensor) -> None:
         """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
@@ -128,7 +131,7 @@ class GradLR(Updates):
             self._skips.skip(is_quiet=False)
 
     def _take(self, parameter: Tensor, gradient: Tensor) -> None:
-        plan = self._slots[id(parameter)].plan
+        plan = self._records[id(parameter)].plan
         operator = operator_of(plan, gradient)
         if operator is None:
             raise guards.unsupported_gradient(plan.name, gradient.layout, gradient.dtype, self._watch.changed)
@@ -149,23 +152,23 @@ class GradLR(Updates):
             NonFiniteError: NaN or infinity, with `apply="backward"` and a finite loss. On CUDA told at the next loss; the
                 parameter keeps value and state, its count aside.
         """
-        slot = self._slots.get(id(parameter))
-        if slot is None:
+        record = self._records.get(id(parameter))
+        if record is None:
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
         try:
-            self._watch.gradient_arrives(slot.plan.name, slot.last_loss)
+            self._watch.gradient_arrives(record.plan.name, record.last_loss)
             self._look_at_loss()
             with full_precision(gradient.device):
                 if self.apply == "step":
-                    self._accumulate(slot, gradient)
+                    self._accumulate(record, gradient)
                 elif self._dropped_serial != self.tracker.serial:
-                    self._update(slot, gradient)
+                    self._update(record, gradient)
                 else:
-                    slot.basis = None
+                    record.basis = None
         except GradlrError:
             self._give_up()
             raise
-        slot.last_loss = self.tracker.serial
+        record.last_loss = self.tracker.serial
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -216,8 +219,8 @@ class GradLR(Updates):
             self._skips.skip(is_quiet=True)
             self._forget_bases()
         self._drop_waiting()
-        for slot in self._slots.values():
-            slot.plan.parameter.grad = None
+        for record in self._records.values():
+            record.plan.parameter.grad = None
         if self.apply == "step":
             self._watch.gradients_dropped()
 
@@ -254,7 +257,7 @@ class GradLR(Updates):
             NonFiniteError, BackwardError: on CUDA, what the last backward has left to tell.
         """
         if waiting := self._waiting():
-            raise guards.unfinished_step([slot.plan.name for slot in waiting])
+            raise guards.unfinished_step([record.plan.name for record in waiting])
         self._skips.read()
         self._watch.raise_unread()
         last = None if self.limit.last is None else float(self.limit.last)
@@ -271,13 +274,13 @@ class GradLR(Updates):
             ParallelError: the processes have loaded different ones, or one has failed to load; what was there is put back.
         """
         before = self._remembered()
-        with together(self.everyone):
+        with propagate_errors(self.comm):
             self._load(state_dict)
-        if self.everyone is None:
+        if self.comm is None:
             return
         options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
         try:
-            self.everyone.agree(state_fingerprint(self.slots, self.state, self.param_groups, options))
+            self.comm.assert_same_on_all_ranks(state_fingerprint(self.records, self.state, self.param_groups, options))
         except ParallelError:
             self._put_back(before)
             raise
@@ -286,7 +289,7 @@ class GradLR(Updates):
         self._restore(state_dict)
         extra = extra_of(state_dict)
         last = extra.get("last_norm")
-        self.limit.last = None if last is None else torch.tensor(last, **working_form(self._gauge.parameter))
+        self.limit.last = None if last is None else torch.tensor(last, **compute_dtype_and_device(self._gauge.parameter))
         self._skips.count = extra.get("skipped", 0)
         self._gauge.clear()
         self._skips.clear()

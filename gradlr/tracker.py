@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .deferred import Deferred
 from .errors import ArgumentError, CheckpointError, LossError
+from .tensors import AsyncScalar
 
 _HISTORY_LENGTH = 65_536
 
@@ -73,7 +73,7 @@ class LossTracker:
         self._running_max: float | None = None
         self._latest: float | None = None
         self._history: deque[float] = deque(maxlen=_HISTORY_LENGTH)
-        self._in_flight: Deferred | None = None
+        self._in_flight: AsyncScalar | None = None
         # In the order in which they came: where processes train together, each of them asks in the same one.
         self._listeners: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
         self.scale: Tensor | None = None
@@ -93,7 +93,7 @@ class LossTracker:
         value = _as_scalar(loss)
         self._collect()
         if isinstance(value, Tensor) and value.is_cuda:
-            self._in_flight = Deferred(value)
+            self._in_flight = AsyncScalar(value)
         else:
             self._record(float(value))
         self.count += 1

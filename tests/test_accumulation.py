@@ -8,7 +8,7 @@ from models import attached, mlp
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gradlr.bench.memory import peak_bytes
+from gradlr.apps.bench.memory import peak_bytes
 from gradlr.rules import TrackedMomentum
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
@@ -94,10 +94,10 @@ def test_what_waits_is_the_sketch_of_the_summed_gradient(name, capture):
     LOOPS[name](plain, lambda loss: loss)
     _, tracker, opt = attached(model, capture=capture, apply="step", rule=TrackedMomentum(residual=0))
     LOOPS[name](model, tracker)
-    for slot in opt.slots:
-        expected = dict(plain.named_parameters())[slot.plan.name].grad
-        pending = slot.pending
-        if slot.plan.kind == "matrix":
+    for record in opt.records:
+        expected = dict(plain.named_parameters())[record.plan.name].grad
+        pending = record.pending
+        if record.plan.kind == "matrix":
             left, right = getattr(pending, "left", None), pending.right
             outside = torch.zeros_like(expected) if left is None else left @ left.mT @ (expected - expected @ right @ right.mT)
             expected = expected @ right @ right.mT + outside
@@ -175,7 +175,7 @@ def test_tables_wait_by_the_rows_that_were_touched():
     _, tracker, opt = attached(model, apply="step", capture="adaptor")
     for step in range(3):
         tracker(model(torch.tensor([step, 7, 4000])).square().mean()).backward()
-    pending = opt.slots[[slot.plan.name for slot in opt.slots].index("0.weight")].pending
+    pending = opt.records[[record.plan.name for record in opt.records].index("0.weight")].pending
     assert sorted(pending.rows.tolist()) == [0, 1, 2, 7, 4000]
     before = model[0].weight.detach().clone()
     opt.step()
@@ -197,8 +197,8 @@ def test_a_micro_batch_without_any_gradient_makes_no_bases(blank, capture):
             for _ in range(2):
                 tracker(1.0)  # a loss of 0 would set the rank
                 loss.backward(retain_graph=True)
-            assert all(slot.pending is not None for slot in opt.slots)
+            assert all(record.pending is not None for record in opt.records)
             del loss
         tracker(loss_of(model, 1)).backward()
-        found.append([slot.pending.matrix for slot in opt.slots])
+        found.append([record.pending.matrix for record in opt.records])
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

@@ -13,7 +13,7 @@ from gradlr.rules import Adam, TrackedMomentum
 
 
 def kinds(opt):
-    return {slot.plan.name: slot.plan.kind for slot in opt.slots}
+    return {record.plan.name: record.plan.kind for record in opt.records}
 
 
 def test_every_parameter_becomes_what_its_module_says():
@@ -33,7 +33,7 @@ def test_every_parameter_becomes_what_its_module_says():
 def test_a_convolution_is_folded_and_attention_is_three_matrices():
     model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 5), "attention": nn.MultiheadAttention(16, 2)})
     _, _, opt = attached(model)
-    shapes = {slot.plan.name: tuple(slot.plan.shape) for slot in opt.slots}
+    shapes = {record.plan.name: tuple(record.plan.shape) for record in opt.records}
     assert shapes["conv.weight"] == (8, 75)
     assert shapes["attention.in_proj_weight"] == (3, 16, 16)
     assert shapes["attention.out_proj.weight"] == (16, 16)
@@ -82,20 +82,20 @@ def test_the_first_matching_group_wins_and_takes_every_option():
     ]
     groups[0]["rule"] = "factor_moments"
     _, _, opt = attached(Mixed(), groups=groups)
-    slots = {slot.plan.name: slot for slot in opt.slots}
-    mix, conv = slots["mix.weight"], slots["conv.weight"]
+    records = {record.plan.name: record for record in opt.records}
+    mix, conv = records["mix.weight"], records["conv.weight"]
     group = opt.param_groups[mix.group_index]
     assert (group["lr"], group["beta"], group["weight_decay"], group["rule"]) == (0.5, 0.5, 0.1, "factor_moments")
     assert (mix.largest_rank, mix.momentum_rank) == (2, 1)
     assert opt.param_groups[conv.group_index]["lr"] == 0.25
-    assert opt.param_groups[slots["mix.bias"].group_index]["lr"] == pytest.approx(1e-3)
+    assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(1e-3)
 
 
 def test_a_groups_own_lr_is_nearer_than_a_global_vector_lr():
     _, _, opt = attached(Mixed(), vector_lr=1.0, groups=[{"match": "mix.*", "lr": 0.5}])
-    slots = {slot.plan.name: slot for slot in opt.slots}
-    assert opt.param_groups[slots["mix.bias"].group_index]["lr"] == pytest.approx(0.05)
-    assert opt.param_groups[slots["conv.bias"].group_index]["lr"] == 1.0
+    records = {record.plan.name: record for record in opt.records}
+    assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(0.05)
+    assert opt.param_groups[records["conv.bias"].group_index]["lr"] == 1.0
 
 
 def test_a_group_may_overrule_the_kind():
@@ -105,21 +105,21 @@ def test_a_group_may_overrule_the_kind():
 
 def test_a_vector_that_becomes_a_matrix_is_seen_as_its_layer_suggests():
     opt = gradlr.attach(nn.Conv2d(6, 1, 3), LossTracker(), groups=[{"match": "weight", "kind": "matrix"}])
-    assert next(slot.plan.shape for slot in opt.slots if slot.plan.name == "weight") == (1, 54)
+    assert next(record.plan.shape for record in opt.records if record.plan.name == "weight") == (1, 54)
 
 
 def test_rank_takes_an_int_a_fraction_and_a_schedule():
     def largest(rank):
-        return attached(mlp(16, 1), rank=rank)[2].slots[0].largest_rank
+        return attached(mlp(16, 1), rank=rank)[2].records[0].largest_rank
 
     assert [largest(rank) for rank in (5, 0.5, Fixed(3), gradlr.ByLoss(0.25), gradlr.ByEnergy(0.9))] == [5, 8, 3, 4, 16]
-    assert attached(mlp(16, 1), momentum_rank=0.25)[2].slots[0].momentum_rank == 4
+    assert attached(mlp(16, 1), momentum_rank=0.25)[2].records[0].momentum_rank == 4
 
 
 def test_rules_are_names_or_objects():
     rule = TrackedMomentum(residual=0)
     _, _, opt = attached(Mixed(), rule=rule, vector_rule=Adam(beta2=0.9), table_rule="adam")
-    by_kind = {slot.plan.kind: slot.rule for slot in opt.slots}
+    by_kind = {record.plan.kind: record.rule for record in opt.records}
     assert by_kind["matrix"] is rule
     assert by_kind["vector"].beta2 == 0.9
     assert by_kind["table"].name == "adam"

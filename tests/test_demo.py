@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import gradlr
-from gradlr.bench.language import FineTuning
-from gradlr.bench.pretrain import load_pretrained
-from gradlr.bench.transformer import evaluate
-from gradlr.cli import main
-from gradlr.demo import training
+from gradlr.apps.bench.language import FineTuning
+from gradlr.apps.bench.pretrain import load_pretrained
+from gradlr.apps.bench.transformer import evaluate
+from gradlr.apps.cli import main
+from gradlr.apps.demo import training
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +42,11 @@ def interrupt_at(monkeypatch, method, step):
     """Ctrl-C, as the terminal sends it, in the middle of the run of one method."""
     real = training._step
 
-    def step_and_interrupt(model, stepper, record, inputs, targets):
+    def step_and_interrupt(model, train_step, record, inputs, targets):
         if record.method == method and len(record.losses) == step:
             monkeypatch.setattr(training, "_step", real)
             signal.raise_signal(signal.SIGINT)
-        real(model, stepper, record, inputs, targets)
+        real(model, train_step, record, inputs, targets)
 
     monkeypatch.setattr(training, "_step", step_and_interrupt)
 
@@ -98,10 +98,10 @@ def test_a_crash_goes_on_from_the_last_saved_step(tmp_path, monkeypatch):
     demo(straight)
     real = training._step
 
-    def crash(model, stepper, record, inputs, targets):
+    def crash(model, train_step, record, inputs, targets):
         if record.method == "gradlr" and len(record.losses) == 3:
             raise MemoryError
-        real(model, stepper, record, inputs, targets)
+        real(model, train_step, record, inputs, targets)
 
     monkeypatch.setattr(training, "_step", crash)
     with pytest.raises(MemoryError):

@@ -65,7 +65,7 @@ def prepare(model, place, layer, error):
 
 
 def everything(model, opt):
-    states = {slot.plan.name: opt.state[slot.plan.parameter] for slot in opt.slots}
+    states = {record.plan.name: opt.state[record.plan.parameter] for record in opt.records}
     return copy.deepcopy([list(model.parameters()), states])
 
 

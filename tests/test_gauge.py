@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gradlr.gauge import Gauge, NormLimit
+from gradlr.engine.grad_norm import GradClipper, GradNormProxy
 
 FORM = {"dtype": torch.float64, "device": torch.device("cpu")}
 
@@ -13,7 +13,7 @@ def number(value):
 
 
 def gauge_of(*energies):
-    gauge = Gauge(**FORM)
+    gauge = GradNormProxy(**FORM)
     for key, energy in enumerate(energies):
         gauge.record(key, number(energy))
     return gauge
@@ -65,7 +65,7 @@ def test_the_norm_is_limited_as_torch_does(norm, expected):
     weight = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
     weight.grad = number([norm])
     torch.nn.utils.clip_grad_norm_([weight], 1.0)
-    factor = NormLimit(max_norm=1.0).factor(number(norm)).item()
+    factor = GradClipper(max_norm=1.0).factor(number(norm)).item()
     assert factor == pytest.approx(expected, rel=2e-6)
     assert factor * norm == pytest.approx(weight.grad.item(), rel=1e-15)
 
@@ -75,10 +75,10 @@ GROWTH = [(None, 8.0, 1.0), (2.0, 2.5, 1.0), (2.0, 8.0, 0.375), (0.0, 8.0, 1.0),
 
 @pytest.mark.parametrize(("last", "norm", "expected"), GROWTH)
 def test_growth_is_limited_from_the_second_step_on(last, norm, expected):
-    limit = NormLimit(max_growth=1.5, last=None if last is None else number(last))
+    limit = GradClipper(max_growth=1.5, last=None if last is None else number(last))
     assert limit.factor(number(norm)).item() == expected
 
 
 def test_both_limits_together_give_the_smaller_norm():
-    limit = NormLimit(max_norm=1.0, max_growth=1.5, last=number(0.1))
+    limit = GradClipper(max_norm=1.0, max_growth=1.5, last=number(0.1))
     assert (limit.factor(number(8.0)) * 8.0).item() == pytest.approx(0.15, rel=1e-6)

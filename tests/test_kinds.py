@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradlr import ArgumentError, GradlrWarning
 from gradlr.gradient import Sketched
+from gradlr.params.views import checked_view
 from gradlr.rules import TrackedMomentum
-from gradlr.views import checked_view
 
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 LR, BETA = 1e-2, 0.9
@@ -328,7 +328,7 @@ def test_training_is_that_of_the_rules_by_hand_on_gradients_of_autograd(name, ap
     model, wanted = build(case), build(case)
     by_hand = ByHand(wanted, case.kinds)
     _, tracker, opt = attached(model, apply=apply, capture=capture, views=case.views, **FULL)
-    kinds = {slot.plan.name: slot.plan.kind for slot in opt.slots}
+    kinds = {record.plan.name: record.plan.kind for record in opt.records}
     assert kinds == {
         name: kind if isinstance(kind, str) else "matrix" for name, kind in zip(by_hand.names, by_hand.kinds, strict=True)
     }
@@ -365,8 +365,8 @@ def test_a_sketch_of_a_batch_of_matrices_gives_what_its_gradient_gives(name):
         )
         for step in range(3):
             tracker(loss_of(case, model, step)).backward()
-            slot = next(slot for slot in opt.slots if slot.plan.name == "weight")
-            assert isinstance(slot.pending, Sketched) == (apply == "step")
+            record = next(record for record in opt.records if record.plan.name == "weight")
+            assert isinstance(record.pending, Sketched) == (apply == "step")
             opt.step()
         results.append(model.weight.detach())
     # A sketch loses nothing of one gradient; float64 products in another order.
@@ -393,7 +393,7 @@ def test_a_bfloat16_weight_is_written_through_its_view(name):
 
 
 def plans(model, **options):
-    return {slot.plan.name: slot.plan for slot in attached(model, **options)[2].slots}
+    return {record.plan.name: record.plan for record in attached(model, **options)[2].records}
 
 
 def test_the_first_matching_view_wins_and_makes_a_matrix_unless_a_group_says_otherwise():
@@ -510,7 +510,7 @@ def test_a_view_of_the_users_own_is_captured_by_hooks():
     }
     for table in ([], [{"match": "words.*", "kind": "table"}]):
         _, _, opt = attached(model, capture="adaptor", views=views, groups=table)
-        captures = {slot.plan.name: slot.capture for slot in opt.slots}
+        captures = {record.plan.name: record.capture for record in opt.records}
         opt.detach()
         assert (captures["mix.weight"], captures["conv.weight"], captures["other.weight"]) == ("hook", "adaptor", "adaptor")
         assert captures["words.weight"] == "hook"
@@ -641,7 +641,7 @@ def test_frozen_parameters_stay_and_unfrozen_ones_are_told():
         loss = tracker(nn.functional.mse_loss(model(x), y))
     loss.backward()
     assert torch.equal(model[0].weight, frozen)
-    assert "0.weight" not in {slot.plan.name for slot in opt.slots}
+    assert "0.weight" not in {record.plan.name for record in opt.records}
 
 
 @pytest.mark.parametrize("apply", ["backward", "step"])

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import gradlr
-from gradlr.lora.factors import factorize
+from gradlr.apps.lora.factors import factorize
 
 # peft 0.21 reads an attribute that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")
@@ -309,9 +309,7 @@ def test_what_belongs_to_the_model_itself_is_left_out_and_said(tmp_path):
     report = gradlr.export_lora(model, base.state_dict(), tmp_path, rank=1.0)
     assert list(report.left_out) == ["shift"] and "left out: shift: it belongs to the model itself" in str(report)
     model.shift = base.shift
-    torch.testing.assert_close(
-        outputs(loaded(base, tmp_path), pictures()), outputs(model, pictures()), rtol=0, atol=1e-6
-    )
+    torch.testing.assert_close(outputs(loaded(base, tmp_path), pictures()), outputs(model, pictures()), rtol=0, atol=1e-6)
 
 
 def test_only_a_bias_or_a_norm_may_have_changed(tmp_path):

@@ -47,12 +47,12 @@ def test_backward_leaves_only_sketches_until_step():
     tracker(model(torch.randn(8, 64)).square().mean()).backward()
     assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
     assert all(parameter.grad is None for parameter in model.parameters())
-    sketch = next(slot.pending for slot in opt.slots if slot.plan.name == "0.weight")
+    sketch = next(record.pending for record in opt.records if record.plan.name == "0.weight")
     numbers = sum(part.numel() for part in (sketch.right, sketch.right_sketch, sketch.left, sketch.left_sketch))
     assert numbers == (2 * 4 + 2) * (64 + 64)  # (2r + k)(m + n): bases and products on both sides
     opt.step()
     assert not any(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
-    assert all(slot.pending is None for slot in opt.slots)
+    assert all(record.pending is None for record in opt.records)
 
 
 def test_both_modes_agree_where_one_backward_makes_the_step():
@@ -195,17 +195,17 @@ def test_the_global_random_state_is_not_touched():
 
 def test_the_rank_follows_the_loss():
     model, tracker, opt = attached(rank=gradlr.ByLoss(16))
-    slot = opt.slots[0]
+    record = opt.records[0]
     ranks = []
     for loss in (4.0, 2.0, 1.0, float("nan"), 4.0):
         tracker(loss)
-        ranks.append(slot.rank)
+        ranks.append(record.rank)
     assert ranks == [16, 8, 4, 4, 16]
 
 
 def test_by_energy_gives_each_parameter_its_own_rank():
     model, tracker, opt = attached(mlp(32, 2, dtype=torch.float64), rank=gradlr.ByEnergy(0.9, max_rank=24), momentum_rank=24)
-    low, high = (slot.plan.parameter for slot in opt.slots if slot.plan.kind == "matrix")
+    low, high = (record.plan.parameter for record in opt.records if record.plan.kind == "matrix")
     generator = torch.Generator().manual_seed(0)
     column = torch.randn(32, 1, dtype=torch.float64, generator=generator)
     for _ in range(6):
@@ -213,7 +213,7 @@ def test_by_energy_gives_each_parameter_its_own_rank():
         opt.receive(low, Dense(column @ column.mT))
         opt.receive(high, Dense(torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64, generator=generator)).Q))
     tracker(1.0)
-    ranks = {slot.plan.parameter is low: slot.rank for slot in opt.slots if slot.plan.kind == "matrix"}
+    ranks = {record.plan.parameter is low: record.rank for record in opt.records if record.plan.kind == "matrix"}
     assert ranks[True] <= 2  # one direction, and every other step a second one is tried
     assert ranks[False] > 8
 
@@ -274,9 +274,9 @@ def test_rounding_depends_on_seed_parameter_and_step_alone():
     for is_alone in (False, True):
         model, tracker, opt = attached(mlp(8, 2, dtype=torch.bfloat16), apply="step")
         tracker(1.0)
-        for slot in opt.slots:
-            if not is_alone or slot.plan.name == "0.weight":
-                opt.receive(slot.plan.parameter, Dense(torch.ones_like(slot.plan.parameter)))
+        for record in opt.records:
+            if not is_alone or record.plan.name == "0.weight":
+                opt.receive(record.plan.parameter, Dense(torch.ones_like(record.plan.parameter)))
         opt.step()
         results.append(model[0].weight.detach().clone())
     assert torch.equal(*results)
@@ -323,7 +323,7 @@ def test_a_weight_with_permuted_memory_is_written_too():
 def test_under_the_context_manager_hooks_go_at_the_end():
     model = mlp()
     with gradlr.attach(model, gradlr.LossTracker()) as opt:
-        assert len(opt.slots) == 6
+        assert len(opt.records) == 6
     loss_of(model).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 

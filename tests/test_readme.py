@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradlr
-from gradlr.bench import devices, estimate, memory, quality, speed
+from gradlr.apps.bench import devices, estimate, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -181,7 +181,7 @@ def test_every_way_of_capture_beats_adamw_and_the_exact_one_is_the_hook():
 def test_the_estimate_is_within_five_percent_of_every_measurement():
     report = results("estimate")
     assert {row["model"] for row in report["results"]} == set(estimate.CASES)
-    assert {row["method"] for row in report["results"]} == set(estimate.CONTENDERS)
+    assert {row["method"] for row in report["results"]} == set(estimate.BASELINES)
     for row in report["results"]:
         assert row["estimate"] == pytest.approx(row["measured"], rel=0.05)
         assert row["ratio_beyond_weights"] == pytest.approx(1, abs=0.05)

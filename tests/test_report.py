@@ -16,7 +16,7 @@ from torch import nn
 import gradlr
 from gradlr import ArgumentError, NonFiniteError
 from gradlr.linalg import spectral_norm
-from gradlr.observe import direction_energy
+from gradlr.report.metrics import direction_energy
 from gradlr.rules import TrackedMomentum, Update
 
 matplotlib.use("Agg")
@@ -60,7 +60,7 @@ def step(model, tracker, opt, seed, micro_batches):
 
 
 def viewed(opt, name, tensor):
-    return next(slot.plan.view.of(tensor) for slot in opt.slots if slot.plan.name == name)
+    return next(record.plan.view.of(tensor) for record in opt.records if record.plan.name == name)
 
 
 def stable_rank(matrices):
@@ -73,14 +73,14 @@ def captured(gradient, direction, rank):
     return ((basis.mT @ gradient).square().sum() / gradient.square().sum()).item()
 
 
-WAYS = [
+STRATEGIES = [
     ("backward", "hook", 1), ("backward", "adaptor", 1), ("step", "hook", 1), ("step", "hook", 3), ("step", "adaptor", 1),
     ("step", "adaptor", 3),
 ]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:capture=:gradlr.GradlrWarning")  # the layers are so small that hooks would be faster
-@pytest.mark.parametrize(("apply", "capture", "micro_batches"), WAYS)
+@pytest.mark.parametrize(("apply", "capture", "micro_batches"), STRATEGIES)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_numbers_are_those_of_the_dense_gradient_and_of_the_change(apply, capture, micro_batches, weight_decay):
     model, tracker, opt = everything(apply=apply, capture=capture, weight_decay=weight_decay)
@@ -88,7 +88,7 @@ def test_numbers_are_those_of_the_dense_gradient_and_of_the_change(apply, captur
     with opt.observe():
         gradients, before = step(model, tracker, opt, 1, micro_batches)
     report = opt.report()
-    rates = {slot.plan.name: opt.param_groups[slot.group_index] for slot in opt.slots}
+    rates = {record.plan.name: opt.param_groups[record.group_index] for record in opt.records}
     assert {row.kind for row in report.rows} == {"matrix", "table", "vector"}
     for row in report.rows:
         gradient, weight = viewed(opt, row.name, gradients[row.name]), viewed(opt, row.name, before[row.name])
@@ -124,13 +124,13 @@ def test_one_sided_capture_tells_the_norm_of_the_projection_and_no_share(apply):
     twin = copy.deepcopy(model)
     loss_of(twin, 0).backward()
     before = model.mixed.mix.weight.detach().clone()
-    slot = next(slot for slot in opt.slots if slot.plan.name == "mixed.mix.weight")
+    record = next(record for record in opt.records if record.plan.name == "mixed.mix.weight")
     with opt.observe():
         loss = tracker(loss_of(model, 0))
-        basis = slot.basis
+        basis = record.basis
         loss.backward()
         opt.step()
-    row = next(row for row in opt.report().rows if row.name == slot.plan.name)
+    row = next(row for row in opt.report().rows if row.name == record.plan.name)
     projection = twin.mixed.mix.weight.grad @ basis @ basis.mT
     assert row.is_projected and row.energy is None
     assert row.gradient_norm == pytest.approx(projection.norm().item(), rel=1e-9)
@@ -163,13 +163,15 @@ def test_update_with_residual_is_measured_before_it_is_rounded(dtype, weight_dec
     with opt.observe():
         tracker(model(torch.ones(8, 16, dtype=dtype)).square().mean()).backward()
     rows = {row.update_norm for row in opt.report().rows}
-    assert len(changes) == len(opt.slots)
+    assert len(changes) == len(opt.records)
     # float32 products.
     assert sorted(rows) == pytest.approx(sorted(changes), rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:capture=:gradlr.GradlrWarning")
-@pytest.mark.parametrize(("apply", "capture", "micro_batches"), [*WAYS, ("backward", "one_sided", 1), ("step", "one_sided", 2)])
+@pytest.mark.parametrize(
+    ("apply", "capture", "micro_batches"), [*STRATEGIES, ("backward", "one_sided", 1), ("step", "one_sided", 2)]
+)
 def test_observing_changes_no_bit(apply, capture, micro_batches):
     ends = []
     for is_observed in (False, True):
@@ -195,10 +197,10 @@ def test_nothing_is_done_where_nobody_asks(monkeypatch):
         raise AssertionError("observed")
 
     for name in ("kept", "seen_gradient", "seen_update"):
-        monkeypatch.setattr(f"gradlr.updates.{name}", refuse)
+        monkeypatch.setattr(f"gradlr.engine.commit.{name}", refuse)
     model, tracker, opt = attached(mlp(64), apply="step")
     tracker(model(torch.randn(8, 64)).square().mean()).backward()
-    sketches = [slot.pending for slot in opt.slots if slot.plan.kind == "matrix"]
+    sketches = [record.pending for record in opt.records if record.plan.kind == "matrix"]
     assert all(isinstance(one, gradlr.gradient.Sketched) and one.whole is None for one in sketches)
     opt.step()
     assert not opt.report().is_observed and "with opt.observe()" in str(opt.report())
@@ -212,10 +214,10 @@ def test_whole_gradients_are_dropped_with_the_step():
     model, tracker, opt = attached(mlp(64), apply="step")
     with opt.observe("0.weight"):
         tracker(model(torch.randn(8, 64)).square().mean()).backward()
-        assert [slot.plan.name for slot in opt.slots if getattr(slot.pending, "whole", None) is not None] == ["0.weight"]
+        assert [record.plan.name for record in opt.records if getattr(record.pending, "whole", None) is not None] == ["0.weight"]
         opt.step()
-    assert all(slot.pending is None for slot in opt.slots)
-    assert all(value.ndim == 0 for value in vars(opt.slots[0].observed).values() if isinstance(value, torch.Tensor))
+    assert all(record.pending is None for record in opt.records)
+    assert all(value.ndim == 0 for value in vars(opt.records[0].observed).values() if isinstance(value, torch.Tensor))
 
 
 def test_a_window_that_has_begun_unobserved_tells_no_share():
@@ -232,7 +234,7 @@ def test_which_parameters_are_observed_and_until_when():
     model, tracker, opt = attached()
     with pytest.raises(ArgumentError, match=r"observe\('encoder\.\*'\) matches no attached parameter.*'0\.weight'"):
         opt.observe("0.*", "encoder.*")
-    assert not any(slot.is_observed for slot in opt.slots)
+    assert not any(record.is_observed for record in opt.records)
     outer = opt.observe("0.*")
     with opt.observe("*.bias"):
         train(model, opt, tracker, 1)
@@ -250,7 +252,7 @@ def test_which_parameters_are_observed_and_until_when():
     train(model, opt, tracker, 1)
     assert [row.name for row in opt.report().rows if row.observed_step is not None] == ["0.weight"]
     second.stop()
-    assert not any(slot.is_observed for slot in opt.slots)
+    assert not any(record.is_observed for record in opt.records)
 
 
 class Overflowing(TrackedMomentum):
@@ -291,9 +293,9 @@ def test_stable_rank_of_the_momentum():
     for seed in range(3):
         step(model, tracker, opt, seed, 1)
     rows = {row.name: row for row in opt.report().rows}
-    for slot in opt.slots:
-        state, row = opt.state[slot.plan.parameter], rows[slot.plan.name]
-        if slot.plan.kind == "matrix":
+    for record in opt.records:
+        state, row = opt.state[record.plan.parameter], rows[record.plan.name]
+        if record.plan.kind == "matrix":
             assert row.momentum_stable_rank == pytest.approx(stable_rank(state["P"] @ state["R"].mT), rel=1e-9)
             assert 1 <= row.momentum_stable_rank <= 3
         else:
@@ -315,7 +317,7 @@ def test_a_momentum_that_is_not_finite_has_no_stable_rank():
 def test_bytes_are_those_of_the_tensors_and_of_torchs_adamw():
     model, tracker, opt = attached(Mixed(), groups=[{"match": "conv.weight", "rank": 2}])
     report = opt.report()
-    states = [{key: value for key, value in opt.state[s.plan.parameter].items() if key != "step"} for s in opt.slots]
+    states = [{key: value for key, value in opt.state[s.plan.parameter].items() if key != "step"} for s in opt.records]
     assert [row.state_bytes for row in report.rows] == [sum(v.numel() * v.element_size() for v in s.values()) for s in states]
     assert report.state_bytes == opt.state_bytes()
     adamw = torch.optim.AdamW(model.parameters())

@@ -11,7 +11,7 @@ import gradlr
 class Constant(gradlr.rules.Rule):
     """A direction of ones: the weight shows the rate of each step."""
 
-    name, needs_dense = "constant", True
+    name, is_elementwise = "constant", True
 
     def init(self, shape, settings, *, dtype, device):
         return {}

@@ -19,7 +19,7 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError, CheckpointError
-from gradlr.files import _prefix
+from gradlr.checkpoint.atomic import _prefix
 
 WRITER = Path(__file__).with_name("killed_writer.py")
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
@@ -164,10 +164,10 @@ def test_other_ranks_and_dtypes_go_on(changes, tmp_path):
         gradlr.load(tmp_path / "run.pt", model=other, optimizer=other_opt)
         assert_same([value.to(dtype) for value in weights(model)], weights(other))
         kept = min(changes.get("momentum_rank", 2), 2)
-        for slot in other_opt.slots:
-            if slot.plan.kind == "matrix":
-                old = dict(zip([s.plan.name for s in opt.slots], opt.slots, strict=True))[slot.plan.name].plan.parameter
-                new_r, old_r = other_opt.state[slot.plan.parameter]["R"], opt.state[old]["R"]
+        for record in other_opt.records:
+            if record.plan.kind == "matrix":
+                old = dict(zip([s.plan.name for s in opt.records], opt.records, strict=True))[record.plan.name].plan.parameter
+                new_r, old_r = other_opt.state[record.plan.parameter]["R"], opt.state[old]["R"]
                 torch.testing.assert_close(new_r[:, :kept], old_r[:, :kept].to(new_r.dtype), rtol=0, atol=0)
                 assert not new_r[:, kept:].any()
         other_tracker(nn.functional.mse_loss(other(x.to(dtype)), y.to(dtype))).backward()
@@ -209,6 +209,7 @@ def test_plain_values_come_back_and_others_are_refused(tmp_path):
     gradlr.save(tmp_path / "run.pt", model=model, optimizer=opt, **values)
     found = gradlr.load(tmp_path / "run.pt", model=model, optimizer=opt)
     assert torch.equal(found.pop("order"), values.pop("order")) and found == values
+
     class Table(dict):
         pass
 
@@ -292,8 +293,6 @@ def test_files_that_are_no_checkpoint_are_named(name, tmp_path):
     spoil(path)
     with pytest.raises(CheckpointError, match=f"run.pt: {message}"):
         gradlr.load(path, model=model, optimizer=opt)
-
-
 
 
 OTHERS = {

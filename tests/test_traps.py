@@ -369,6 +369,7 @@ def test_a_loss_of_shape_one_has_a_scalar_scale():
     tracker(loss_of(model).reshape(1)).backward()
     assert tracker.scale.shape == ()
 
+
 def test_two_optimizers_may_share_a_tracker_and_a_loss():
     encoder, decoder = mlp(), mlp(seed=1)
     tracker = gradlr.LossTracker()
@@ -525,10 +526,10 @@ def test_a_graph_from_before_detach_gives_ordinary_gradients(apply, again):
         _, other_tracker, other = attached(model, apply="step")
         other_tracker(1.0)
     loss.backward()
-    assert is_unchanged(model, before) and opt.slots[1].pending is None
+    assert is_unchanged(model, before) and opt.records[1].pending is None
     for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
         if again:
-            (mine,) = (slot.pending.matrix for slot in other.slots if slot.plan.parameter is mine)
+            (mine,) = (record.pending.matrix for record in other.records if record.plan.parameter is mine)
         torch.testing.assert_close(mine if again else mine.grad, theirs.grad, rtol=1e-6, atol=1e-8)
 
 
@@ -588,7 +589,7 @@ def test_a_container_made_for_the_call_does_not_blind_the_check():
 )
 def test_an_update_of_another_shape_is_refused(parts):
     class Wrong(gradlr.rules.Rule):
-        name, needs_dense = "wrong", True
+        name, is_elementwise = "wrong", True
 
         def init(self, shape, settings, *, dtype, device):
             return {}
@@ -623,7 +624,7 @@ def test_a_step_that_never_comes_is_told():
 
 def test_an_update_that_is_not_finite_is_refused():
     class Dividing(gradlr.rules.Rule):
-        name, needs_dense = "dividing", True
+        name, is_elementwise = "dividing", True
 
         def init(self, shape, settings, *, dtype, device):
             return {}

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from gradlr import BackwardError, LossTracker, NonFiniteError
-from gradlr.watch import BackwardWatch
+from gradlr.engine.loop_checks import BackwardWatch
 
 
 @pytest.fixture(autouse=True)
 def _no_copies(monkeypatch):
     """The copy to pinned memory needs CUDA; what is left is that nobody reads before it is time."""
-    monkeypatch.setattr("gradlr.watch.Deferred", lambda scalar: scalar)
+    monkeypatch.setattr("gradlr.engine.loop_checks.AsyncScalar", lambda scalar: scalar)
 
 
 class OnDevice:

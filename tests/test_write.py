@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from gradlr.parameters import View
+from gradlr.engine.apply_update import write
+from gradlr.params.kinds import View
 from gradlr.rules import Update
-from gradlr.write import write
 
 VIEWS = {
     "as it is": (View(), (40, 12)),
@@ -25,7 +25,7 @@ def update_of(shape, seed=0):
 @pytest.mark.parametrize("name", list(VIEWS))
 @pytest.mark.parametrize("numbers", [1, 60, 10_000])
 def test_blocks_make_no_difference(name, numbers, monkeypatch):
-    monkeypatch.setattr("gradlr.write._BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr("gradlr.engine.apply_update._BLOCK_NUMBERS", numbers)
     view, shape = VIEWS[name]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     update = update_of(view.of(weight).shape)
@@ -40,7 +40,7 @@ def test_blocks_make_no_difference(name, numbers, monkeypatch):
 @pytest.mark.parametrize("has_dense", [False, True])
 def test_narrow_weights_are_rounded_without_bias_in_every_block(dtype, numbers, has_dense, monkeypatch):
     """A hundredth of a unit in the last place, a thousand times: rounding to nearest would leave every weight as it is."""
-    monkeypatch.setattr("gradlr.write._BLOCK_NUMBERS", numbers)
+    monkeypatch.setattr("gradlr.engine.apply_update._BLOCK_NUMBERS", numbers)
     weight, generator = torch.ones(40, 12).to(dtype), torch.Generator().manual_seed(0)
     step = torch.finfo(dtype).eps / 200  # below 1 the spacing is half of eps
     left, right = torch.full((40, 1), step), torch.ones(12, 1)

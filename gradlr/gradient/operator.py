@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from ..linalg import HERE, Layout
+from ..linalg import UNSHARDED, Layout
 from ..linalg.normalize import widen
 
 
 class GradientOperator:
     """A gradient G of shape (..., m, n), known through its products.
 
-    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `times`, `transposed_times` and
+    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `times`, `rmatmul` and
     `is_finite`. `operator @ X` and `operator.mT @ Y` read as they do for tensors.
     """
 
@@ -21,11 +21,11 @@ class GradientOperator:
     dtype: torch.dtype
     device: torch.device
 
-    def times(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """`G x`: (..., n, r) → (..., m, r)."""
         raise NotImplementedError
 
-    def transposed_times(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Tensor) -> Tensor:
         """`Gᵀ y`: (..., m, r) → (..., n, r)."""
         raise NotImplementedError
 
@@ -42,7 +42,7 @@ class GradientOperator:
         raise NotImplementedError
 
     def __matmul__(self, x: Tensor) -> Tensor:
-        return self.times(x)
+        return self.matmul(x)
 
     @property
     def mT(self) -> GradientOperator:  # noqa: N802 (torch's name)
@@ -52,7 +52,7 @@ class GradientOperator:
     @property
     def matrix(self) -> Tensor:
         """G itself, (..., m, n): for those who cannot do without it."""
-        return self.times(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
+        return self.matmul(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
 
 
 def squared_norm(x: Tensor) -> Tensor:
@@ -78,11 +78,11 @@ class _Transposed(GradientOperator):
         self.shape, self.dtype, self.device = torch.Size((*batch, n, m)), original.dtype, original.device
         self._original = original
 
-    def times(self, x: Tensor) -> Tensor:
-        return self._original.transposed_times(x)
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._original.rmatmul(x)
 
-    def transposed_times(self, y: Tensor) -> Tensor:
-        return self._original.times(y)
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self._original.matmul(y)
 
     def is_finite(self) -> Tensor:
         return self._original.is_finite()
@@ -101,7 +101,7 @@ class Dense(GradientOperator):
         layout: Which block of G it is, where other processes hold the rest: products are summed over these.
     """
 
-    def __init__(self, matrix: Tensor, *, is_owned: bool = False, layout: Layout = HERE) -> None:
+    def __init__(self, matrix: Tensor, *, is_owned: bool = False, layout: Layout = UNSHARDED) -> None:
         self._matrix, self._layout = widen(matrix), layout
         self._is_owned = is_owned or self._matrix is not matrix
         self.shape, self.dtype, self.device = matrix.shape, self._matrix.dtype, matrix.device
@@ -111,18 +111,18 @@ class Dense(GradientOperator):
         """G itself, (..., m, n)."""
         return self._matrix
 
-    def times(self, x: Tensor) -> Tensor:
-        return self._layout.columns.total(self._matrix @ x)
+    def matmul(self, x: Tensor) -> Tensor:
+        return self._layout.columns.all_reduce_sum(self._matrix @ x)
 
-    def transposed_times(self, y: Tensor) -> Tensor:
-        return self._layout.rows.total(self._matrix.mT @ y)
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self._layout.rows.all_reduce_sum(self._matrix.mT @ y)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._matrix)
 
     def row_energies(self) -> Tensor:
         """Squared lengths of the rows, (..., m, 1)."""
-        return self._layout.columns.total(torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True) ** 2)
+        return self._layout.columns.all_reduce_sum(torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True) ** 2)
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
         """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
@@ -175,7 +175,7 @@ class Sketched(GradientOperator):
         left: Tensor | None = None,
         left_sketch: Tensor | None = None,
         *,
-        layout: Layout = HERE,
+        layout: Layout = UNSHARDED,
     ) -> None:
         self._layout = layout
         self.right, self.right_sketch, self.left, self.left_sketch = right, right_sketch, left, left_sketch
@@ -187,8 +187,8 @@ class Sketched(GradientOperator):
     @classmethod
     def of(cls, gradient: GradientOperator, right: Tensor, left: Tensor | None = None) -> Sketched:
         """Sketch a gradient in the given bases: two products, r(m + n) numbers."""
-        left_sketch = None if left is None else gradient.transposed_times(left)
-        return cls(right, gradient.times(right), left, left_sketch)
+        left_sketch = None if left is None else gradient.rmatmul(left)
+        return cls(right, gradient.matmul(right), left, left_sketch)
 
     def _check(self) -> None:
         *batch, n, r = self.right.shape
@@ -201,19 +201,21 @@ class Sketched(GradientOperator):
             shapes = ", ".join("None" if part is None else str(tuple(part.shape)) for part in parts)
             raise ShapeError(f"Sketched: X, A1, L, A2 have shapes {shapes}; needed are (n, r), (m, r), (m, l), (n, l)")
 
-    def times(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         rows, columns = self._layout.rows, self._layout.columns
-        product = self.right_sketch @ columns.total(self.right.mT @ x)
+        product = self.right_sketch @ columns.all_reduce_sum(self.right.mT @ x)
         if self.left is None:
             return product
-        return product + self.left @ (columns.total(self.left_sketch.mT @ x) - rows.total(self.left.mT @ product))
+        return product + self.left @ (
+            columns.all_reduce_sum(self.left_sketch.mT @ x) - rows.all_reduce_sum(self.left.mT @ product)
+        )
 
-    def transposed_times(self, y: Tensor) -> Tensor:
+    def rmatmul(self, y: Tensor) -> Tensor:
         rows = self._layout.rows
         if self.left is None:
-            return self.right @ rows.total(self.right_sketch.mT @ y)
-        inner = rows.total(self.left.mT @ y)
-        return self.right @ rows.total(self.right_sketch.mT @ (y - self.left @ inner)) + self.left_sketch @ inner
+            return self.right @ rows.all_reduce_sum(self.right_sketch.mT @ y)
+        inner = rows.all_reduce_sum(self.left.mT @ y)
+        return self.right @ rows.all_reduce_sum(self.right_sketch.mT @ (y - self.left @ inner)) + self.left_sketch @ inner
 
     def is_finite(self) -> Tensor:
         finite = self.right_sketch.isfinite().all()
@@ -231,7 +233,7 @@ class Sketched(GradientOperator):
         if self.left is None:
             return energy
         # L Lᵀ G and (1 − L Lᵀ) G X Xᵀ are orthogonal to each other. What several processes know counts once over all of them.
-        common = squared_norm(rows.total(self.left.mT @ self.right_sketch)) / columns.parts
+        common = squared_norm(rows.all_reduce_sum(self.left.mT @ self.right_sketch)) / columns.parts
         return energy + (squared_norm(self.left_sketch) - common) / rows.parts
 
     def scaled(self, factor: Tensor) -> Sketched:
@@ -243,9 +245,9 @@ class Sketched(GradientOperator):
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""
         is_alike = isinstance(gradient, Sketched) and gradient.right is self.right and gradient.left is None
-        self.right_sketch += gradient.right_sketch if is_alike else gradient.times(self.right)
+        self.right_sketch += gradient.right_sketch if is_alike else gradient.matmul(self.right)
         if self.left is not None:
-            self.left_sketch += gradient.transposed_times(self.left)
+            self.left_sketch += gradient.rmatmul(self.left)
         if self.whole is not None:
             self.whole = None if isinstance(gradient, Sketched) else self.whole.add_(gradient)
         return self

@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ..errors import ArgumentError, AttachError
 from ..optimizer import GradLR
-from ..parameters import is_sharded
+from ..params.kinds import is_sharded
 
 _OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
 
@@ -54,7 +54,7 @@ def guard(accelerator: Accelerator, optimizer: GradLR) -> None:
 
 def _clip(clip: Callable[..., Any], name: str, optimizer: GradLR, parameters: Iterable[Tensor] | Tensor, *args: Any, **kw: Any):
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    own = {id(slot.plan.parameter) for slot in optimizer.slots}
+    own = {id(record.plan.parameter) for record in optimizer.records}
     if any(id(parameter) in own for parameter in given):
         tale = "would find no gradients and clip nothing: each process keeps its part of them until opt.step()"
         raise ArgumentError(f"accelerator.{name} {tale}. Give max_grad_norm= to attach; opt.grad_norm is the norm before")

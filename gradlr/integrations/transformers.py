@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from .. import guards
+from ..engine import messages as guards
 from ..errors import ArgumentError, AttachError, GradlrWarning
 from ..tracker import LossTracker
 from .accelerate import attach, clip_grad_norm_, unwrap

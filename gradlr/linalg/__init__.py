@@ -1,21 +1,21 @@
 """Pure functions on tensors: bases, polar factors, normalization, rounding. Imports torch only."""
 
-from .axes import HERE, WHOLE, Axis, Layout
+from .axes import REPLICATED, UNSHARDED, Axis, Layout
 from .bases import orthonormalize, svd_lowrank
 from .normalize import multi_normalize, normalize_columns
-from .polar import leading_directions, newton_schulz, newton_schulz_spread, polar_factor
+from .polar import leading_directions, newton_schulz, newton_schulz_sharded, polar_factor
 from .rounding import stochastic_round
 from .spectral import spectral_norm
 
 __all__ = [
-    "HERE",
-    "WHOLE",
+    "REPLICATED",
+    "UNSHARDED",
     "Axis",
     "Layout",
     "leading_directions",
     "multi_normalize",
     "newton_schulz",
-    "newton_schulz_spread",
+    "newton_schulz_sharded",
     "normalize_columns",
     "orthonormalize",
     "polar_factor",

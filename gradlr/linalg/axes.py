@@ -21,11 +21,11 @@ class Axis:
     parts = 1
     first = 0
 
-    def total(self, x: Tensor) -> Tensor:
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum of what each part's process gives; `x` may be overwritten. Here `x` itself."""
         return x
 
-    def largest(self, x: Tensor) -> Tensor:
+    def all_reduce_max(self, x: Tensor) -> Tensor:
         """The same, the largest entries instead of sums."""
         return x
 
@@ -33,16 +33,16 @@ class Axis:
         """Size of the whole axis, given what lies here."""
         return here
 
-    def part(self, whole: Tensor, dim: int) -> Tensor:
+    def local_shard(self, whole: Tensor, dim: int) -> Tensor:
         """What of a tensor with the whole axis belongs here."""
         return whole
 
-    def gathered(self, here: Tensor, dim: int) -> Tensor:
+    def all_gather(self, here: Tensor, dim: int) -> Tensor:
         """The tensor with the whole axis, of which each process has a part."""
         return here
 
 
-WHOLE = Axis()
+REPLICATED = Axis()
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Layout:
         number: Which of its blocks this is, counted from 0.
     """
 
-    rows: Axis = WHOLE
-    columns: Axis = WHOLE
-    batch: Axis = WHOLE
+    rows: Axis = REPLICATED
+    columns: Axis = REPLICATED
+    batch: Axis = REPLICATED
     number: int = 0
 
     @property
@@ -77,7 +77,7 @@ class Layout:
             return flag
         count = flag.to(torch.float32)
         for axis in (self.rows, self.columns, self.batch):
-            count = axis.largest(count)
+            count = axis.all_reduce_max(count)
         return count > 0
 
     def whole(self, here: tuple[int, ...]) -> torch.Size:
@@ -86,17 +86,16 @@ class Layout:
         return torch.Size((*map(self.batch.size, batch), self.rows.size(m), self.columns.size(n)))
 
 
-HERE = Layout()
+UNSHARDED = Layout()
 
 
-def largest_in_columns(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+def largest_in_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     """Largest absolute entry of each column of (..., m, r), whose m rows are spread as `axis` says: (..., 1, r)."""
     # Where a process holds no row at all there is nothing to look at.
     here = x.abs().amax(dim=-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
-    return axis.largest(here)
+    return axis.all_reduce_max(here)
 
 
-def gram(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+def gram(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     """`xᵀ x` of (..., m, r), whose m rows are spread as `axis` says: (..., r, r), the same everywhere."""
-    return axis.total(x.mT @ x)
-
+    return axis.all_reduce_sum(x.mT @ x)

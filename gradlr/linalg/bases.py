@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from .axes import WHOLE, Axis, gram, largest_in_columns
+from .axes import REPLICATED, Axis, gram, largest_in_columns
 from .normalize import normalize_columns, safe_reciprocal, widen
 
 # Shifts of a unit diagonal, one per pass: shifted Cholesky-QR, Fukaya et al. 2020 (arXiv 1809.11085). Unshifted, twice-applied
@@ -12,7 +12,7 @@ from .normalize import normalize_columns, safe_reciprocal, widen
 _SHIFTS = {torch.float32: (1e-5, 1e-6, 1e-6), torch.float64: (1e-12, 1e-13, 1e-13)}
 
 
-def orthonormalize(x: Tensor, *, method: str = "auto", axis: Axis = WHOLE) -> Tensor:
+def orthonormalize(x: Tensor, *, method: str = "auto", axis: Axis = REPLICATED) -> Tensor:
     """Orthonormal columns that span the columns of `x`.
 
     Args:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .axes import HERE, WHOLE, Axis, Layout, largest_in_columns
+from .axes import REPLICATED, UNSHARDED, Axis, Layout, largest_in_columns
 
 
 def widen(x: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def largest_entry(x: Tensor, *axes: Axis) -> Tensor:
         # Two reductions without a temporary: on the CPU many times faster than the infinity norm.
         peak = torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
     for axis in axes:
-        peak = axis.largest(peak)
+        peak = axis.all_reduce_max(peak)
     return peak
 
 
@@ -29,7 +29,7 @@ def safe_reciprocal(x: Tensor) -> Tensor:
     return torch.where(x >= torch.finfo(x.dtype).tiny, x.reciprocal(), torch.zeros_like(x))
 
 
-def normalize_columns(x: Tensor, axis: Axis = WHOLE) -> Tensor:
+def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     """`x` with every column scaled to unit length; a zero column stays zero.
 
     Args:
@@ -41,11 +41,11 @@ def normalize_columns(x: Tensor, axis: Axis = WHOLE) -> Tensor:
     """
     x = widen(x)
     x = x * safe_reciprocal(largest_in_columns(x, axis))
-    return x * safe_reciprocal(axis.total(x.square().sum(dim=-2, keepdim=True))).sqrt()
+    return x * safe_reciprocal(axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True))).sqrt()
 
 
 def multi_normalize(
-    x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = HERE, peak: Tensor | None = None
+    x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = UNSHARDED, peak: Tensor | None = None
 ) -> Tensor:
     """Scale rows, then columns, to unit length, in turn.
 
@@ -74,8 +74,8 @@ def multi_normalize(
     squares = (y * peak).square_()
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):
-        rows = safe_reciprocal(layout.columns.total(squares @ columns))
-        columns = safe_reciprocal(layout.rows.total(squares.mT @ rows))
+        rows = safe_reciprocal(layout.columns.all_reduce_sum(squares @ columns))
+        columns = safe_reciprocal(layout.rows.all_reduce_sum(squares.mT @ rows))
     row_scale, column_scale = rows.sqrt() * peak, columns.sqrt().mT
     if inplace and y is x:
         return x.mul_(row_scale).mul_(column_scale)

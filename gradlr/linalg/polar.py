@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ShapeError
-from .axes import WHOLE, Axis, gram
+from .axes import REPLICATED, Axis, gram
 from .normalize import largest_entry, safe_reciprocal
 
 # Quintic Newton–Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as in the source
@@ -12,7 +12,7 @@ from .normalize import largest_entry, safe_reciprocal
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
-def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None, axis: Axis = WHOLE) -> Tensor:
+def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None, axis: Axis = REPLICATED) -> Tensor:
     """Nearest matrix with orthonormal columns, zero where `x` has no direction.
 
     Args:
@@ -36,7 +36,7 @@ def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None, axis: Axis = WH
     wide = x.double()
     basis = torch.linalg.eigh(gram(wide, axis)).eigenvectors.flip(-1)
     scores = wide @ basis
-    values = axis.total(scores.square().sum(dim=-2)).sqrt()
+    values = axis.all_reduce_sum(scores.square().sum(dim=-2)).sqrt()
     is_direction = values > rtol * values.amax(dim=-1, keepdim=True)
     factors = safe_reciprocal(values) if weights is None else weights(values) * safe_reciprocal(values)
     factors = torch.where(is_direction, factors, 0.0)
@@ -44,7 +44,7 @@ def polar_factor(x: Tensor, *, rtol: float = 1e-5, weights=None, axis: Axis = WH
     return result if x.dtype == torch.float64 else result.float()
 
 
-def leading_directions(x: Tensor, axis: Axis = WHOLE) -> tuple[Tensor, Tensor]:
+def leading_directions(x: Tensor, axis: Axis = REPLICATED) -> tuple[Tensor, Tensor]:
     """Right singular vectors and squared singular values of a tall matrix, largest first.
 
     Args:
@@ -86,7 +86,7 @@ def newton_schulz(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloa
     return x.mT if is_tall else x
 
 
-def newton_schulz_spread(x: Tensor, axis: Axis, *, steps: int = 5) -> Tensor:
+def newton_schulz_sharded(x: Tensor, axis: Axis, *, steps: int = 5) -> Tensor:
     """The same of a tall matrix whose rows are spread, with one sum of r × r numbers: the steps are taken on the Gram matrix.
 
     Args:

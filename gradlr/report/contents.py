@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..describe import ADAMW_BYTES_PER_WEIGHT
-from ..observe import Observed, mean_stable_rank
-from ..slots import Slot, rule_entries, state_bytes
+from ..engine.record import ParamRecord, rule_entries, state_bytes
 from .figure import draw
+from .metrics import UpdateMetrics, mean_stable_rank
+from .summary import ADAMW_BYTES_PER_WEIGHT
 from .tables import as_html, as_rich, as_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..state import KeptState
+    from ..engine.state_store import KeptState
 
 # What `scalars` hands out per parameter; the rest is text, or a constant.
 _SCALARS = (
@@ -169,20 +169,20 @@ class Report:
 
 def report(optimizer: KeptState) -> Report:
     """The report of what the optimizer holds now."""
-    return Report(tuple(_row(slot, optimizer.state[slot.plan.parameter]) for slot in optimizer.slots))
+    return Report(tuple(_row(record, optimizer.state[record.plan.parameter]) for record in optimizer.records))
 
 
-def _row(slot: Slot, state: dict[str, Tensor]) -> ParameterReport:
-    plan, is_compressed = slot.plan, not slot.rule.needs_dense
-    ranks = (slot.rank, slot.largest_rank, slot.momentum_rank) if is_compressed else (None, None, None)
+def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
+    plan, is_compressed = record.plan, not record.rule.is_elementwise
+    ranks = (record.rank, record.largest_rank, record.momentum_rank) if is_compressed else (None, None, None)
     return ParameterReport(
-        plan.name, tuple(plan.parameter.shape), plan.kind, slot.rule.name, slot.capture, plan.parameter.numel(),
+        plan.name, tuple(plan.parameter.shape), plan.kind, record.rule.name, record.capture, plan.parameter.numel(),
         int(state["step"]), *ranks, state_bytes(state), _read(_norm(plan.parameter.detach())),
-        _momentum_stable_rank(slot, state), **_observed(slot.observed),
+        _momentum_stable_rank(record, state), **_observed(record.observed),
     )  # fmt: skip
 
 
-def _observed(seen: Observed | None) -> dict[str, Any]:
+def _observed(seen: UpdateMetrics | None) -> dict[str, Any]:
     if seen is None:
         return {}
     read = {entry.name: _read(value) for entry in fields(seen) if isinstance(value := getattr(seen, entry.name), Tensor)}
@@ -200,8 +200,8 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def _momentum_stable_rank(slot: Slot, state: dict[str, Tensor]) -> float | None:
-    factors = slot.rule.momentum(rule_entries(state))
+def _momentum_stable_rank(record: ParamRecord, state: dict[str, Tensor]) -> float | None:
+    factors = record.rule.momentum(rule_entries(state))
     if factors is None or not int(state["step"]):
         return None
     # The singular values of left rightᵀ are those of the k × k product of the two triangular factors.

@@ -8,7 +8,7 @@ from html import escape
 from math import hypot
 from typing import TYPE_CHECKING, Any
 
-from ..describe import aligned, format_bytes, tale_of_state, written_shape
+from .summary import aligned, format_bytes, state_message, written_shape
 
 if TYPE_CHECKING:
     from .contents import ParameterReport, Report
@@ -100,7 +100,7 @@ def _together(rows: list[ParameterReport]) -> ParameterReport:
 
 def totals_of(report: Report) -> str:
     """The last line."""
-    parts = [tale_of_state(len(report.rows), report.weights, report.state_bytes)]
+    parts = [state_message(len(report.rows), report.weights, report.state_bytes)]
     if report.rank_mean is not None:
         parts.append(f"mean rank {report.rank_mean:.3g}")
     if report.energy is not None:

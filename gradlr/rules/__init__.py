@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from ..errors import ArgumentError
 from .adam import Adam
-from .base import Rule, Settings, State, Update
+from .base import Rule, State, Update, UpdateContext
 from .factor_moments import FactorMoments
 from .rowwise import RowwiseRMSprop
 from .tracked_momentum import TrackedMomentum
 
-__all__ = ["Adam", "FactorMoments", "RowwiseRMSprop", "Rule", "Settings", "State", "TrackedMomentum", "Update", "resolve"]
+__all__ = ["Adam", "FactorMoments", "RowwiseRMSprop", "Rule", "State", "TrackedMomentum", "Update", "UpdateContext", "resolve"]
 
 BUILT_IN: dict[str, type[Rule]] = {rule.name: rule for rule in (TrackedMomentum, FactorMoments, Adam, RowwiseRMSprop)}
 

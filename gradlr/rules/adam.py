@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..gradient import Dense
-from .base import Rule, Settings, State, Update, require_fraction, require_positive
+from .base import Rule, State, Update, UpdateContext, require_fraction, require_positive
 
 
 class Adam(Rule):
@@ -22,18 +22,18 @@ class Adam(Rule):
     """
 
     name = "adam"
-    needs_dense = True
-    takes_blocks = True
+    is_elementwise = True
+    supports_sharding = True
 
     def __init__(self, *, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)
         self.eps = require_positive("eps", eps)
 
-    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+    def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         return {key: torch.zeros(shape, dtype=dtype, device=device) for key in ("mean", "square")}
 
-    def update(self, gradient: Dense, state: State, settings: Settings) -> tuple[Update, State]:
-        g, beta, step = gradient.matrix, settings.beta, settings.step
+    def update(self, gradient: Dense, state: State, context: UpdateContext) -> tuple[Update, State]:
+        g, beta, step = gradient.matrix, context.beta, context.step
         mean = torch.lerp(g, state["mean"], beta)
         square = torch.lerp(g**2, state["square"], self.beta2)
         root = (square / (1 - self.beta2**step)).sqrt_().add_(self.eps)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..gradient import GradientOperator, Sketched
-from ..linalg import HERE, WHOLE, Axis, Layout, orthonormalize
+from ..linalg import REPLICATED, UNSHARDED, Axis, Layout, orthonormalize
 
 State = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Settings:
+class UpdateContext:
     """What the optimizer tells a rule about one update of one parameter.
 
     Attributes:
@@ -27,8 +27,8 @@ class Settings:
         needs_spectrum: Whether the rank schedule reads `Update.spectrum`.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
             the same seed is taken again.
-        layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `takes_blocks` see
-            another than the whole.
+        layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `supports_sharding`
+            see another than the whole.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class Settings:
     step: int
     generator: torch.Generator
     needs_spectrum: bool = False
-    layout: Layout = HERE
+    layout: Layout = UNSHARDED
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Update:
         right: (..., n, r), with `left`.
         row_scale: (..., m, 1), with `left`; None for ones.
         dense: The parameter's view (..., m, n), or None.
-        rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.Rows`.
+        rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.RowSparse`.
         spectrum: Squared singular values of the momentum, (..., r) descending, or None: what `ByEnergy` decides on.
     """
 
@@ -70,48 +70,48 @@ class Rule:
 
     Class attributes:
         name: What `rule="..."` and `repr(opt)` call it.
-        needs_dense: Whether the rule needs the gradient's entries (`gradient.matrix`); such a rule may suit vectors too. Matrix
-            rules use `gradient @ X` and `gradient.mT @ Y` only.
-        takes_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the `Rows` of
-            an embedding and the `Factored` gradient of a head as they are.
-        takes_blocks: Whether the rule heeds `Settings.layout`, so that several processes may each hold a block of the parameter.
-            Elementwise rules need nothing for that.
+        is_elementwise: Whether the rule needs the gradient's entries (`gradient.matrix`); such a rule may suit vectors too.
+            Matrix rules use `gradient @ X` and `gradient.mT @ Y` only.
+        accepts_row_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the
+            `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
+        supports_sharding: Whether the rule heeds `UpdateContext.layout`, so that several processes may each hold a block of the
+            parameter. Elementwise rules need nothing for that.
         spread: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
         is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
     name = "rule"
-    needs_dense = False
-    takes_factors = False
-    takes_blocks = False
-    spread: Mapping[str, str] = {}
+    is_elementwise = False
+    accepts_row_factors = False
+    supports_sharding = False
+    state_sharding: Mapping[str, str] = {}
     is_scale_invariant = True
 
-    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+    def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first update.
 
         Args:
             shape: Shape of the parameter's view, (..., m, n), or any shape for elementwise rules.
-            settings: `rank` and `momentum_rank` are the largest there will be.
+            context: `rank` and `momentum_rank` are the largest there will be.
             dtype: float32, or float64 for float64 parameters.
             device: The parameter's device.
         """
         raise NotImplementedError
 
-    def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
+    def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         """One update.
 
         Args:
             gradient: The gradient as an operator; finite. Elementwise rules get a `Dense`.
             state: What `init` or the last `update` returned; not modified.
-            settings: Rank, momentum, step and random numbers of this update.
+            context: Rank, momentum, step and random numbers of this update.
 
         Returns:
             The update, in the state's dtype, and the new state with the same keys.
         """
         raise NotImplementedError
 
-    def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
+    def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
         """A few numbers per row and column that stand for the gradient until `opt.step()`; others are added with `add_`.
 
         Here the range of the gradient under `right_basis`: a randomized range finder on both sides.
@@ -119,9 +119,9 @@ class Rule:
         Args:
             gradient: The first gradient of the step, finite.
             state: The rule's state; not modified.
-            settings: Those that `update` will get: the same random numbers.
+            context: Those that `update` will get: the same random numbers.
         """
-        right = self.right_basis(gradient.shape, state, settings, dtype=gradient.dtype, device=gradient.device)
+        right = self.right_basis(gradient.shape, state, context, dtype=gradient.dtype, device=gradient.device)
         image = gradient @ right
         left = orthonormalize(image)
         return Sketched(right, image, left, gradient.mT @ left)
@@ -130,11 +130,11 @@ class Rule:
         self,
         shape: torch.Size,
         state: State,
-        settings: Settings,
+        context: UpdateContext,
         *,
         dtype: torch.dtype,
         device: torch.device,
-        covariance_times: Callable[[Tensor], Tensor] | None = None,
+        covariance_matmul: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """X, (..., n, r) with orthonormal columns: what the gradient is projected on where it is not seen whole.
 
@@ -144,28 +144,28 @@ class Rule:
 
         Args:
             shape: Shape of the parameter's view, (..., m, n).
-            state, settings: Those that `update` will get: the same random numbers.
+            state, context: Those that `update` will get: the same random numbers.
             dtype, device: Of the result.
-            covariance_times: The covariance of the layer's inputs, not centred, times a matrix (n, c).
+            covariance_matmul: The covariance of the layer's inputs, not centred, times a matrix (n, c).
         """
         *batch, _, n = shape
-        draw = gaussian((*batch, n, settings.rank), settings.generator, dtype=dtype, device=device)
-        return orthonormalize(draw if covariance_times is None else covariance_times(draw))
+        draw = gaussian((*batch, n, context.rank), context.generator, dtype=dtype, device=device)
+        return orthonormalize(draw if covariance_matmul is None else covariance_matmul(draw))
 
     def left_basis(
-        self, shape: torch.Size, state: State, settings: Settings, *, dtype: torch.dtype, device: torch.device
+        self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """L, (..., m, r) with orthonormal columns: the other side of a sketch whose bases are known before the gradient.
 
-        Asked for after `right_basis`, of the same settings, whose random numbers go on. Here random directions.
+        Asked for after `right_basis`, of the same context, whose random numbers go on. Here random directions.
 
         Args:
-            shape, state, settings, dtype, device: As for `right_basis`.
+            shape, state, context, dtype, device: As for `right_basis`.
         """
         *batch, m, _ = shape
-        return orthonormalize(gaussian((*batch, m, settings.rank), settings.generator, dtype=dtype, device=device))
+        return orthonormalize(gaussian((*batch, m, context.rank), context.generator, dtype=dtype, device=device))
 
-    def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
+    def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
         return state
 
@@ -187,8 +187,8 @@ def gaussian(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    axis: Axis = WHOLE,
-    batch: Axis = WHOLE,
+    axis: Axis = REPLICATED,
+    batch: Axis = REPLICATED,
 ) -> Tensor:
     """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns).
 
@@ -198,7 +198,7 @@ def gaussian(
     *matrices, rows, columns = shape
     whole = (*map(batch.size, matrices), axis.size(rows), columns)
     draw = torch.randn(whole, dtype=dtype, device=device, generator=generator).mul_(whole[-2] ** -0.5)
-    return batch.part(axis.part(draw, -2), 0)
+    return batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 def fit_columns(x: Tensor, columns: int) -> Tensor:

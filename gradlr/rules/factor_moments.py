@@ -7,7 +7,17 @@ from torch import Tensor
 
 from ..gradient import GradientOperator
 from ..linalg import newton_schulz, svd_lowrank
-from .base import Rule, Settings, State, Update, fit_columns, require_fraction, require_number, require_positive, update_scale
+from .base import (
+    Rule,
+    State,
+    Update,
+    UpdateContext,
+    fit_columns,
+    require_fraction,
+    require_number,
+    require_positive,
+    update_scale,
+)
 
 
 class FactorMoments(Rule):
@@ -50,19 +60,19 @@ class FactorMoments(Rule):
         self.is_adjusted = bool(is_adjusted)
         self.newton_schulz_dtype = newton_schulz_dtype
 
-    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+    def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
-        sizes = {"U": (m, settings.rank), "V": (n, settings.rank), "S": (settings.rank,), "S2": (settings.rank,)}
+        sizes = {"U": (m, context.rank), "V": (n, context.rank), "S": (context.rank,), "S2": (context.rank,)}
         return {key: torch.zeros((*batch, *size), dtype=dtype, device=device) for key, size in sizes.items()}
 
-    def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
-        return {key: fit_columns(value, settings.rank).clone() for key, value in state.items()}
+    def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
+        return {key: fit_columns(value, context.rank).clone() for key, value in state.items()}
 
-    def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
-        beta, step = settings.beta, settings.step
-        u, s, v = svd_lowrank(gradient, settings.rank, generator=settings.generator)
-        if state["S"].shape[-1] != settings.rank:
-            state = self.resize(state, gradient.shape, settings)
+    def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
+        beta, step = context.beta, context.step
+        u, s, v = svd_lowrank(gradient, context.rank, generator=context.generator)
+        if state["S"].shape[-1] != context.rank:
+            state = self.resize(state, gradient.shape, context)
         if self.is_adjusted and step > 1:
             state = _carry_over(state, u, v)
         new_state = {

@@ -7,8 +7,8 @@ from typing import ClassVar
 import torch
 
 from ..errors import ShapeError
-from ..gradient import Dense, Factored, Rows
-from .base import Rule, Settings, State, Update, require_fraction, require_positive
+from ..gradient import Dense, OuterProduct, RowSparse
+from .base import Rule, State, Update, UpdateContext, require_fraction, require_positive
 
 
 class RowwiseRMSprop(Rule):
@@ -28,22 +28,22 @@ class RowwiseRMSprop(Rule):
     """
 
     name = "rowwise_rmsprop"
-    needs_dense = True
-    takes_factors = True
-    takes_blocks = True
-    spread: ClassVar = {"square": "rows"}
+    is_elementwise = True
+    accepts_row_factors = True
+    supports_sharding = True
+    state_sharding: ClassVar = {"square": "rows"}
 
     def __init__(self, *, beta2: float = 0.99, eps: float = 1e-8) -> None:
         self.beta2 = require_fraction("beta2", beta2)
         self.eps = require_positive("eps", eps)
 
-    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+    def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         if len(shape) < 2:
             raise ShapeError(f"rowwise_rmsprop needs a table (rows, columns); the parameter has shape {tuple(shape)}")
         return {"square": torch.zeros((*shape[:-1], 1), dtype=dtype, device=device)}
 
-    def update(self, gradient: Dense | Factored | Rows, state: State, settings: Settings) -> tuple[Update, State]:
-        columns = settings.layout.columns.size(gradient.shape[-1])
+    def update(self, gradient: Dense | OuterProduct | RowSparse, state: State, context: UpdateContext) -> tuple[Update, State]:
+        columns = context.layout.columns.size(gradient.shape[-1])
         square = torch.lerp(gradient.row_energies() / columns, state["square"], self.beta2)
-        root = (square / (1 - self.beta2**settings.step)).sqrt_().add_(self.eps)
+        root = (square / (1 - self.beta2**context.step)).sqrt_().add_(self.eps)
         return Update(**gradient.scaled_rows(root.reciprocal_())), {"square": square}

@@ -11,13 +11,13 @@ from torch import Tensor
 from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, Sketched
 from ..linalg import (
-    WHOLE,
+    REPLICATED,
     Axis,
     Layout,
     leading_directions,
     multi_normalize,
     newton_schulz,
-    newton_schulz_spread,
+    newton_schulz_sharded,
     normalize_columns,
     orthonormalize,
     polar_factor,
@@ -26,9 +26,9 @@ from ..linalg.axes import gram, largest_in_columns
 from ..linalg.normalize import largest_entry
 from .base import (
     Rule,
-    Settings,
     State,
     Update,
+    UpdateContext,
     fit_columns,
     gaussian,
     require_fraction,
@@ -66,8 +66,8 @@ class TrackedMomentum(Rule):
     """
 
     name = "tracked_momentum"
-    takes_blocks = True
-    spread: ClassVar = {"P": "rows", "R": "columns"}
+    supports_sharding = True
+    state_sharding: ClassVar = {"P": "rows", "R": "columns"}
 
     def __init__(
         self,
@@ -88,20 +88,20 @@ class TrackedMomentum(Rule):
         self.eps = require_positive("eps", eps)
         self.arithmetic = arithmetic
 
-    def init(self, shape: torch.Size, settings: Settings, *, dtype: torch.dtype, device: torch.device) -> State:
+    def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
-        k = settings.momentum_rank
+        k = context.momentum_rank
         state = {
             "P": torch.zeros((*batch, m, k), dtype=dtype, device=device),
             "R": torch.zeros((*batch, n, k), dtype=dtype, device=device),
         }
         if self.is_weighed:
-            state["second_moment"] = torch.zeros((*batch, settings.rank), dtype=torch.float64, device=device)
+            state["second_moment"] = torch.zeros((*batch, context.rank), dtype=torch.float64, device=device)
         return state
 
-    def resize(self, state: State, shape: torch.Size, settings: Settings) -> State:
+    def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         # The state's shape follows k alone; r, which follows the loss, moves nothing.
-        resized = {key: fit_columns(state[key], settings.momentum_rank).contiguous() for key in ("P", "R")}
+        resized = {key: fit_columns(state[key], context.momentum_rank).contiguous() for key in ("P", "R")}
         return {**state, **resized}
 
     def momentum(self, state: State) -> tuple[Tensor, Tensor]:
@@ -111,56 +111,56 @@ class TrackedMomentum(Rule):
         self,
         shape: torch.Size,
         state: State,
-        settings: Settings,
+        context: UpdateContext,
         *,
         dtype: torch.dtype,
         device: torch.device,
-        covariance_times: Callable[[Tensor], Tensor] | None = None,
+        covariance_matmul: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """The span of the test matrix of `update`; where inputs are at hand, with one power step of theirs on its fresh columns.
 
         The power step is worth 0.026 nats over random columns (width 128, k 4, r 64, one seed), a random combination of the
-        inputs 0.023; the whole gradient is 0.017 better (`gradlr/bench/results/quality-capture.json`).
+        inputs 0.023; the whole gradient is 0.017 better (`gradlr/apps/bench/results/quality-capture.json`).
         """
-        test = self._test_matrix(state, settings, covariance_times)
-        return orthonormalize(test, method=self._method(state["R"]), axis=settings.layout.columns)
+        test = self._test_matrix(state, context, covariance_matmul)
+        return orthonormalize(test, method=self._method(state["R"]), axis=context.layout.columns)
 
     def left_basis(
-        self, shape: torch.Size, state: State, settings: Settings, *, dtype: torch.dtype, device: torch.device
+        self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """The momentum's own directions, and random ones beside them."""
         *batch, m, _ = shape
-        fresh = gaussian((*batch, m, settings.rank), settings.generator, dtype=dtype, device=device)
-        return orthonormalize(_fill(state["P"][..., : settings.rank], fresh), method=self._method(fresh))
+        fresh = gaussian((*batch, m, context.rank), context.generator, dtype=dtype, device=device)
+        return orthonormalize(_fill(state["P"][..., : context.rank], fresh), method=self._method(fresh))
 
-    def sketch(self, gradient: GradientOperator, state: State, settings: Settings) -> Sketched:
+    def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own.
 
         Before there is any momentum, random directions stand for its own: further gradients of the step lie elsewhere.
         """
-        method, layout = self._method(state["R"]), settings.layout
-        right = self.right_basis(gradient.shape, state, settings, dtype=gradient.dtype, device=gradient.device)
+        method, layout = self._method(state["R"]), context.layout
+        right = self.right_basis(gradient.shape, state, context, dtype=gradient.dtype, device=gradient.device)
         image = gradient @ right
-        moved = image + settings.beta * (state["P"] @ layout.columns.total(state["R"].mT @ right))
+        moved = image + context.beta * (state["P"] @ layout.columns.all_reduce_sum(state["R"].mT @ right))
         known = state["P"]
         like = {"dtype": known.dtype, "device": known.device, "axis": layout.rows, "batch": layout.batch}
-        fresh = gaussian(tuple(known.shape), settings.generator, **like)
+        fresh = gaussian(tuple(known.shape), context.generator, **like)
         spanning = torch.cat([moved, _fill(known, fresh, layout.rows)], dim=-1)[..., : layout.rows.size(known.shape[-2])]
         left = orthonormalize(spanning, method=method, axis=layout.rows)
         return Sketched(right, image, left, gradient.mT @ left, layout=layout)
 
-    def update(self, gradient: GradientOperator, state: State, settings: Settings) -> tuple[Update, State]:
-        beta, method, layout = settings.beta, self._method(state["R"]), settings.layout
+    def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
+        beta, method, layout = context.beta, self._method(state["R"]), context.layout
         rows, columns = layout.rows, layout.columns
         momentum_left, momentum_right = state["P"], state["R"]
-        test = self._test_matrix(state, settings)
-        y = gradient @ test + beta * (momentum_left @ columns.total(momentum_right.mT @ test))
+        test = self._test_matrix(state, context)
+        y = gradient @ test + beta * (momentum_left @ columns.all_reduce_sum(momentum_right.mT @ test))
         basis = orthonormalize(y, method=method, axis=rows)
         z = gradient.mT @ basis
-        averaged = z + beta * (momentum_right @ rows.total(momentum_left.mT @ basis))
-        direction, second_moment = self._direction(z + beta * averaged, state, settings)
+        averaged = z + beta * (momentum_right @ rows.all_reduce_sum(momentum_left.mT @ basis))
+        direction, second_moment = self._direction(z + beta * averaged, state, context)
         is_moving = largest_entry(z, columns) > 0
-        rotation, spectrum = self._leading(averaged, basis, state, settings)
+        rotation, spectrum = self._leading(averaged, basis, state, context)
         k = momentum_left.shape[-1]
         new_state = {
             "P": fit_columns(basis @ rotation[..., :k], k).contiguous(),
@@ -178,24 +178,24 @@ class TrackedMomentum(Rule):
         return "cholesky" if uses_products else "qr"
 
     def _test_matrix(
-        self, state: State, settings: Settings, covariance_times: Callable[[Tensor], Tensor] | None = None
+        self, state: State, context: UpdateContext, covariance_matmul: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
         # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
         # Columns that are rounding errors of the others count as none.
-        momentum_right, rank, columns = state["R"], settings.rank, settings.layout.columns
+        momentum_right, rank, columns = state["R"], context.rank, context.layout.columns
         lengths = largest_in_columns(momentum_right, columns)
         momentum_right = torch.where(lengths > _MOMENTUM_RTOL * lengths.amax(dim=-1, keepdim=True), momentum_right, 0.0)
-        like = {"dtype": momentum_right.dtype, "device": momentum_right.device, "axis": columns, "batch": settings.layout.batch}
-        fresh = gaussian((*momentum_right.shape[:-1], rank), settings.generator, **like)
-        if covariance_times is not None:
-            fresh = normalize_columns(covariance_times(fresh))
+        like = {"dtype": momentum_right.dtype, "device": momentum_right.device, "axis": columns, "batch": context.layout.batch}
+        fresh = gaussian((*momentum_right.shape[:-1], rank), context.generator, **like)
+        if covariance_matmul is not None:
+            fresh = normalize_columns(covariance_matmul(fresh))
         return _fill(normalize_columns(momentum_right[..., :rank], columns), fresh, columns)
 
-    def _direction(self, nesterov: Tensor, state: State, settings: Settings) -> tuple[Tensor, State]:
-        axis = settings.layout.columns
+    def _direction(self, nesterov: Tensor, state: State, context: UpdateContext) -> tuple[Tensor, State]:
+        axis = context.layout.columns
         if self._method(nesterov) == "cholesky":
             scaled = _unit_peak(nesterov, axis)
-            return newton_schulz(scaled, dtype=scaled.dtype) if axis.is_whole else newton_schulz_spread(scaled, axis), {}
+            return newton_schulz(scaled, dtype=scaled.dtype) if axis.is_whole else newton_schulz_sharded(scaled, axis), {}
         if not self.is_weighed:
             return polar_factor(nesterov, axis=axis), {}
         known, rank = state["second_moment"], nesterov.shape[-1]
@@ -204,7 +204,7 @@ class TrackedMomentum(Rule):
 
         def weigh(values: Tensor) -> Tensor:
             # Adam's bias-corrected mean, kept as such: a direction that is new starts at its own square, so at weight 1.
-            share = (1 - self.beta2) / (1 - self.beta2**settings.step)
+            share = (1 - self.beta2) / (1 - self.beta2**context.step)
             old = known[..., :rank]
             moments[..., :rank] = torch.where(old > 0, torch.lerp(old, values**2, share), values**2)
             return values / (moments[..., :rank].sqrt() + self.eps)
@@ -212,19 +212,19 @@ class TrackedMomentum(Rule):
         direction = polar_factor(nesterov, weights=weigh, axis=axis)
         return direction, {"second_moment": moments}
 
-    def _leading(self, averaged: Tensor, basis: Tensor, state: State, settings: Settings) -> tuple[Tensor, Tensor | None]:
-        rows, columns = settings.layout.rows, settings.layout.columns
+    def _leading(self, averaged: Tensor, basis: Tensor, state: State, context: UpdateContext) -> tuple[Tensor, Tensor | None]:
+        rows, columns = context.layout.rows, context.layout.columns
         if self._method(averaged) == "qr":
             return leading_directions(averaged, columns)
         # Two power steps from where the last basis points; columns that had no momentum yet start at unit vectors.
         k = min(state["P"].shape[-1], basis.shape[-1])
         unit = torch.eye(basis.shape[-1], k, dtype=basis.dtype, device=basis.device).expand(*basis.shape[:-2], -1, -1)
-        start = _fill(normalize_columns(rows.total(basis.mT @ state["P"][..., :k])), unit)
+        start = _fill(normalize_columns(rows.all_reduce_sum(basis.mT @ state["P"][..., :k])), unit)
         scaled = _unit_peak(averaged, columns)
         products = gram(scaled, columns)
         for _ in range(2):
             start = orthonormalize(products @ start, method="cholesky")
-        return start, leading_directions(averaged, columns)[1] if settings.needs_spectrum else None
+        return start, leading_directions(averaged, columns)[1] if context.needs_spectrum else None
 
     def _residual(self, gradient: Dense, basis: Tensor, z: Tensor, scale: float, layout: Layout) -> Tensor | None:
         open_directions = min(layout.whole(gradient.shape)[-2:]) - basis.shape[-1]
@@ -236,7 +236,7 @@ class TrackedMomentum(Rule):
             rest.addmm_(basis, z.mT, alpha=-1)
         else:
             rest -= basis @ z.mT
-        peaks = layout.columns.largest(layout.rows.largest(torch.cat([peaks, largest_entry(rest)], dim=-1)))
+        peaks = layout.columns.all_reduce_max(layout.rows.all_reduce_max(torch.cat([peaks, largest_entry(rest)], dim=-1)))
         before, peak = peaks.split(1, dim=-1)
         is_direction = peak > _RESIDUAL_RTOL * before
         spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
@@ -248,7 +248,7 @@ def _length_scale(spread: Tensor, open_directions: int, layout: Layout) -> Tenso
     # Scales `spread` to the Frobenius norm of an orthonormal basis of the open directions.
     length = torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True)
     if not layout.is_whole:
-        length = layout.columns.total(layout.rows.total(length**2)).sqrt()
+        length = layout.columns.all_reduce_sum(layout.rows.all_reduce_sum(length**2)).sqrt()
     return torch.where(length > 0, open_directions**0.5 / length, 0.0)
 
 
@@ -257,7 +257,7 @@ def _unit_peak(x: Tensor, axis: Axis) -> Tensor:
     return x / largest_entry(x, axis).clamp(min=torch.finfo(x.dtype).tiny)
 
 
-def _fill(columns: Tensor, fresh: Tensor, axis: Axis = WHOLE) -> Tensor:
+def _fill(columns: Tensor, fresh: Tensor, axis: Axis = REPLICATED) -> Tensor:
     # Fresh columns behind the given ones, and in place of those that are zero: momentum that does not exist yet.
     k = columns.shape[-1]
     is_known = largest_in_columns(columns, axis) > 0

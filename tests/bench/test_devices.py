@@ -11,13 +11,13 @@ from torch import distributed
 from torch.distributed import _functional_collectives as functional
 from torch.multiprocessing import ProcessRaisedException
 
-from gradlr.bench import devices, quality
-from gradlr.bench.contenders import contender
-from gradlr.bench.language import FineTuning
-from gradlr.bench.processes import group_of_one, in_processes
-from gradlr.bench.traffic import Call, Traffic, sent_bytes
-from gradlr.bench.transformer import ByteTransformer
-from gradlr.cli import main
+from gradlr.apps.bench import devices, quality
+from gradlr.apps.bench.baselines import baseline
+from gradlr.apps.bench.language import FineTuning
+from gradlr.apps.bench.processes import group_of_one, in_processes
+from gradlr.apps.bench.traffic import Call, Traffic, sent_bytes
+from gradlr.apps.bench.transformer import ByteTransformer
+from gradlr.apps.cli import main
 from gradlr.errors import ArgumentError, ParallelError
 
 WIDTH, DEPTH, LENGTH, RANK = 64, 2, 8, 4
@@ -36,7 +36,7 @@ def group():
 def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("devices") / "devices.json"
     sizes = ["--width", str(WIDTH), "--depth", str(DEPTH), "--tokens", str(4 * LENGTH), "--rank", str(RANK), "--rounds", "2"]
-    assert main(["bench", "devices", *sizes, "--contenders", *devices.DEFAULT[1:], "--out", str(out)]) == 0
+    assert main(["bench", "devices", *sizes, "--baselines", *devices.DEFAULT[1:], "--out", str(out)]) == 0
     return json.loads(out.read_text())
 
 
@@ -125,13 +125,13 @@ def test_bad_options_are_refused(options, told, capsys):
 
 
 def test_an_unknown_way_is_refused():
-    with pytest.raises(ArgumentError, match="no contender 'horovod'"):
+    with pytest.raises(ArgumentError, match="no baseline 'horovod'"):
         devices.measure(names=["horovod"])
 
 
 def test_a_contender_in_a_group_of_one_exchanges_sketches(group):
     tiny = FineTuning(steps=2, batch_size=2, validation_windows=16)
-    first, second = (quality.train(contender("k4_r16_group"), 1.6e-2, seed=0, workload=tiny) for _ in range(2))
+    first, second = (quality.train(baseline("k4_r16_group"), 1.6e-2, seed=0, workload=tiny) for _ in range(2))
     assert first.loss == second.loss < 2.36
-    assert first.loss != quality.train(contender("k4_r16_step"), 1.6e-2, seed=0, workload=tiny).loss
-    assert contender("k4_r16_group").make(ByteTransformer(32, 1, 1), 1e-2).optimizers[0]._replicas.size == 1
+    assert first.loss != quality.train(baseline("k4_r16_step"), 1.6e-2, seed=0, workload=tiny).loss
+    assert baseline("k4_r16_group").make(ByteTransformer(32, 1, 1), 1e-2).optimizers[0]._replicas.size == 1

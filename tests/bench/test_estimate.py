@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from gradlr import cli
-from gradlr.bench import estimate
-from gradlr.memory.command import bytes_of
+from gradlr.apps import cli
+from gradlr.apps.bench import estimate
+from gradlr.apps.estimate.command import bytes_of
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from gradlr.bench import memory, speed
-from gradlr.cli import main
+from gradlr.apps.bench import memory, speed
+from gradlr.apps.cli import main
 
 WIDTH, DEPTH, TOKENS = 256, 8, 16
 PARAMETERS = 4 * WIDTH**2 * DEPTH
@@ -24,7 +24,7 @@ def test_a_known_allocation_is_counted_at_its_worst_moment():
 
 
 def peaks():
-    return {contender.name: memory.training_peak(contender, WIDTH, DEPTH, TOKENS, "cpu") for contender in memory.methods(rank=8)}
+    return {baseline.name: memory.training_peak(baseline, WIDTH, DEPTH, TOKENS, "cpu") for baseline in memory.methods(rank=8)}
 
 
 def test_the_peaks_are_in_the_order_that_their_buffers_demand():

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from gradlr.bench import pareto, study
-from gradlr.cli import main
+from gradlr.apps.bench import pareto, study
+from gradlr.apps.cli import main
 from gradlr.errors import ArgumentError
 
 
@@ -96,6 +96,6 @@ def test_the_study_draws_a_line_per_momentum_rank_and_a_point_per_schedule(tmp_p
 def test_reports_of_one_workload_are_drawn_together():
     one, other = grid_report(), grid_report()
     one["results"], other["results"] = one["results"][:3], other["results"][2:]
-    (merged,) = study.together([one, other])
+    (merged,) = study.propagate_errors([one, other])
     assert [row["name"] for row in merged["results"]] == [row["name"] for row in grid_report()["results"]]
-    assert len(study.together([one, {**other, "seeds": [0]}])) == 2
+    assert len(study.propagate_errors([one, {**other, "seeds": [0]}])) == 2

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from gradlr.bench import command, peers
-from gradlr.bench.contenders import OWN_CONTENDERS, require_contenders
-from gradlr.bench.language import FineTuning
-from gradlr.bench.peers import PEERS
+from gradlr.apps.bench import command, peers
+from gradlr.apps.bench.baselines import OWN_BASELINES, require_baselines
+from gradlr.apps.bench.language import FineTuning
+from gradlr.apps.bench.peers import PEERS
 from gradlr.errors import ArgumentError
 
 WIDTH = 64
@@ -26,10 +26,10 @@ def batch(seed):
     return torch.randn(16, WIDTH, generator=generator), torch.randn(16, WIDTH, generator=generator)
 
 
-def train(net, stepper, steps=3):
+def train(net, train_step, steps=3):
     for seed in range(steps):
         x, y = batch(seed)
-        stepper.step(lambda x=x, y=y: nn.functional.mse_loss(net(x), y))
+        train_step.step(lambda x=x, y=y: nn.functional.mse_loss(net(x), y))
 
 
 WEIGHTS, BIASES = 2 * WIDTH * WIDTH, 2 * WIDTH
@@ -50,9 +50,9 @@ QUARTER = WIDTH // 4
 )
 def test_state_is_what_the_packages_papers_say(name, numbers):
     net = model()
-    stepper = PEERS[name].make(net, 1e-3)
-    train(net, stepper)
-    assert stepper.state_bytes() == pytest.approx(4 * numbers, rel=1e-9)
+    train_step = PEERS[name].make(net, 1e-3)
+    train(net, train_step)
+    assert train_step.state_bytes() == pytest.approx(4 * numbers, rel=1e-9)
 
 
 def weights(net):
@@ -63,9 +63,9 @@ def test_gradient_release_is_optimis_own_step():
     from optimi import AdamW
 
     net, reference = model(), model()
-    stepper = PEERS["optimi"].make(net, 1e-3)
+    train_step = PEERS["optimi"].make(net, 1e-3)
     optimizer = AdamW(reference.parameters(), lr=1e-3, weight_decay=0.0)
-    train(net, stepper)
+    train(net, train_step)
     for seed in range(3):
         x, y = batch(seed)
         nn.functional.mse_loss(reference(x), y).backward()
@@ -79,8 +79,8 @@ def test_gradient_release_is_optimis_own_step():
 def test_lora_trains_adapters_only():
     net = model()
     before = weights(net)
-    stepper = PEERS["lora"].make(net, 1e-2)
-    train(net, stepper)
+    train_step = PEERS["lora"].make(net, 1e-2)
+    train(net, train_step)
     named = dict(net.named_parameters())
     assert all(torch.equal(named[f"{i}.base_layer.weight"], before[k]) for i, k in ((0, 0), (2, 2)))
     assert all(named[f"{i}.lora_B.default.weight"].abs().sum() > 0 for i in (0, 2))
@@ -91,20 +91,20 @@ def test_a_new_classifier_is_trained_whole_beside_lora():
     net.add_module("body", nn.Linear(WIDTH, WIDTH))
     net.add_module("classifier", nn.Linear(WIDTH, 4))
     before = copy.deepcopy(net.classifier.weight)
-    stepper = PEERS["lora"].make(net, 1e-2)
+    train_step = PEERS["lora"].make(net, 1e-2)
     x = batch(0)[0]
-    stepper.step(lambda: net(x).square().mean())
+    train_step.step(lambda: net(x).square().mean())
     assert not torch.equal(net.classifier.weight, before)
 
 
 @pytest.mark.parametrize("name", list(PEERS))
 def test_the_rate_of_a_schedule_reaches_the_package(name):
     net = model()
-    stepper = PEERS[name].make(net, 1e-2)
-    train(net, stepper, steps=1)
+    train_step = PEERS[name].make(net, 1e-2)
+    train(net, train_step, steps=1)
     before = weights(net)
-    stepper.set_rate(0.0)
-    train(net, stepper, steps=1)
+    train_step.set_rate(0.0)
+    train(net, train_step, steps=1)
     assert all(torch.equal(a, b) for a, b in zip(before, weights(net), strict=True))
 
 
@@ -115,9 +115,9 @@ def test_the_share_of_full_rank_follows_the_usual_matrix():
 
 def test_a_package_that_is_missing_is_named_with_the_way_to_get_it(monkeypatch):
     monkeypatch.setattr(peers.Peer, "is_installed", lambda peer: peer.package != "lomo-optim")
-    require_contenders(["adamw", "galore", "k4_r64"])
+    require_baselines(["adamw", "galore", "k4_r64"])
     with pytest.raises(ArgumentError, match=r"lomo-optim not installed: pip install 'gradlr\[bench\]'"):
-        require_contenders(["adamw", "adalomo"])
+        require_baselines(["adamw", "adalomo"])
 
 
 def test_losses_of_a_step_are_those_of_the_workload():
@@ -125,18 +125,18 @@ def test_losses_of_a_step_are_those_of_the_workload():
     net = workload.model(0, "cpu")
     (compute,) = workload.losses(net, 0)
     expected = compute().item()
-    stepper = PEERS["adalomo"].make(net, 1e-3)
-    assert stepper.step(compute).item() == expected
+    train_step = PEERS["adalomo"].make(net, 1e-3)
+    assert train_step.step(compute).item() == expected
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--contenders", "adamw", "k4_r8"], {"adamw", "k4_r8"}),
-        (["--contenders", "adamw", "lora", "--peers", "lora"], {"adamw", "lora"}),
-        (["--peers", "lora", "galore"], {*OWN_CONTENDERS, "lora", "galore"}),
-        (["--peers"], set(OWN_CONTENDERS)),
-        ([], {*OWN_CONTENDERS, *PEERS}),
+        (["--baselines", "adamw", "k4_r8"], {"adamw", "k4_r8"}),
+        (["--baselines", "adamw", "lora", "--peers", "lora"], {"adamw", "lora"}),
+        (["--peers", "lora", "galore"], {*OWN_BASELINES, "lora", "galore"}),
+        (["--peers"], set(OWN_BASELINES)),
+        ([], {*OWN_BASELINES, *PEERS}),
     ],
 )
 def test_the_command_compares_who_is_named_or_everybody(options, expected):

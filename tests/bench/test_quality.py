@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from gradlr.bench import quality
-from gradlr.bench.contenders import CONTENDERS, contender
-from gradlr.bench.language import FineTuning
-from gradlr.cli import main
+from gradlr.apps.bench import quality
+from gradlr.apps.bench.baselines import BASELINES, baseline
+from gradlr.apps.bench.language import FineTuning
+from gradlr.apps.cli import main
 from gradlr.errors import ArgumentError
 
 TINY = FineTuning(steps=2, batch_size=2, validation_windows=16)
@@ -26,23 +26,23 @@ TINY = FineTuning(steps=2, batch_size=2, validation_windows=16)
     ],
 )
 def test_state_per_weight_is_counted_from_the_optimizers_own_state(name, matrix_state):
-    run = quality.train(contender(name), 1e-3, seed=0, workload=TINY)
+    run = quality.train(baseline(name), 1e-3, seed=0, workload=TINY)
     assert run.matrix_state_per_weight == pytest.approx(matrix_state)
     assert run.loss > 0
     assert (run.mean_rank is None) == (name in ("adamw", "muon"))
 
 
-@pytest.mark.parametrize("name", [*CONTENDERS, "k4_r64_adaptor_step", "k4_energy90", "k16_r16_no_residual"])
+@pytest.mark.parametrize("name", [*BASELINES, "k4_r64_adaptor_step", "k4_energy90", "k16_r16_no_residual"])
 def test_every_contender_trains_and_repeats_to_the_bit(name):
-    first, second = (quality.train(contender(name), 1e-3, seed=0, workload=TINY) for _ in range(2))
+    first, second = (quality.train(baseline(name), 1e-3, seed=0, workload=TINY) for _ in range(2))
     assert first.loss == second.loss < 2.36
-    other = quality.train(contender(name), 1e-3, seed=1, workload=TINY)
+    other = quality.train(baseline(name), 1e-3, seed=1, workload=TINY)
     assert first.loss != other.loss
 
 
 def test_a_run_that_diverges_is_infinitely_bad_and_ends_early():
     longer = dataclasses.replace(TINY, steps=6)
-    run = quality.train(CONTENDERS["adamw"], 1e38, seed=0, workload=longer)
+    run = quality.train(BASELINES["adamw"], 1e38, seed=0, workload=longer)
     assert run.loss == math.inf
 
 
@@ -57,7 +57,7 @@ def test_the_grid_grows_while_the_best_rate_lies_at_its_edge():
 
 def test_the_command_writes_json_with_the_environment(tmp_path, capsys):
     out = tmp_path / "quality.json"
-    options = ["--contenders", "adamw", "k1_r64", "--seeds", "2", "--steps", "1", "--batch-size", "1", "--jobs", "1"]
+    options = ["--baselines", "adamw", "k1_r64", "--seeds", "2", "--steps", "1", "--batch-size", "1", "--jobs", "1"]
     assert main(["bench", "quality", *options, "--out", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["environment"]["torch"]
@@ -83,7 +83,7 @@ def test_a_table_tells_of_divergence():
     [
         ["quality", "--seeds", "0"],
         ["quality", "--steps", "0"],
-        ["quality", "--contenders", "k4_x9"],
+        ["quality", "--baselines", "k4_x9"],
         ["memory", "--out", "missing/x.json"],
         ["speed", "--device", "nonsense"],
         ["speed", "--model", "transformer", "--width", "200"],
@@ -100,8 +100,8 @@ def test_bad_options_are_refused_before_anything_is_measured(options, capsys, mo
 
 @pytest.mark.parametrize("name", ["k4", "k4_r", "k4_r64_", "k4_r64_nonsense", "r64_k4", "k4_r64_step_x"])
 def test_what_no_contender_is_called_is_refused(name):
-    with pytest.raises(ArgumentError, match="no contender"):
-        contender(name)
+    with pytest.raises(ArgumentError, match="no baseline"):
+        baseline(name)
 
 
 def report(*rows, **more):
@@ -122,13 +122,13 @@ def test_adding_to_another_workloads_report_is_refused_before_measuring(tmp_path
     row = {"name": "a", "label": "a", "mean": 1, "spread": 0, "step_ms": 1, "state_bytes": 1}
     held = {"bench": "quality", "workload": {"name": "digits"}, "results": [row]}
     out.write_text(json.dumps(held))
-    assert main(["bench", "quality", "--contenders", "adamw", "--add", "--out", str(out)]) == 2
+    assert main(["bench", "quality", "--baselines", "adamw", "--add", "--out", str(out)]) == 2
     assert "is about digits, not pretrained" in capsys.readouterr().err
     held |= quality.conditions([0, 1, 2], quality.WORKLOADS["pretrained"](), "cpu", jobs=1)
     out.write_text(json.dumps(held))
-    assert main(["bench", "quality", "--contenders", "adamw", "--add", "--out", str(out), "--jobs", "2"]) == 2
+    assert main(["bench", "quality", "--baselines", "adamw", "--add", "--out", str(out), "--jobs", "2"]) == 2
     assert "do not belong together: environment" in capsys.readouterr().err
-    assert main(["bench", "quality", "--contenders", "adamw", "--add"]) == 2
+    assert main(["bench", "quality", "--baselines", "adamw", "--add"]) == 2
     assert "--add needs --out" in capsys.readouterr().err
 
 

@@ -4,7 +4,7 @@ import zlib
 import pytest
 import torch
 
-from gradlr.bench import text
+from gradlr.apps.bench import text
 
 
 def data(size=1000):

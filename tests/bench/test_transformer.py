@@ -3,9 +3,9 @@ import math
 import pytest
 import torch
 
-from gradlr.bench.pretrain import CHECKPOINT, learning_rate_factor, load_pretrained, pretrain
-from gradlr.bench.text import library_sources, validation_batches
-from gradlr.bench.transformer import ByteTransformer, evaluate, language_model_loss
+from gradlr.apps.bench.pretrain import CHECKPOINT, learning_rate_factor, load_pretrained, pretrain
+from gradlr.apps.bench.text import library_sources, validation_batches
+from gradlr.apps.bench.transformer import ByteTransformer, evaluate, language_model_loss
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_pretrain_round_trip_is_reproducible(tmp_path):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="python -m gradlr.bench.pretrain"):
+    with pytest.raises(FileNotFoundError, match="python -m gradlr.apps.bench.pretrain"):
         load_pretrained(tmp_path / "missing.pt")
     with pytest.raises(FileNotFoundError, match="no folder"):
         pretrain(tmp_path / "missing" / "x.pt", steps=1)

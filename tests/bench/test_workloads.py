@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from gradlr.bench import classification
-from gradlr.bench.contenders import contender
-from gradlr.bench.quality import WORKLOADS, choose
+from gradlr.apps.bench import classification
+from gradlr.apps.bench.baselines import baseline
+from gradlr.apps.bench.quality import WORKLOADS, choose
 from gradlr.errors import ArgumentError
 
 SMALL = {
@@ -103,9 +103,9 @@ def test_the_pretrained_encoder_knows_more_than_chance_after_a_few_steps():
     workload = dataclasses.replace(WORKLOADS["minilm"](), steps=6, validation_examples=4)
     model = workload.model(0, "cpu")
     before = workload.evaluate(model)["loss"]
-    stepper = contender("default").make(model, 4e-3)
+    train_step = baseline("default").make(model, 4e-3)
     for compute in workload.losses(model, 0):
-        stepper.step(compute)
+        train_step.step(compute)
     assert workload.evaluate(model)["loss"] < before
 
 

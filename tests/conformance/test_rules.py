@@ -5,13 +5,13 @@ import io
 
 import pytest
 import torch
-from rules.driving import settings
+from rules.driving import context
 from shapes import matrix
 
+from gradlr.engine.apply_update import write
 from gradlr.gradient import Dense, Sketched
-from gradlr.parameters import View
+from gradlr.params.kinds import View
 from gradlr.rules import Adam, FactorMoments, RowwiseRMSprop, TrackedMomentum
-from gradlr.write import write
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ def gradient_of(shape, dtype=torch.float64, seed=0):
 
 def settings_for(gradient, *, step=1, rank=4, momentum_rank=2, seed=0):
     limit = min(gradient.shape[-2:]) if gradient.ndim >= 2 else 1
-    return settings(min(rank, limit), min(momentum_rank, limit), step=step, seed=seed)
+    return context(min(rank, limit), min(momentum_rank, limit), step=step, seed=seed)
 
 
 def fresh_state(rule, gradient, dtype=None, **options):
@@ -233,7 +233,7 @@ def test_writing_an_update_leaves_the_new_state(rule, shape):
     gradient = gradient_of(shape)
     update, state = run(RULES[rule], [gradient])
     kept = copy.deepcopy(state)
-    write(torch.ones_like(gradient), View(), update, lr=0.1, weight_decay=0.1, generator=settings().generator)
+    write(torch.ones_like(gradient), View(), update, lr=0.1, weight_decay=0.1, generator=context().generator)
     assert equal_bits(state, kept)
 
 

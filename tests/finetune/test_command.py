@@ -17,9 +17,9 @@ from finetune.tiny import WORDS, jsonl_file, llama, text_file, texts, tokenizer
 
 import gradlr
 from gradlr import GradlrWarning
-from gradlr.bench.pretrain import load_pretrained
-from gradlr.cli import main
-from gradlr.finetune import add_arguments, fits, loop
+from gradlr.apps.bench.pretrain import load_pretrained
+from gradlr.apps.cli import main
+from gradlr.apps.finetune import add_arguments, fits, loop
 
 pytestmark = [
     # A model this small; gradlr's own advice.
@@ -106,7 +106,7 @@ def test_builtin_needs_no_extra(tmp_path, data, monkeypatch, capsys):
 
 def test_a_model_without_transformers_names_the_extra(tmp_path, model, data, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "gradlr.finetune.pretrained")
+    monkeypatch.delitem(sys.modules, "gradlr.apps.finetune.pretrained")
     assert finetune(model, data, tmp_path / "out") == 2
     assert "needs transformers, which is not installed: pip install 'gradlr[finetune]'" in capsys.readouterr().err
 

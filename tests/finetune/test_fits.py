@@ -7,11 +7,11 @@ from torch import distributed
 
 import gradlr
 from gradlr import ArgumentError
-from gradlr.bench.memory import peak_bytes
-from gradlr.finetune import fits
-from gradlr.finetune.builtin import BuiltinModel
-from gradlr.finetune.losses import cross_entropy
-from gradlr.finetune.pretrained import PretrainedModel
+from gradlr.apps.bench.memory import peak_bytes
+from gradlr.apps.finetune import fits
+from gradlr.apps.finetune.builtin import BuiltinModel
+from gradlr.apps.finetune.losses import cross_entropy
+from gradlr.apps.finetune.pretrained import PretrainedModel
 
 OPTIONS = {"apply": "backward", "capture": "hook"}
 
@@ -33,7 +33,7 @@ def test_weights_and_state_are_what_the_run_will_hold(language):
         opt = gradlr.attach(model, gradlr.LossTracker())
         # Buffers that no checkpoint holds (rotary frequencies) count too.
         weights = sum(parameter.nbytes for parameter in model.parameters()) + sum(buffer.nbytes for buffer in model.buffers())
-        assert (found.weights, found.state) == (weights, opt.state_bytes() + 8 * len(opt.slots))  # and the step counts
+        assert (found.weights, found.state) == (weights, opt.state_bytes() + 8 * len(opt.records))  # and the step counts
         opt.detach()
 
 

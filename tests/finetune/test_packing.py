@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradlr import ArgumentError
-from gradlr.finetune.packing import (
+from gradlr.apps.finetune.packing import (
     IGNORED,
     PackedTokens,
     Tokens,

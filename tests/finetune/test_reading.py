@@ -4,7 +4,7 @@ import pytest
 from finetune.tiny import jsonl_file
 
 from gradlr import ArgumentError
-from gradlr.finetune.reading import read_documents
+from gradlr.apps.finetune.reading import read_documents
 
 
 def written(tmp_path, name, content):

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import gradlr
 from gradlr import ArgumentError
-from gradlr.cli import main
-from gradlr.finetune.task import _require_divisible
+from gradlr.apps.cli import main
+from gradlr.apps.finetune.task import _require_divisible
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -65,7 +65,7 @@ def main():
     import torch
     import transformers  # noqa: F401 (once, before the forks)
 
-    from gradlr.cli import main as command
+    from gradlr.apps.cli import main as command
 
     torch.set_num_threads(1)
     for line in sys.stdin:

@@ -12,8 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gradlr
-from gradlr.bench.memory import peak_bytes
-from gradlr.gradient import AdaptedLayer, Dense, Factored
+from gradlr.apps.bench.memory import peak_bytes
+from gradlr.capture.layer_swap import AdaptedLayer
+from gradlr.gradient import Dense, OuterProduct
 from gradlr.rules import TrackedMomentum
 
 # The layers here are so small that hooks would cost less.
@@ -55,7 +56,7 @@ def test_products_and_gradients_are_those_of_the_explicit_ones(dtype, has_bias, 
     ((kind, products, transposed),) = rule.seen
     # Sums of a few products in another order: a few units in the last place.
     tolerance = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
-    assert kind is Factored
+    assert kind is OuterProduct
     torch.testing.assert_close(products, expected[0], **tolerance)
     torch.testing.assert_close(transposed, expected[0].mT, **tolerance)
     if needs_input_gradient:
@@ -150,7 +151,7 @@ def test_auto_takes_the_adaptor_where_it_costs_less():
     layers = {"large": nn.Linear(64, 64), "small": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3), "table": nn.Embedding(9, 4)}
     model = nn.ModuleDict(layers)
     _, tracker, opt = attached(model, capture="auto", rank=8)
-    captures = {slot.plan.name: slot.capture for slot in opt.slots}
+    captures = {record.plan.name: record.capture for record in opt.records}
     assert captures.pop("large.weight") == "adaptor"  # 2 · 8 · 128 < 64 · 64
     assert captures.pop("table.weight") == "rows"
     assert set(captures.values()) == {"hook"}
@@ -248,14 +249,14 @@ def test_the_weight_gradient_never_exists():
 
 def test_factored_agrees_with_dense():
     delta, x = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    factored, dense = Factored(delta, x), Dense(delta.mT @ x)
+    factored, dense = OuterProduct(delta, x), Dense(delta.mT @ x)
     right, left = torch.randn(5, 3, dtype=torch.float64), torch.randn(4, 2, dtype=torch.float64)
     assert factored.shape == dense.shape
     torch.testing.assert_close(factored @ right, dense @ right)
     torch.testing.assert_close(factored.mT @ left, dense.mT @ left)
     torch.testing.assert_close(factored.matrix, dense.matrix)
     assert bool(factored.is_finite())
-    assert not Factored(delta * float("nan"), x).is_finite()
+    assert not OuterProduct(delta * float("nan"), x).is_finite()
 
 
 CHANGES = {
@@ -298,7 +299,7 @@ def test_the_input_may_be_given_by_the_layers_own_name_for_it(kind, capture):
     x = torch.arange(8) if kind == "Embedding" else torch.randn(3, 8, 8)
     _, tracker, opt = attached(layer, capture=capture)
     expected, (name, stranger) = layer(x), ("x", "input") if kind == "Conv1D" else ("input", "x")
-    assert layer.weight is opt.slots[0].plan.parameter and expected.grad_fn is not None
+    assert layer.weight is opt.records[0].plan.parameter and expected.grad_fn is not None
     torch.testing.assert_close(layer(**{name: x}), expected, rtol=0, atol=0)
     assert type(layer(**{name: x}).grad_fn) is type(expected.grad_fn)
     for positional, named in (((x,), {name: x}), ((), {stranger: x}), ((x, x), {}), ((), {})):
@@ -315,7 +316,7 @@ def test_nested_inputs_are_left_to_hooks(capture, layout):
     _, tracker, opt = attached(layer, capture=capture, apply="step")
     for module, show in ((layer, tracker), (plain, lambda loss: loss)):
         show(module(torch.nested.nested_tensor(parts, layout=layout)).to_padded_tensor(0.0).square().sum()).backward()
-    torch.testing.assert_close(opt.slots[0].pending.matrix, plain.weight.grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(opt.records[0].pending.matrix, plain.weight.grad, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])

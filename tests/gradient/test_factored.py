@@ -5,8 +5,9 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gradlr.gradient import Dense, Factored, Rows, Sketched, linear_map
-from gradlr.parameters import plan_parameters
+from gradlr.gradient import Dense, OuterProduct, RowSparse, Sketched
+from gradlr.layers.linear_maps import layer_op
+from gradlr.params.kinds import plan_parameters
 
 # name -> layer, shape of its input. Strides, dilations and paddings that leave a rest, kernels of one, and no tokens at all.
 LAYERS = {
@@ -39,14 +40,14 @@ def traced(name, dtype):
     (plan,) = [plan for plan in plan_parameters(layer) if plan.name == "weight"]
     gradient = plan.view.of(layer.weight.grad)
     bias = None if layer.bias is None else layer.bias.grad
-    return linear_map(layer), layer, gradient, delta, x.detach(), x.grad, bias
+    return layer_op(layer), layer, gradient, delta, x.detach(), x.grad, bias
 
 
 @OVER_LAYERS
 @OVER_DTYPES
 def test_products_are_those_of_the_explicit_gradient(name, dtype):
     found, _, gradient, delta, x, *_ = traced(name, dtype)
-    factored, (m, n) = Factored(delta, x, found), gradient.shape
+    factored, (m, n) = OuterProduct(delta, x, found), gradient.shape
     right, left = torch.randn(n, 3, dtype=dtype), torch.randn(m, 2, dtype=dtype)
     assert factored.shape == gradient.shape and factored.dtype == dtype
     torch.testing.assert_close(factored @ right, gradient @ right, **TOLERANCE[dtype])
@@ -62,7 +63,7 @@ def test_one_sided_products_need_the_projected_input_only(name, dtype):
     right = torch.linalg.qr(torch.randn(gradient.shape[1], 3, dtype=dtype)).Q
     projected = found.project(x, right)
     assert projected.numel() == 3 * delta.numel() // gradient.shape[0]  # r numbers a token
-    sketched = Sketched(right, found.correlate(delta, projected))
+    sketched = Sketched(right, found.weight_grad_matmul(delta, projected))
     expected = gradient @ right @ right.mT
     torch.testing.assert_close(sketched.matrix, expected, **TOLERANCE[dtype])
 
@@ -93,12 +94,12 @@ def test_forward_and_the_other_gradients_are_those_of_the_layer(name, dtype):
     ids=lambda layer: type(layer).__name__,
 )
 def test_what_is_no_plain_linear_map_is_left_alone(layer):
-    assert linear_map(layer) is None
+    assert layer_op(layer) is None
 
 
 def test_half_precision_products_are_wide():
     delta, x = torch.randn(64, 4).bfloat16(), torch.randn(64, 5).bfloat16()
-    factored, right = Factored(delta, x), torch.randn(5, 2)
+    factored, right = OuterProduct(delta, x), torch.randn(5, 2)
     exact = delta.double().mT @ x.double() @ right.double()
     assert (factored @ right).dtype == torch.float32
     torch.testing.assert_close((factored @ right).double(), exact, rtol=1e-5, atol=1e-5)  # float32 sums of 64 exact products
@@ -106,8 +107,8 @@ def test_half_precision_products_are_wide():
 
 def test_a_sum_that_overflows_is_not_taken_for_an_infinity():
     delta = torch.full((64, 4), 3e4).half()  # sums to 7.7e6, beyond float16
-    assert bool(Factored(delta, torch.ones(64, 3).half()).is_finite())
-    assert not Factored(delta * 10, torch.ones(64, 3).half()).is_finite()
+    assert bool(OuterProduct(delta, torch.ones(64, 3).half()).is_finite())
+    assert not OuterProduct(delta * 10, torch.ones(64, 3).half()).is_finite()
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def rows_and_dense(ids, count=9, dtype=torch.float64):
     ids = torch.tensor(ids, dtype=torch.int64)
     values = torch.randn(len(ids), 5, dtype=dtype)
     dense = torch.zeros(count, 5, dtype=dtype).index_add_(0, ids, values)
-    return Rows.summed(ids, values, count), dense
+    return RowSparse.summed(ids, values, count), dense
 
 
 @pytest.mark.parametrize("ids", [[], [3], [4, 1, 4, 4, 8, 1], [0, 0, 0], list(range(9))])
@@ -136,12 +137,12 @@ def test_rows_are_the_explicit_matrix(ids):
 def test_rows_that_were_padded_are_the_same_matrix():
     """Where their number is not known without asking the device, the first row comes again with zeros."""
     rows, dense = rows_and_dense([4, 1, 4, 8])
-    padded = Rows(torch.cat([rows.rows, rows.rows[:1]]), torch.cat([rows.values, torch.zeros(1, 5, dtype=torch.float64)]), 9)
+    padded = RowSparse(torch.cat([rows.rows, rows.rows[:1]]), torch.cat([rows.values, torch.zeros(1, 5, dtype=torch.float64)]), 9)
     torch.testing.assert_close(padded.matrix, dense)
     torch.testing.assert_close(padded.row_energies(), dense.square().sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize(("more", "kind"), [([8, 1, 2], Rows), ([0, 1, 2, 3, 5, 6, 7], Dense)])
+@pytest.mark.parametrize(("more", "kind"), [([8, 1, 2], RowSparse), ([0, 1, 2, 3, 5, 6, 7], Dense)])
 def test_rows_add_as_rows_while_that_is_smaller(more, kind):
     (one, dense_one), (other, dense_other) = rows_and_dense([4, 1, 4, 8]), rows_and_dense(more)
     total = one.add_(other)
@@ -158,9 +159,9 @@ def test_rows_and_a_dense_gradient_add_in_either_order():
 
 
 def test_the_lengths_of_a_heads_rows_are_those_of_the_explicit_gradient(monkeypatch):
-    monkeypatch.setattr("gradlr.gradient.factored._BLOCK_NUMBERS", 12)  # two rows at a time
+    monkeypatch.setattr("gradlr.gradient.factors._BLOCK_NUMBERS", 12)  # two rows at a time
     delta, x = torch.randn(7, 9, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
-    factored = Factored(delta, x)
+    factored = OuterProduct(delta, x)
     torch.testing.assert_close(factored.row_energies(), factored.matrix.square().sum(1, keepdim=True))
 
 
@@ -178,8 +179,8 @@ def operators():
         "one_sided": Sketched.of(Dense(gradient), right),
         "two_sided": Sketched.of(Dense(gradient), right, left),
         "rows": rows_and_dense([4, 1, 4, 8])[0],
-        "factored": Factored(delta, x),
-        "convolution": Factored(convolution[3], convolution[4], convolution[0]),
+        "factored": OuterProduct(delta, x),
+        "convolution": OuterProduct(convolution[3], convolution[4], convolution[0]),
     }
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from gradlr.capture.hook import HookCapture
 from gradlr.errors import AttachError
-from gradlr.gradient import HookCapture
 
 
 class Receiver:

@@ -62,8 +62,8 @@ def test_both_products_are_those_of_the_explicit_matrix(name, kind):
     x, y = probes(expected)
     assert_near(operator @ x, expected @ x)
     assert_near(operator.mT @ y, expected.mT @ y)
-    assert_near(operator.times(x), expected @ x)
-    assert_near(operator.transposed_times(y), expected.mT @ y)
+    assert_near(operator.matmul(x), expected @ x)
+    assert_near(operator.rmatmul(y), expected.mT @ y)
 
 
 @every_operator
@@ -84,7 +84,7 @@ def test_the_transposed_operator_has_the_transposed_shape_and_its_transposed_is_
     assert operator.mT.dtype == operator.dtype == g.dtype and operator.mT.device == operator.device == g.device
     assert operator.mT.mT is operator
     x, _ = probes(g)
-    assert torch.equal(operator.mT.transposed_times(x), operator.times(x))
+    assert torch.equal(operator.mT.rmatmul(x), operator.matmul(x))
 
 
 @every_operator

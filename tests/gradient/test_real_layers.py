@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import gradlr
-from gradlr.gradient import AdaptedLayer
+from gradlr.capture.layer_swap import AdaptedLayer
 from gradlr.rules import TrackedMomentum
 
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
@@ -86,12 +86,12 @@ def test_training_lowers_the_loss_on_one_batch(name, capture, apply):
 @QUIET
 def test_which_layer_got_which():
     _, opt, _ = fine_tune("gpt2", 1, capture="adaptor")
-    captures = {slot.plan.name: slot.capture for slot in opt.slots}
+    captures = {record.plan.name: record.capture for record in opt.records}
     assert captures["transformer.wte.weight"] == "rows"  # its tied head adds to them through autograd
     assert captures["transformer.h.0.attn.c_attn.weight"] == "adaptor"
     assert captures["transformer.h.0.ln_1.weight"] == "hook"
     _, opt, _ = fine_tune("convolutional", 1, capture="one_sided")
-    captures = {slot.plan.name: slot.capture for slot in opt.slots}
+    captures = {record.plan.name: record.capture for record in opt.records}
     assert captures["0.weight"] == captures["2.weight"] == captures["6.weight"] == "one_sided"
     assert captures["4.weight"] == "hook"  # grouped
     assert "one_sided" in repr(opt)
@@ -169,7 +169,7 @@ def test_ranks_for_which_hooks_would_be_faster_are_told():
         attached(model, capture="one_sided", rank=17)[2].detach()
     attached(model, capture="one_sided", rank=16)[2].detach()
     _, _, opt = attached(model, capture="auto", rank=32)
-    assert {slot.capture for slot in opt.slots} == {"hook"}
+    assert {record.capture for record in opt.records} == {"hook"}
 
 
 class CalledOperators(TorchDispatchMode):

@@ -10,8 +10,9 @@ from models import attached
 from torch import nn
 
 import gradlr
-from gradlr.bench.memory import peak_bytes
-from gradlr.gradient import AdaptedLayer, Rows
+from gradlr.apps.bench.memory import peak_bytes
+from gradlr.capture.layer_swap import AdaptedLayer
+from gradlr.gradient import RowSparse
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
@@ -57,7 +58,7 @@ def test_training_is_that_of_hook_capture(options, model, apply, parts):
     # float64; products in another order, then eigenvectors of 4 x 4 matrices in the layer between.
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    captures = {slot.plan.name: slot.capture for slot in opt.slots}
+    captures = {record.plan.name: record.capture for record in opt.records}
     is_by_row = "table_rule" not in options
     assert captures["embedding.weight"] == ("rows" if is_by_row else "hook")
     assert "head.weight" not in captures or captures["head.weight"] == ("adaptor" if is_by_row else "hook")
@@ -82,7 +83,7 @@ def test_embeddings_with_sparse_gradients_train_as_dense_ones(make):
 def test_embeddings_that_do_more_than_look_up_keep_their_hooks(options):
     model = nn.Embedding(9, 4, **options)
     _, tracker, opt = attached(model, capture="adaptor")
-    assert opt.slots[0].capture == "hook" and type(model) is nn.Embedding
+    assert opt.records[0].capture == "hook" and type(model) is nn.Embedding
 
 
 def test_a_head_tied_to_its_embedding_by_modules_gets_the_sum():
@@ -94,7 +95,7 @@ def test_a_head_tied_to_its_embedding_by_modules_gets_the_sum():
         results.append(weights)
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
-    assert {slot.plan.name: slot.capture for slot in opt.slots}["embedding.weight"] == "rows"
+    assert {record.plan.name: record.capture for record in opt.records}["embedding.weight"] == "rows"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,12 +117,12 @@ def test_rows_of_a_narrow_table_are_rounded_without_bias(dtype):
 def padded(count=4000):
     values = torch.ones(3, count)
     values[2] = 0
-    return Rows(torch.tensor([0, 2, 0]), values, 3)
+    return RowSparse(torch.tensor([0, 2, 0]), values, 3)
 
 
 def test_no_gradient_of_the_vocabularys_size_exists(monkeypatch):
-    monkeypatch.setattr("gradlr.gradient.factored._BLOCK_NUMBERS", 2**14)  # a sixteenth of the table
-    monkeypatch.setattr("gradlr.write._BLOCK_NUMBERS", 2**14)
+    monkeypatch.setattr("gradlr.gradient.factors._BLOCK_NUMBERS", 2**14)  # a sixteenth of the table
+    monkeypatch.setattr("gradlr.engine.apply_update._BLOCK_NUMBERS", 2**14)
     count, width = 4096, 64
     model = nn.ModuleDict({"embedding": nn.Embedding(count, width), "head": nn.Linear(width, count, bias=False)})
     x = torch.randint(count, (4,))
@@ -143,8 +144,8 @@ def test_no_gradient_of_the_vocabularys_size_exists(monkeypatch):
 
 def test_a_heads_rows_are_made_in_blocks(monkeypatch):
     wanted, _ = fine_tune(Language(), capture="adaptor")
-    monkeypatch.setattr("gradlr.gradient.factored._BLOCK_NUMBERS", 100)
-    monkeypatch.setattr("gradlr.write._BLOCK_NUMBERS", 100)
+    monkeypatch.setattr("gradlr.gradient.factors._BLOCK_NUMBERS", 100)
+    monkeypatch.setattr("gradlr.engine.apply_update._BLOCK_NUMBERS", 100)
     found, _ = fine_tune(Language(), capture="adaptor")
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)

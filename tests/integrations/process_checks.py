@@ -259,7 +259,7 @@ def parameters_without_entries_stay_apart(rank, size):
     opt = attach(accelerator, model, gradlr.LossTracker())
     accelerator.prepare(model, opt)
     held = [parameter for group in opt.param_groups for parameter in group["params"]]
-    assert all(one is slot.plan.parameter for one, slot in zip(held, opt.slots, strict=True))
+    assert all(one is record.plan.parameter for one, record in zip(held, opt.records, strict=True))
 
 
 def clipping_by_hand_is_refused(rank, size):

@@ -12,7 +12,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # rounding of sums of s
 
 
 def alternating(x, passes):
-    """Rows, then columns, to unit length, in turn: the definition, in float64."""
+    """RowSparse, then columns, to unit length, in turn: the definition, in float64."""
     x = x.double().clone()
     for _ in range(passes):
         for axis in (-1, -2):

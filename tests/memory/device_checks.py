@@ -8,8 +8,8 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 import gradlr
-from gradlr.bench.memory import peak_bytes
-from gradlr.memory.shapes import Llama, Shape
+from gradlr.apps.bench.memory import peak_bytes
+from gradlr.apps.estimate.shapes import Llama, Shape
 
 SHAPE = Shape(128, 344, 4, 4, 4, 500, 256, torch.float32)
 TOKENS, OPTIONS = 64, {"rank": 16, "momentum_rank": 4}

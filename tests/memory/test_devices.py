@@ -17,10 +17,10 @@ from device_checks import METHODS, OPTIONS, SHAPE, TOKENS, adamw, trained
 from processes import assert_passed, run_in_processes
 
 from gradlr import ArgumentError, estimate, estimate_all
-from gradlr.cli import main
-from gradlr.memory.collectives import replica_traffic, ring_bytes, update_traffic
-from gradlr.memory.devices import Devices, among
-from gradlr.memory.shapes import Llama, Shape
+from gradlr.apps.cli import main
+from gradlr.apps.estimate.collectives import replica_traffic, ring_bytes, update_traffic
+from gradlr.apps.estimate.devices import Devices, among
+from gradlr.apps.estimate.shapes import Llama, Shape
 
 GPUS = 4
 # Everything divides by four, so that no shard is padded.
@@ -46,7 +46,7 @@ def numbers(modules):
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
-WHOLE = 4 * numbers([llama()])
+REPLICATED = 4 * numbers([llama()])
 ROOT = 4 * numbers([llama().embedding, llama().norm, llama().head])
 
 
@@ -55,23 +55,23 @@ def test_fsdp_shards_weights_state_and_gradients():
     count = len(list(llama().parameters()))
     assert one.parameters == alone.parameters
     # A step count for each parameter is whole everywhere.
-    assert one.weights == WHOLE // GPUS
-    assert one.state == 2 * WHOLE // GPUS + 4 * count
-    assert WHOLE // GPUS <= one.gradients < WHOLE  # the shards, and one whole block's
+    assert one.weights == REPLICATED // GPUS
+    assert one.state == 2 * REPLICATED // GPUS + 4 * count
+    assert REPLICATED // GPUS <= one.gradients < REPLICATED  # the shards, and one whole block's
     # The root, a block in use, the next one on its way, and the last one's gradients on theirs.
-    assert one.exchange == ROOT + 3 * (WHOLE - ROOT) // SMALL.depth
+    assert one.exchange == ROOT + 3 * (REPLICATED - ROOT) // SMALL.depth
     assert sum(one.at_peak.values()) == one.peak < alone.peak
 
 
 def test_fsdp_gathers_twice_and_scatters_once():
     one = found()
     # The root's own parameters are not given back after forward.
-    assert handed(one, "all-gather") == 2 * WHOLE - ROOT
-    assert handed(one, "reduce-scatter") == WHOLE
+    assert handed(one, "all-gather") == 2 * REPLICATED - ROOT
+    assert handed(one, "reduce-scatter") == REPLICATED
     kept = found(reshard=False)
-    assert handed(kept, "all-gather") == WHOLE
+    assert handed(kept, "all-gather") == REPLICATED
     assert kept.peak > one.peak
-    assert one.sent == ring_bytes("all-gather", 2 * WHOLE - ROOT, GPUS) + ring_bytes("reduce-scatter", WHOLE, GPUS)
+    assert one.sent == ring_bytes("all-gather", 2 * REPLICATED - ROOT, GPUS) + ring_bytes("reduce-scatter", REPLICATED, GPUS)
 
 
 def test_narrow_weights_travel_narrow():
@@ -86,7 +86,7 @@ def test_updates_of_shards_exchange_what_the_formula_says():
     # Whether all is finite, for each of the others; loss, checksum and rate of each process, in float64.
     expected = sum(update_traffic(shape, rank, k) for shape in matrices) + 4 * others + 4 * 8 * GPUS
     assert handed(one, "all-reduce", "update") == expected
-    assert one.state < 2 * WHOLE / GPUS / 4
+    assert one.state < 2 * REPLICATED / GPUS / 4
 
 
 def test_state_of_a_shard_is_its_rows_and_all_columns():
@@ -105,15 +105,15 @@ def test_replicas_of_gradlr_send_sketches_and_the_rows_that_tokens_touch():
     count = len(list(model.parameters()))
     expected = replica_traffic(gpus, count, matrices, sum(p.numel() for p in vectors), 64 * rows, 2 * 100)
     assert handed(one, "all-reduce", "update") == expected
-    assert one.weights == WHOLE
+    assert one.weights == REPLICATED
     assert handed(one, "all-gather") == handed(one, "reduce-scatter") == 0
 
 
 def test_replicas_under_ddp_send_all_gradients_and_keep_buckets():
     one, alone = found(shard="dp"), estimate(llama(), method="adamw", inputs=IDS, loss=lambda net, ids: net(ids))
-    assert handed(one, "all-reduce") == one.exchange == WHOLE
-    assert one.sent == 2 * WHOLE * (GPUS - 1) / GPUS
-    assert one.peak == alone.peak + WHOLE
+    assert handed(one, "all-reduce") == one.exchange == REPLICATED
+    assert one.sent == 2 * REPLICATED * (GPUS - 1) / GPUS
+    assert one.peak == alone.peak + REPLICATED
 
 
 @pytest.mark.parametrize("method", ["adamw", "gradlr_step"])
@@ -124,13 +124,13 @@ def test_tensor_parallel_reduces_activations_four_times_a_block(method):
     assert handed(one, "all-reduce") == (4 * SMALL.depth + 2) * activation
     assert handed(one, "all-gather") == 4 * IDS[0].numel() * SMALL.vocabulary  # logits
     norms = 4 * sum(p.numel() for p in llama().parameters() if p.ndim < 2)
-    assert one.weights == (WHOLE - norms) // GPUS + norms
+    assert one.weights == (REPLICATED - norms) // GPUS + norms
 
 
 def test_adapters_are_sharded_too():
     one, alone = (found("lora", shard, gpus, rank=4) for shard, gpus in (("fsdp", GPUS), (None, 1)))
     assert one.state < alone.state / 2
-    assert handed(one, "reduce-scatter") < WHOLE / 2
+    assert handed(one, "reduce-scatter") < REPLICATED / 2
 
 
 def test_a_thousand_devices():

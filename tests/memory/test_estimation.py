@@ -11,7 +11,7 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError, estimate, estimate_all
-from gradlr.memory import METHODS, SHAPES
+from gradlr.apps.estimate import METHODS, SHAPES
 
 GRADLR = [name for name, method in METHODS.items() if method.is_gradlr]
 ATTACH = {
@@ -44,7 +44,7 @@ def test_the_state_of_gradlr_is_that_of_the_attached_optimizer(name):
     opt.step()
     found = estimate(Mixed(), method=name, inputs=TOKENS, loss=mixed_loss, rank=2, momentum_rank=2)
     assert found.state == held(entries(opt))
-    assert held(entries(opt)) == opt.state_bytes() + 8 * len(opt.slots)  # a step count each
+    assert held(entries(opt)) == opt.state_bytes() + 8 * len(opt.records)  # a step count each
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_foreach", "sgd"])

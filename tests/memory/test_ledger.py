@@ -3,11 +3,11 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gradlr.memory.ledger import Ledger
+from gradlr.apps.estimate.ledger import MemoryTracker
 
 
 def test_births_and_deaths_are_booked_and_views_are_not():
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), MemoryTracker() as ledger:
         x = torch.empty(100)
         y = x.view(10, 10).T[2:]
         assert ledger.held["activations"] == 400
@@ -20,7 +20,7 @@ def test_births_and_deaths_are_booked_and_views_are_not():
 
 
 def test_kinds_can_be_moved_and_the_peak_follows():
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), MemoryTracker() as ledger:
         with ledger.booking("workspace"):
             x = torch.empty(100)
         ledger.move([x], "state")
@@ -35,7 +35,7 @@ def test_work_of_the_same_form_is_done_once_and_counted_each_time():
     def work():
         calls.append(torch.empty(50).add(1).numel())
 
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), MemoryTracker() as ledger:
         ledger.replay("one", work)
         first = ledger.peak
         kept = torch.empty(100)
@@ -47,7 +47,7 @@ def test_work_of_the_same_form_is_done_once_and_counted_each_time():
 
 
 def test_a_step_in_which_nothing_goes_wrong():
-    with FakeTensorMode(), Ledger():
+    with FakeTensorMode(), MemoryTracker():
         x = torch.empty(7)
         assert x.isfinite().all()
         is_scaled = x[0] != 1
@@ -57,7 +57,7 @@ def test_a_step_in_which_nothing_goes_wrong():
 
 
 def test_memory_that_a_storage_is_given_and_loses_is_booked():
-    with FakeTensorMode(), Ledger() as ledger:
+    with FakeTensorMode(), MemoryTracker() as ledger:
         x = torch.empty(100)
         x.untyped_storage().resize_(0)
         assert ledger.held["exchange"] == ledger.held["activations"] == 0

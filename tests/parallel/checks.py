@@ -82,7 +82,7 @@ def compare_with_one_process(rank, size, /, *, micro=1, **options):
     assert_same_everywhere(model)
     assert_like(model, reference)
     assert math.isclose(tracker.ratio, reference_tracker.ratio, rel_tol=1e-6)
-    assert [slot.rank for slot in opt.slots] == [slot.rank for slot in reference_opt.slots]
+    assert [record.rank for record in opt.records] == [record.rank for record in reference_opt.records]
     assert not torch.equal(model.mix.weight, mixed().mix.weight)
     if opt.grad_norm is not None:
         assert math.isclose(opt.grad_norm, reference_opt.grad_norm, rel_tol=1e-6)
@@ -93,9 +93,9 @@ def hooks_equal_one_process(rank, size):
     opt = compare_with_one_process(rank, size, rank=gradlr.ByLoss(3))
     assert f"processes={size}" in repr(opt)
     # They exchange sketches, not gradients, of both matrices that are large enough.
-    from gradlr.parallel.exchange import form_of
+    from gradlr.distributed.replicated import form_of
 
-    assert [form_of(slot) for slot in opt.slots if slot.plan.kind == "matrix"] == ["sketch", "sketch"]
+    assert [form_of(record) for record in opt.records if record.plan.kind == "matrix"] == ["sketch", "sketch"]
 
 
 def accumulation_equals_one_process(rank, size):
@@ -104,12 +104,12 @@ def accumulation_equals_one_process(rank, size):
 
 def adaptors_equal_one_process(rank, size):
     opt = compare_with_one_process(rank, size, capture="adaptor", weight_decay=0.1)
-    assert {slot.capture for slot in opt.slots} == {"adaptor", "rows", "hook"}
+    assert {record.capture for record in opt.records} == {"adaptor", "rows", "hook"}
 
 
 def one_sided_layers_equal_one_process(rank, size):
     opt = compare_with_one_process(rank, size, capture="one_sided", micro=2)
-    assert "one_sided" in {slot.capture for slot in opt.slots}
+    assert "one_sided" in {record.capture for record in opt.records}
 
 
 def other_rules_equal_one_process(rank, size):
@@ -128,7 +128,7 @@ def narrow_weights_and_sparse_rows_stay_equal(rank, size):
     train(model, tracker, opt, 5, part=part_of(rank, size))
     assert_same_everywhere(model)
     assert str(opt.report())
-    assert all(int(opt.state[slot.plan.parameter]["step"]) == 5 for slot in opt.slots)
+    assert all(int(opt.state[record.plan.parameter]["step"]) == 5 for record in opt.records)
 
 
 def full_rank_sees_the_whole_gradient(rank, size):
@@ -168,7 +168,7 @@ def parameters_may_be_unused(rank, size):
         opt.step()
     assert_same_everywhere(model)
     assert all(torch.equal(value, untouched[key]) for key, value in model.ways[2].state_dict().items())
-    steps = {slot.plan.name: int(opt.state[slot.plan.parameter]["step"]) for slot in opt.slots}
+    steps = {record.plan.name: int(opt.state[record.plan.parameter]["step"]) for record in opt.records}
     assert steps["ways.0.weight"] == steps["ways.1.weight"] == 4
     assert steps["ways.2.weight"] == steps["ways.2.bias"] == 0
 
@@ -210,7 +210,7 @@ def one_process_with_nan_skips_the_step_on_all(rank, size):
     tracker, opt = attach(model)
     train(model, tracker, opt, 1, part=part_of(rank, size))
     before, latest = copy.deepcopy(model.state_dict()), tracker.state_dict()["latest"]
-    states = copy.deepcopy([opt.state[slot.plan.parameter] for slot in opt.slots])
+    states = copy.deepcopy([opt.state[record.plan.parameter] for record in opt.records])
     tokens = tokens_of(1)[part_of(rank, size)]
     loss = cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     tracker(loss * math.nan if rank == 1 else loss).backward()
@@ -219,8 +219,8 @@ def one_process_with_nan_skips_the_step_on_all(rank, size):
         opt.step()
     assert opt.skipped == 1
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    for slot, state in zip(opt.slots, states, strict=True):
-        assert all(torch.equal(value, opt.state[slot.plan.parameter][key]) for key, value in state.items())
+    for record, state in zip(opt.records, states, strict=True):
+        assert all(torch.equal(value, opt.state[record.plan.parameter][key]) for key, value in state.items())
     assert tracker.state_dict()["latest"] != latest  # that of the processes whose loss was sound
     train(model, tracker, opt, 2, part=part_of(rank, size), start=2)
     assert_same_everywhere(model)
@@ -269,6 +269,7 @@ def an_error_on_one_rank_stops_all(rank, size):
     tokens = tokens_of(0)
     loss = tracker(cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()))
     if rank == 1:
+
         def fail(gradient):
             raise KeyError("a layer")
 
@@ -332,7 +333,7 @@ def drifting_weights_are_told(rank, size):
         with torch.no_grad():
             model.mix.weight[0, 0] += 1e-9
     with pytest.raises(gradlr.ParallelError, match=r"'mix.weight' has other weights on rank 1 than on rank 0"):
-        train(model, tracker, opt, len(opt.slots), part=part_of(rank, size))
+        train(model, tracker, opt, len(opt.records), part=part_of(rank, size))
 
 
 @contextmanager

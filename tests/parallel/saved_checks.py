@@ -76,7 +76,7 @@ def go_on(rank, size, *, source):
     else:  # with "step", one process has a parameter for GradScaler in its groups, which torch's function does not know
         opt.load_state_dict(state["optimizer"])
     assert len(tracker.history) == 3
-    assert all(int(opt.state[slot.plan.parameter]["step"]) == 3 for slot in opt.slots)
+    assert all(int(opt.state[record.plan.parameter]["step"]) == 3 for record in opt.records)
     train(model, tracker, opt, 3, part=batch_share(rank, size), start=3)
     expected = torch.load(folder(f"from{source}.expected"), weights_only=True)
     for name, value in whole(model).items():
@@ -93,11 +93,11 @@ def go_on_with_another_rank(rank, size, *, source):
     assert gradlr.load(folder(f"from{source}.gradlr"), model=model, optimizer=opt) == {"epoch": 1}
     assert len(tracker.history) == 3
     state = opt.state_dict()["state"]
-    known = [state[slot.index]["P"] for slot in opt.slots if slot.plan.kind == "matrix"]
+    known = [state[record.index]["P"] for record in opt.records if record.plan.kind == "matrix"]
     assert all(one.shape[1] == 2 and one[:, 0].any() and not one[:, 1].any() for one in known)
     train(model, tracker, opt, 1, part=batch_share(rank, size), start=3)
     after = opt.state_dict()["state"]
-    assert all(after[slot.index]["P"][:, 1].any() for slot in opt.slots if slot.plan.kind == "matrix")
+    assert all(after[record.index]["P"][:, 1].any() for record in opt.records if record.plan.kind == "matrix")
     weights = [parameter.detach().clone() for parameter in model.parameters()]
     gradlr.load(folder(f"from{source}.gradlr"), model=model)
     assert not any(map(torch.equal, weights, model.parameters()))
@@ -121,10 +121,10 @@ def whole_state_dicts_are_those_of_one_process(rank, size):
     options = StateDictOptions(full_state_dict=True)
     got = get_optimizer_state_dict(model, opt, options=options)
     expected = reference_opt.state_dict()
-    for slot in reference_opt.slots:
-        for key, value in expected["state"][slot.index].items():
+    for record in reference_opt.records:
+        for key, value in expected["state"][record.index].items():
             if key != "R":  # columns of P and R may both change their sign
-                torch.testing.assert_close(got["state"][slot.plan.name][key].abs(), value.abs(), rtol=1e-9, atol=1e-9)
+                torch.testing.assert_close(got["state"][record.plan.name][key].abs(), value.abs(), rtol=1e-9, atol=1e-9)
     reference_opt.load_state_dict(got)
     model_state = whole(model)
     reference.load_state_dict(model_state)
@@ -134,7 +134,7 @@ def whole_state_dicts_are_those_of_one_process(rank, size):
         torch.testing.assert_close(value, reference.state_dict()[name], rtol=1e-9, atol=1e-9)
     # And back.
     set_optimizer_state_dict(model, opt, got, options=options)
-    assert all(int(opt.state[slot.plan.parameter]["step"]) == 2 for slot in opt.slots)
+    assert all(int(opt.state[record.plan.parameter]["step"]) == 2 for record in opt.records)
 
 
 def folders_are_written_whole(rank, size):
@@ -235,7 +235,7 @@ def whole_state_dicts_are_broadcast_to_a_fresh_optimizer(rank, size):
     other_tracker, other_opt = attach(other, **OPTIONS)
     set_optimizer_state_dict(other, other_opt, saved if rank == 0 else {}, options=options)
     assert other_tracker.history == distributed_from_first(tracker.history) and other_tracker.ratio == tracker.ratio
-    assert all(int(other_opt.state[slot.plan.parameter]["step"]) == 2 for slot in other_opt.slots)
+    assert all(int(other_opt.state[record.plan.parameter]["step"]) == 2 for record in other_opt.records)
 
 
 def distributed_from_first(value):
@@ -249,10 +249,10 @@ def a_checkpoint_without_a_parameter_changes_nothing(rank, size):
     tracker, opt = attach(model, **OPTIONS)
     train(model, tracker, opt, 1, part=batch_share(rank, size))
     state = opt.state_dict()
-    before = {slot.plan.name: opt.state[slot.plan.parameter]["step"].item() for slot in opt.slots}
+    before = {record.plan.name: opt.state[record.plan.parameter]["step"].item() for record in opt.records}
     damaged = {**state, "state": {key: value for key, value in state["state"].items() if key != 0}}
     with pytest.raises(gradlr.CheckpointError if rank == 0 else gradlr.ParallelError, match="lacks its state"):
         opt.load_state_dict(damaged if rank == 0 else state)
-    assert before == {slot.plan.name: opt.state[slot.plan.parameter]["step"].item() for slot in opt.slots}
+    assert before == {record.plan.name: opt.state[record.plan.parameter]["step"].item() for record in opt.records}
     distributed.barrier()
     assert loss_of(model, tokens_of(0)).isfinite() and isinstance(model, Net)

@@ -132,7 +132,7 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
     assert all(not torch.equal(one, two) for one, two in zip(reference.parameters(), untrained.parameters(), strict=True))
     if reference_micro is None:  # both have shown the same losses
         assert math.isclose(tracker.ratio, reference_tracker.ratio, rel_tol=1e-6)
-    assert [slot.rank for slot in opt.slots] == [slot.rank for slot in reference_opt.slots]
+    assert [record.rank for record in opt.records] == [record.rank for record in reference_opt.records]
     assert f"processes={size}" in repr(opt)
     if opt.grad_norm is not None:
         assert math.isclose(opt.grad_norm, reference_opt.grad_norm, rel_tol=1e-6)
@@ -141,7 +141,7 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
 
 def fsdp_in_backward_equals_one_process(rank, size):
     opt = compare_with_one_process(rank, size, rank=gradlr.ByLoss(3), weight_decay=0.1)
-    up = next(slot.plan.parameter for slot in opt.slots if slot.plan.name == "up.weight")
+    up = next(record.plan.parameter for record in opt.records if record.plan.name == "up.weight")
     assert up.grad is None and opt.state[up]["P"].shape == (48 // size, 1) and opt.state[up]["R"].shape == (24, 1)
 
 
@@ -222,7 +222,7 @@ def _by_columns(parameter):
 def columns_may_be_sharded(rank, size):
     place = partial(shard, shard_placement_fn=_by_columns)
     opt = compare_with_one_process(rank, size, place=place, table_rule="rowwise_rmsprop")
-    up = next(slot.plan.parameter for slot in opt.slots if slot.plan.name == "up.weight")
+    up = next(record.plan.parameter for record in opt.records if record.plan.name == "up.weight")
     assert up.placements == (Shard(1),) and opt.state[up]["R"].shape == (24 // size, 1)
     with forms_seen() as seen:
         compare_with_one_process(rank, size, place=place, apply="step")
@@ -332,8 +332,8 @@ def experts_of_all_processes_share_one_rank(rank, size):
     for step in range(5):
         train(model, tracker, opt, 1, part=share_of(rank, size), start=step)
         train(reference, reference_tracker, reference_opt, 1, start=step)
-        assert [slot.rank for slot in opt.slots] == [slot.rank for slot in reference_opt.slots]
-    assert len({slot.rank for slot in opt.slots if slot.plan.kind == "matrix"}) > 1
+        assert [record.rank for record in opt.records] == [record.rank for record in reference_opt.records]
+    assert len({record.rank for record in opt.records if record.plan.kind == "matrix"}) > 1
     assert_like(model, reference)
     opt.load_state_dict(opt.state_dict())
     train(model, tracker, opt, 1, part=share_of(rank, size))
@@ -353,7 +353,7 @@ def tensor_parallel_equals_one_process(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     for options in ({}, {"apply": "step", "max_grad_norm": 0.5}, {"apply": "step", "micro": 2}):
         opt = compare_with_one_process(rank, size, place=partial(_parallelized, mesh=mesh), share=slice(None), **options)
-    state = {slot.plan.name: opt.state[slot.plan.parameter] for slot in opt.slots}
+    state = {record.plan.name: opt.state[record.plan.parameter] for record in opt.records}
     assert state["up.weight"]["P"].shape == (48 // size, 1) and state["up.weight"]["R"].shape == (24, 1)
     assert state["down.weight"]["P"].shape == (24, 1) and state["down.weight"]["R"].shape == (48 // size, 1)
 
@@ -364,7 +364,7 @@ def fsdp_over_tensor_parallel_equals_one_process(rank, size):
     share = share_of(mesh["data"].get_local_rank(), 2)
     for options in ({}, {"apply": "step", "max_grad_norm": 0.5}):
         opt = compare_with_one_process(rank, size, place=place, share=share, **options)
-    down = next(slot.plan.parameter for slot in opt.slots if slot.plan.name == "down.weight")
+    down = next(record.plan.parameter for record in opt.records if record.plan.name == "down.weight")
     assert opt.state[down]["P"].shape == (12, 1) and opt.state[down]["R"].shape == (24, 1)
 
 
@@ -372,7 +372,7 @@ def hybrid_sharding_equals_one_process(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     for options in ({}, {"apply": "step", "max_grad_norm": 0.5}):
         opt = compare_with_one_process(rank, size, place=partial(shard, mesh=mesh), **options)
-        parts = torch.cat([slot.plan.here.flatten() for slot in opt.slots])
+        parts = torch.cat([record.plan.here.flatten() for record in opt.records])
         others = [torch.empty_like(parts) for _ in range(2)]
         distributed.all_gather(others, parts, group=mesh["replicas"].get_group())
         assert torch.equal(*others)
@@ -386,7 +386,7 @@ def copies_that_drift_are_told(rank, size):
         with torch.no_grad():
             model.norm.weight[0] += 1e-9
     with pytest.raises(gradlr.ParallelError, match=r"has other weights on rank 1 than on rank 0"):
-        train(model, tracker, opt, len(opt.slots))
+        train(model, tracker, opt, len(opt.records))
 
 
 def _parts_of(model):
@@ -464,7 +464,7 @@ def bytes_are_those_of_the_formula(rank, size):
             loss.backward()
         r, k = 2, 1
         matrices = [r * n + 3 * r * r + r + r * k + (3 * n + 3 if residual else 0) for n in (24, 48)]
-        assert sum(counts) == 4 * (sum(matrices) + len(opt.slots))
+        assert sum(counts) == 4 * (sum(matrices) + len(opt.records))
         opt.detach()
 
 

@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 from processes import assert_passed, run_documented_loop, run_in_processes
 
 from gradlr import ArgumentError, ParallelError
-from gradlr.parallel import together
+from gradlr.distributed import propagate_errors
 
 IN_TWO = (
     "hooks_equal_one_process",
@@ -75,5 +75,5 @@ class _Unreachable:
 
 
 def test_an_error_is_told_here_where_nobody_else_hears_of_it():
-    with pytest.raises(ArgumentError, match="the reason"), together(_Unreachable()):
+    with pytest.raises(ArgumentError, match="the reason"), propagate_errors(_Unreachable()):
         raise ArgumentError("the reason")

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
 from processes import assert_passed, run_documented_loop, run_in_processes
 
-from gradlr import folders
+from gradlr.checkpoint import folder as folders
 
 shutil_rmtree = shutil.rmtree
 
@@ -64,7 +64,7 @@ SAVED = (
     "another_rank_from_two",
     "another_rank_from_four",
 )
-WHOLE = (
+REPLICATED = (
     "whole_state_dicts_are_those_of_one_process",
     "whole_state_dicts_are_broadcast_to_a_fresh_optimizer",
     "folders_are_written_whole",
@@ -88,9 +88,9 @@ def in_four(tmp_path_factory):
 def saved(tmp_path_factory):
     """Reports of 1, 2 and 4 processes: what each of them has saved, and what each has made of it."""
     reports, environment = {}, {"GRADLR_TEST_FOLDER": str(tmp_path_factory.mktemp("checkpoints"))}
-    for names in (("begin",), SAVED + WHOLE):
+    for names in (("begin",), SAVED + REPLICATED):
         for size in (1, 2, 4):
-            asked = names if size > 1 else tuple(name for name in names if name not in WHOLE)
+            asked = names if size > 1 else tuple(name for name in names if name not in REPLICATED)
             path = tmp_path_factory.mktemp("saved")
             told = run_in_processes(size, "saved_checks", asked, path, environment=environment)
             reports |= {(name, size): told[name] for name in asked}
@@ -118,7 +118,7 @@ def test_distributed_checkpoints_are_loaded_by_any_number_of_processes(saved, na
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", REPLICATED)
 def test_state_dicts_of_sharded_models(saved, name, size):
     assert_passed(saved[name, size])
 

@@ -41,9 +41,7 @@ def resized(moment, rank):
 
 
 class FactorMomentsReference:
-    def __init__(
-        self, weight, *, rank, lr, beta, beta2=0.999, eps=1e-8, scale=1.0, weight_decay=0.0, adjust=False, ns_steps=5
-    ):
+    def __init__(self, weight, *, rank, lr, beta, beta2=0.999, eps=1e-8, scale=1.0, weight_decay=0.0, adjust=False, ns_steps=5):
         self.weight = np.array(weight, dtype=np.float64)
         m, n = self.weight.shape
         self.rank = rank

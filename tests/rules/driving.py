@@ -1,34 +1,34 @@
-"""Running a rule by hand: settings with a seeded generator, and steps of `update` and `write` without an optimizer."""
+"""Running a rule by hand: context with a seeded generator, and steps of `update` and `write` without an optimizer."""
 
 import torch
 
+from gradlr.engine.apply_update import write
 from gradlr.gradient import Dense
-from gradlr.parameters import View
-from gradlr.rules import Settings
-from gradlr.write import write
+from gradlr.params.kinds import View
+from gradlr.rules import UpdateContext
 
 
-def settings(rank=4, momentum_rank=2, *, beta=0.9, step=1, seed=0):
-    """Settings of one update; the same random numbers for the same seed and step."""
+def context(rank=4, momentum_rank=2, *, beta=0.9, step=1, seed=0):
+    """UpdateContext of one update; the same random numbers for the same seed and step."""
     generator = torch.Generator().manual_seed(1000 * seed + step)
-    return Settings(rank, momentum_rank, beta, step, generator)
+    return UpdateContext(rank, momentum_rank, beta, step, generator)
 
 
 def standard_normals(shape, *, step, seed=0, dtype=torch.float64):
-    """The first standard normals that `settings(step=step, seed=seed).generator` gives."""
-    return torch.randn(shape, dtype=dtype, generator=settings(step=step, seed=seed).generator)
+    """The first standard normals that `context(step=step, seed=seed).generator` gives."""
+    return torch.randn(shape, dtype=dtype, generator=context(step=step, seed=seed).generator)
 
 
 def first_state(rule, shape, dtype=torch.float64, **options):
     """What `rule.init` gives."""
-    return rule.init(torch.Size(shape), settings(**options), dtype=dtype, device=torch.device("cpu"))
+    return rule.init(torch.Size(shape), context(**options), dtype=dtype, device=torch.device("cpu"))
 
 
 def descend(rule, state, gradients, *, lr, weight, ranks=None, weight_decay=0.0, rank=4, momentum_rank=2, beta=0.9, seed=0):
     """Write one update per gradient into a copy of `weight`; returns the weight after each step and the last state."""
     weight, weights = weight.clone(), []
     for step, gradient in enumerate(gradients, start=1):
-        now = settings(rank if ranks is None else ranks[step - 1], momentum_rank, beta=beta, step=step, seed=seed)
+        now = context(rank if ranks is None else ranks[step - 1], momentum_rank, beta=beta, step=step, seed=seed)
         update, state = rule.update(Dense(gradient), state, now)
         write(weight, View(), update, lr=lr, weight_decay=weight_decay, generator=now.generator)
         weights.append(weight.clone())

@@ -4,7 +4,7 @@ import pytest
 import torch
 from models import mlp, train
 from reference.elementwise import AdamReference, RowwiseRMSpropReference
-from rules.driving import descend, first_state, random_gradients, settings
+from rules.driving import context, descend, first_state, random_gradients
 from torch import nn
 
 import gradlr
@@ -81,7 +81,7 @@ def test_rowwise_rmsprop_is_its_reference(shape, options, weight_decay):
 def test_rowwise_rmsprop_leaves_rows_without_gradient():
     rule, gradient = RowwiseRMSprop(), torch.randn(5, 3)
     gradient[[1, 4]] = 0
-    update, _ = rule.update(Dense(gradient), first_state(rule, (5, 3), torch.float32), settings())
+    update, _ = rule.update(Dense(gradient), first_state(rule, (5, 3), torch.float32), context())
     assert update.dense.any(dim=1).tolist() == [True, False, True, True, False]
 
 
@@ -125,13 +125,13 @@ class SignMomentum(Rule):
     """The sign of a running mean of gradients, scaled like an orthogonal update: a user's own rule."""
 
     name = "sign_momentum"
-    needs_dense = True
+    is_elementwise = True
 
-    def init(self, shape, settings, *, dtype, device):
+    def init(self, shape, context, *, dtype, device):
         return {"mean": torch.zeros(shape, dtype=dtype, device=device)}
 
-    def update(self, gradient, state, settings):
-        mean = torch.lerp(gradient.matrix, state["mean"], settings.beta)
+    def update(self, gradient, state, context):
+        mean = torch.lerp(gradient.matrix, state["mean"], context.beta)
         return Update(dense=0.2 * mean.sign()), {"mean": mean}
 
 
@@ -140,11 +140,11 @@ class PowerStep(Rule):
 
     name = "power_step"
 
-    def init(self, shape, settings, *, dtype, device):
+    def init(self, shape, context, *, dtype, device):
         return {}
 
-    def update(self, gradient, state, settings):
-        right = torch.randn(gradient.shape[-1], settings.rank, dtype=gradient.dtype, generator=settings.generator)
+    def update(self, gradient, state, context):
+        right = torch.randn(gradient.shape[-1], context.rank, dtype=gradient.dtype, generator=context.generator)
         left = torch.linalg.qr(gradient @ right).Q
         across = gradient.mT @ left
         return Update(left=left, right=across / across.norm().clamp(min=1e-12)), {}

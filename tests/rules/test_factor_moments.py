@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 from reference.factor_moments import FactorMomentsReference
-from rules.driving import descend, first_state, random_gradients, settings, standard_normals
+from rules.driving import context, descend, first_state, random_gradients, standard_normals
 from torch import nn
 
 import gradlr
 from gradlr import ArgumentError
+from gradlr.engine.record import mixed_seed
 from gradlr.gradient import Dense
 from gradlr.linalg import svd_lowrank
 from gradlr.rules import FactorMoments
-from gradlr.slots import mixed_seed
 
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
 COUNT = 20
@@ -61,7 +61,7 @@ def test_twenty_steps_are_the_references(shape, decay, is_adjusted, ranks, scale
     weights, _ = descend(rule, first_state(rule, shape), gradients, weight=weight, ranks=ranks, **common)
     reference = reference_for(weight, rule, rank=ranks[0], **common)
     for step, (gradient, rank, found) in enumerate(zip(gradients, ranks, weights, strict=True), start=1):
-        expected = follow(reference, gradient, rank, lambda step=step: settings(step=step).generator)
+        expected = follow(reference, gradient, rank, lambda step=step: context(step=step).generator)
         torch.testing.assert_close(found, expected, **TIGHT)
 
 
@@ -76,7 +76,7 @@ def test_twenty_steps_of_the_optimizer_are_the_references(shape, is_adjusted):
     ranks = []
     for step, gradient in enumerate(random_gradients(shape, COUNT), start=1):
         tracker(1.0 if step == 1 else 0.5 + 0.5 * (step % 3) / 3)
-        ranks.append(opt.slots[0].rank)
+        ranks.append(opt.records[0].rank)
         opt.receive(model.weight, Dense(gradient))
         expected = follow(reference, gradient, ranks[-1], lambda step=step: torch.Generator().manual_seed(mixed_seed(3, 0, step)))
         torch.testing.assert_close(model.weight.detach(), expected, **TIGHT)
@@ -108,7 +108,7 @@ def test_bfloat16_newton_schulz_steps_stay_near_the_float64_ones(shape):
 def test_the_first_update_is_the_polar_factor_up_to_newton_schulz():
     (gradient,) = random_gradients((12, 8), 1)
     rule = exact(scale=1.0)
-    update, state = rule.update(Dense(gradient), first_state(rule, (12, 8), rank=8), settings(8))
+    update, state = rule.update(Dense(gradient), first_state(rule, (12, 8), rank=8), context(8))
     u, s, vh = torch.linalg.svd(gradient, full_matrices=False)
     inner = u.mT @ update.left @ update.right.mT @ vh.mT
     # Equal singular values of the means, hence one factor for all directions; Newton-Schulz puts each side in 0.7 to 1.2.
@@ -122,7 +122,7 @@ def test_the_first_update_is_the_polar_factor_up_to_newton_schulz():
 def test_the_default_scale_makes_the_notebooks_update_comparable_with_adamws():
     (gradient,) = random_gradients((20, 10), 1)
     one, other = (
-        rule.update(Dense(gradient), first_state(rule, (20, 10)), settings())[0].left for rule in (exact(), exact(scale=1.0))
+        rule.update(Dense(gradient), first_state(rule, (20, 10)), context())[0].left for rule in (exact(), exact(scale=1.0))
     )
     # One multiplication.
     torch.testing.assert_close(one, 0.2 * 20**0.5 * other, rtol=1e-14, atol=0)
@@ -146,7 +146,7 @@ def test_standard_normals_are_those_of_svd_lowrank():
     (gradient,) = random_gradients((24, 10), 1)
     drawn = standard_normals((10, 4), step=2)
     basis = torch.linalg.qr(gradient @ drawn).Q
-    u, _, _ = svd_lowrank(gradient, 4, power_steps=0, generator=settings(step=2).generator)
+    u, _, _ = svd_lowrank(gradient, 4, power_steps=0, generator=context(step=2).generator)
     # Both bases span the same space.
     torch.testing.assert_close(basis @ (basis.mT @ u), u, rtol=0, atol=1e-12)
 

@@ -3,15 +3,15 @@
 import pytest
 import torch
 from reference.tracked_momentum import TrackedMomentumReference
-from rules.driving import descend, first_state, random_gradients, settings, standard_normals
+from rules.driving import context, descend, first_state, random_gradients, standard_normals
 from torch import nn
 
 import gradlr
 from gradlr import ArgumentError
+from gradlr.engine.record import mixed_seed
 from gradlr.gradient import Dense, Sketched
 from gradlr.rules import TrackedMomentum
 from gradlr.rules.base import update_scale
-from gradlr.slots import mixed_seed
 
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
 OPTIONS = {
@@ -36,7 +36,7 @@ def reference_for(weight, rule, *, rank, momentum_rank, lr, beta, weight_decay=0
 
 def one_update(rule, gradient, *, rank, momentum_rank=2, **options):
     state = first_state(rule, gradient.shape, gradient.dtype, rank=rank, momentum_rank=momentum_rank)
-    return rule.update(Dense(gradient), state, settings(rank, momentum_rank, **options))
+    return rule.update(Dense(gradient), state, context(rank, momentum_rank, **options))
 
 
 def same_space(one, other):
@@ -157,7 +157,7 @@ def test_all_singular_values_of_the_update_are_equal_without_residual(shape, ran
     rule = TrackedMomentum(residual=0)
     state = first_state(rule, shape)
     for step, gradient in enumerate(random_gradients(shape, 4), start=1):
-        update, state = rule.update(Dense(gradient), state, settings(rank, 2, step=step))
+        update, state = rule.update(Dense(gradient), state, context(rank, 2, step=step))
         values = torch.linalg.svdvals(update.left @ update.right.mT)[:rank]
         expected = torch.full_like(values, 0.2 * max(shape) ** 0.5)
         # Polar factor through a float64 Gram matrix: rounding times the squared condition, 1e3, of a few columns.
@@ -213,7 +213,7 @@ def test_a_schedule_by_energy_follows_the_momentums_spectrum(arithmetic):
         tracker(1.0)
         opt.receive(model.weight, Dense(left @ right))
     # Two directions hold all of the energy; ranks above 8 come in steps of 8.
-    assert opt.slots[0].rank <= 8
+    assert opt.records[0].rank <= 8
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -226,9 +226,7 @@ def test_products_follow_the_same_space_as_decompose_on_low_rank_gradients(shape
     for arithmetic in ("decompose", "products"):
         rule = TrackedMomentum(arithmetic=arithmetic)
         state = first_state(rule, shape, dtype, momentum_rank=k)
-        states.append(
-            descend(rule, state, gradients, weight=torch.zeros(shape, dtype=dtype), lr=0.1, rank=6, momentum_rank=k)[1]
-        )
+        states.append(descend(rule, state, gradients, weight=torch.zeros(shape, dtype=dtype), lr=0.1, rank=6, momentum_rank=k)[1])
     one, other = states
     # Shifts of 1e-6 in the Cholesky passes, rounding of 1e-7 in float32.
     assert same_space(one["P"], other["P"]).min() > 1 - 1e-4
@@ -266,8 +264,8 @@ def test_there_is_no_residual_at_full_rank_without_weight_or_for_a_sketch():
     assert one_update(TrackedMomentum(residual=0), gradient, rank=4)[0].dense is None
     rule = TrackedMomentum()
     state, q = first_state(rule, (12, 8)), torch.linalg.qr(gradient).Q
-    sketches = (Sketched.of(Dense(gradient), q[:8, :4]), rule.sketch(Dense(gradient), state, settings()))
-    assert all(rule.update(sketch, state, settings())[0].dense is None for sketch in sketches)
+    sketches = (Sketched.of(Dense(gradient), q[:8, :4]), rule.sketch(Dense(gradient), state, context()))
+    assert all(rule.update(sketch, state, context())[0].dense is None for sketch in sketches)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -281,7 +279,7 @@ def test_a_zero_gradient_gives_a_zero_update_while_momentum_is_kept():
     rule, shape = TrackedMomentum(), (12, 8)
     (gradient,) = random_gradients(shape, 1)
     _, state = one_update(rule, gradient, rank=4)
-    update, after = rule.update(Dense(torch.zeros_like(gradient)), state, settings(step=2, beta=0.5))
+    update, after = rule.update(Dense(torch.zeros_like(gradient)), state, context(step=2, beta=0.5))
     assert torch.count_nonzero(update.left @ update.right.mT) == torch.count_nonzero(update.dense) == 0
     torch.testing.assert_close(after["P"] @ after["R"].mT, 0.5 * state["P"] @ state["R"].mT, **TIGHT)
 

@@ -1,0 +1,1 @@
+"""Tools beside the library, which imports none of them."""

@@ -1,0 +1,47 @@
+"""What a result was measured on: kept beside every number."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from ...errors import ArgumentError
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Versions, processor and threads; the GPU's name and CUDA version where the device is one."""
+    device = torch.device(device)
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+    return found
+
+
+def require_device(device: str) -> None:
+    """Raise an ArgumentError unless tensors can be made on `device`."""
+    if device == "meta":
+        raise ArgumentError("--device meta holds no values; use --device cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ArgumentError(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu") from None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,190 @@
+"""The real packages of the field, each as its own documentation tells to use it: `pip install 'gradlr[bench]'`."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from .train_steps import Baseline, Loss, TrainStep, ordinary_step, split_by_axes, split_parameters
+
+UPDATE_GAP = 200  # the packages' own default; 50 was worse for GaLore and the same for APOLLO
+LORA_RANK = 32
+
+
+def low_rank_share(matrices: list[nn.Parameter]) -> int:
+    """A quarter of the usual matrix's shorter side, the share that GaLore's and APOLLO's papers train at."""
+    return max(1, statistics.mode(min(p.shape) for p in matrices) // 4)
+
+
+def galore(model: nn.Module, lr: float) -> TrainStep:
+    """galore-torch's AdamW: 2-D matrices projected by the SVD of a gradient, scale 0.25; everything else in plain AdamW.
+
+    At a quarter of the rate, as with APOLLO below: at one rate for all, both packages end 0.06 nats higher.
+    """
+    from galore_torch import GaLoreAdamW
+
+    options = {"update_proj_gap": UPDATE_GAP, "scale": 0.25, "proj_type": "std"}
+    return _projected(GaLoreAdamW, model, lr, options, no_deprecation_warning=True)
+
+
+def apollo(model: nn.Module, lr: float) -> TrainStep:
+    """apollo-torch's AdamW: random projections, one factor per channel."""
+    from apollo_torch import APOLLOAdamW
+
+    options = {"update_proj_gap": UPDATE_GAP, "scale": 1.0, "proj_type": "std", "proj": "random", "scale_type": "channel"}
+    return _projected(APOLLOAdamW, model, lr, options)
+
+
+def apollo_mini(model: nn.Module, lr: float) -> TrainStep:
+    """APOLLO-Mini: rank 1, one factor per matrix, scale 128."""
+    from apollo_torch import APOLLOAdamW
+
+    options = {"update_proj_gap": UPDATE_GAP, "scale": 128.0, "proj_type": "std", "proj": "random", "scale_type": "tensor"}
+    return _projected(APOLLOAdamW, model, lr, {**options, "rank": 1})
+
+
+def _projected(make: Callable[..., Any], model: nn.Module, lr: float, options: dict[str, Any], **more: Any) -> TrainStep:
+    matrices, tables, vectors = split_parameters(model)
+    flat, folded = split_by_axes(matrices)
+    low_rank = {"params": flat, "rank": low_rank_share(flat), **options}
+    rest = {"params": folded + tables + vectors, "lr": lr / 4}
+    optimizer = make([low_rank, rest], lr=lr, weight_decay=0.0, **more)
+
+    def projection(parameter: nn.Parameter) -> list[Tensor]:
+        # Held by an object that is no tensor; None where it is drawn anew from a seed.
+        matrix = getattr(optimizer.state.get(parameter, {}).get("projector"), "ortho_matrix", None)
+        return [matrix] if torch.is_tensor(matrix) else []
+
+    return TrainStep(ordinary_step([optimizer]), [optimizer], more_state=projection)
+
+
+def adamw_8bit(model: nn.Module, lr: float) -> TrainStep:
+    """bitsandbytes' AdamW with moments in 8 bits, of tensors with 4,096 numbers and more."""
+    import bitsandbytes
+
+    optimizers = [bitsandbytes.optim.AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0)]
+    return TrainStep(ordinary_step(optimizers), optimizers)
+
+
+def gradient_release(model: nn.Module, lr: float) -> TrainStep:
+    """torch-optimi's AdamW with gradient release: each parameter's step inside backward, as gradlr does it."""
+    from optimi import AdamW, prepare_for_gradient_release
+
+    optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0, gradient_release=True)
+    prepare_for_gradient_release(model, optimizer)
+
+    def step(compute: Loss) -> Tensor:
+        loss = compute()
+        loss.backward()
+        return loss
+
+    return TrainStep(step, [optimizer])
+
+
+def adalomo(model: nn.Module, lr: float) -> TrainStep:
+    """lomo-optim's AdaLomo: factored second moments, no momentum, fused into backward. For parameters of two axes at most."""
+    from lomo_optim import AdaLomo
+
+    with _without_cuda():
+        optimizer = AdaLomo(model, lr=lr, loss_scale=0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    moments = (optimizer.exp_avg_sq, optimizer.exp_avg_sq_row, optimizer.exp_avg_sq_col)
+
+    def step(compute: Loss) -> Tensor:
+        loss = compute()
+        optimizer.fused_backward(loss, optimizer.param_groups[0]["lr"])
+        return loss
+
+    def factors(parameter: nn.Parameter) -> list[Tensor]:
+        return [kept[names[id(parameter)]] for kept in moments if names[id(parameter)] in kept]
+
+    return TrainStep(step, [optimizer], more_state=factors)
+
+
+@contextmanager
+def _without_cuda() -> Iterator[None]:
+    # AdaLomo makes its state with `.cuda()`; without a GPU it stays where it is.
+    if torch.cuda.is_available():
+        yield
+        return
+    with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+        yield
+
+
+def lora(model: nn.Module, lr: float) -> TrainStep:
+    """peft's LoRA on every Linear; a new classifier is trained whole."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    adapted = [name for name in layers if name != "classifier"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of peft's: the model is no transformers model
+        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=adapted), model)
+    if "classifier" in layers:
+        layers["classifier"].requires_grad_(True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    beside = {id(layers[name].weight): [f"{name}.lora_A.", f"{name}.lora_B."] for name in adapted}
+    named = dict(model.named_parameters())
+    adapters = {
+        weight: [p for name, p in named.items() if name.startswith(tuple(prefixes))] for weight, prefixes in beside.items()
+    }
+    own = {id(parameter) for parameters in adapters.values() for parameter in parameters}
+
+    def adapter_state(parameter: nn.Parameter) -> list[Tensor]:
+        # The adapters themselves are memory beside the model's as well.
+        found = adapters.get(id(parameter), [])
+        moments = [value for p in found for value in optimizer.state[p].values() if value.ndim > 0]
+        return [*found, *moments, *([parameter] if id(parameter) in own else [])]
+
+    return TrainStep(ordinary_step([optimizer]), [optimizer], more_state=adapter_state)
+
+
+@dataclass(frozen=True)
+class Peer(Baseline):
+    """A baseline that needs a package beside torch.
+
+    Attributes:
+        package: Its name on PyPI.
+        module: The module that it installs.
+        takes_folded: It takes parameters of more than two axes.
+        is_adapter: The weights themselves stay as they are.
+    """
+
+    package: str = ""
+    module: str = ""
+    takes_folded: bool = True
+    is_adapter: bool = False
+
+    def is_installed(self) -> bool:
+        return importlib.util.find_spec(self.module) is not None
+
+
+_ADAMW, _SCALED = (1e-3, 2e-3, 4e-3), (4e-3, 8e-3, 1.6e-2)
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for peer in (
+        Peer("adamw_8bit", "AdamW, 8 bits (bitsandbytes)", adamw_8bit, _ADAMW, "bitsandbytes", "bitsandbytes"),
+        Peer("galore", "GaLore, a quarter of full rank", galore, _SCALED, "galore-torch", "galore_torch"),
+        Peer("apollo", "APOLLO, a quarter of full rank", apollo, _SCALED, "apollo-torch", "apollo_torch"),
+        Peer("apollo_mini", "APOLLO-Mini", apollo_mini, _SCALED, "apollo-torch", "apollo_torch"),
+        Peer("adalomo", "AdaLomo", adalomo, (1e-2, 2e-2, 4e-2), "lomo-optim", "lomo_optim", takes_folded=False),
+        Peer("optimi", "AdamW, gradient release (optimi)", gradient_release, _ADAMW, "torch-optimi", "optimi"),
+        Peer("lora", "LoRA r32", lora, _SCALED, "peft", "peft", is_adapter=True),
+    )
+}
+
+
+def installed_peers() -> list[str]:
+    """Names of the peers whose package is installed."""
+    return [name for name, peer in PEERS.items() if peer.is_installed()]

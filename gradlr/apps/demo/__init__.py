@@ -1,0 +1,57 @@
+"""`python -m gradlr demo`: fine-tune a transformer on real text with tuned AdamW and with gradlr, and compare."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ...errors import ArgumentError
+from ..bench.environment import require_device
+from .report import print_table, write_figure, write_results
+from .training import METHODS, InterruptedRun, Plan, train
+
+INTERRUPTED_STATUS = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the demo; the defaults take about a minute on two CPU cores."""
+    parser.add_argument("--out", type=Path, default=Path("gradlr-demo"), help="folder for the results (default gradlr-demo)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each method (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of data order and random directions")
+    parser.add_argument("--fresh", action="store_true", help="start anew even where an interrupted run could be continued")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train with both methods, print the table, write report.png, results.json and the fine-tuned model.
+
+    Returns:
+        0, or 130 after Ctrl-C; the same command then continues where it stopped.
+
+    Raises:
+        ArgumentError: an option is out of range, or the device is not there.
+    """
+    plan = _plan(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        records = [train(method, plan, arguments.out, is_fresh=arguments.fresh) for method in METHODS]
+    except InterruptedRun as stop:
+        print(f"\ninterrupted: {stop}. The same command continues from there; --fresh starts anew.")
+        return INTERRUPTED_STATUS
+    except KeyboardInterrupt:
+        print("\ninterrupted between two steps. The same command continues from the last saved step; --fresh starts anew.")
+        return INTERRUPTED_STATUS
+    print_table(records)
+    for path in (write_figure(records, arguments.out), write_results(records, plan, arguments.out)):
+        print(f"wrote {path}")
+    for record in records:
+        record.forget_resume_point()
+    print(f"wrote {records[-1].model_path}: load it with gradlr.apps.bench.pretrain.load_pretrained(path)")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> Plan:
+    if arguments.steps < 1 or arguments.seed < 0:
+        raise ArgumentError(f"--steps {arguments.steps} --seed {arguments.seed}: steps must be at least 1, the seed at least 0")
+    require_device(arguments.device)
+    return Plan(steps=arguments.steps, seed=arguments.seed, device=arguments.device)

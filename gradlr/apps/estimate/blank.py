@@ -1,0 +1,82 @@
+"""Models without values: parameters and buffers with shapes, dtypes and strides, and no memory."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
+
+from ...errors import ArgumentError
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy whose parameters and buffers are fake tensors on the CPU.
+
+    Args:
+        model: On any device, the meta device included; not changed.
+        mode: Whose tensors they are.
+        dtype: Of all floating parameters and saved buffers; their own where None.
+    """
+    saved = {id(value) for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
+    blanks: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        is_cast = dtype is not None and tensor.is_floating_point() and id(tensor) in saved
+        with mode:
+            form = {"dtype": dtype if is_cast else tensor.dtype, "device": "cpu"}
+            blank = torch.empty_strided(tensor.shape, tensor.stride(), **form)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            blanks[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
+    return copy.deepcopy(model, blanks)
+
+
+def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> None:
+    """Recompute each block in backward: transformers' own switch where there is one, else every member of the longest list.
+
+    Args:
+        model: Changed in place.
+        preserve_rng_state: As for `torch.utils.checkpoint.checkpoint`: whether dropout draws the same again.
+
+    Raises:
+        ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
+    """
+    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' new name, and its old
+        if hasattr(model, switch):
+            getattr(model, switch)(options)
+            return
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ArgumentError(
+            f"checkpointing=True: {type(model).__name__} has no nn.ModuleList or nn.Sequential of blocks; wrap its blocks in "
+            "torch.utils.checkpoint.checkpoint yourself and leave checkpointing out"
+        )
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, **options)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Members of its longest `nn.ModuleList` or `nn.Sequential`; none where none has two."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
+    return list(max(lists, key=len, default=()))
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Transformers takes tensors without values for a trace by torch.compile and masks attention then: here it is a step."""
+    imports = sys.modules.get("transformers.utils.import_utils")  # of a model of transformers it is there
+    original = getattr(imports, "is_fake_tensor", None)
+    if original is None:
+        yield
+        return
+    imports.is_fake_tensor = lambda tensor: False
+    try:
+        yield
+    finally:
+        imports.is_fake_tensor = original

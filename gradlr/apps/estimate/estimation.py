@@ -1,0 +1,215 @@
+"""estimate(): what training a model will take, before there is a model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ArgumentError
+from .collectives import Traffic, ring_bytes
+from .devices import Devices, among
+from .ledger import EXCHANGE, KINDS, STATE, MemoryTracker
+from .methods import METHODS, Method
+from .simulation import simulate
+from .subject import subject_of
+
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes that one training step takes on one device.
+
+    Attributes:
+        model: Name of the model.
+        method: Name of the method.
+        label: The same in words.
+        parameters: Number of the model's parameters, adapters included.
+        weights: Parameters and buffers, adapters included.
+        state: What the optimizer keeps from step to step, step counts included.
+        gradients: The most that gradients, or the sketches that wait for `step()`, take at one time.
+        activations: The most that everything else of forward and backward takes at one time: what autograd keeps, its
+            temporaries, and the inputs.
+        workspace: The most that an update takes besides.
+        exchange: The most that other devices' parts take: whole parameters of blocks under way, buckets, buffers; 0 where there
+            are none.
+        peak: The most that all of these take together. Not their sum: they are not largest at one time.
+        peak_stage: When that is: "forward", "backward" (for gradlr, updates included) or "step".
+        at_peak: What each of them takes then; adds up to `peak`.
+        tokens: Tokens of one sequence; None where inputs were given.
+        batch_size: Sequences of a step.
+        checkpointing: Whether blocks are recomputed in backward.
+        gpus: Number of devices; all amounts are those of one of them, and the batch is its own.
+        shard: What each holds: "dp", "fsdp" or "tp"; None for one device.
+        traffic: The collectives of a step.
+    """
+
+    model: str
+    method: str
+    label: str
+    parameters: int
+    weights: int
+    state: int
+    gradients: int
+    activations: int
+    workspace: int
+    exchange: int
+    peak: int
+    peak_stage: str
+    at_peak: dict[str, int]
+    tokens: int | None
+    batch_size: int
+    checkpointing: bool
+    gpus: int = 1
+    shard: str | None = None
+    traffic: tuple[Traffic, ...] = ()
+
+    @property
+    def sent(self) -> int:
+        """Bytes that one device sends in a step, where the devices form a ring."""
+        return sum(one.sent for one in self.traffic)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        fed = "inputs as given" if self.tokens is None else f"{self.batch_size} x {self.tokens} tokens"
+        recomputed = ", checkpointing" if self.checkpointing else ""
+        spread = "" if self.shard is None else f", each of {self.gpus} devices under {self.shard}"
+        head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{recomputed}{spread}"
+        rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in kinds(self.shard)]
+        lines = [f"  {name:<12}{size(largest):>12}{size(then):>14}" for name, largest, then in rows]
+        title = f"  {'':<12}{'at most':>12}{'at the peak':>14}"
+        peak = f"  {'peak':<12}{'':>12}{size(self.peak):>14}  in {self.peak_stage}"
+        return "\n".join([head, title, *lines, peak, *map(_traffic_line, self.traffic)])
+
+
+def kinds(shard: str | None) -> tuple[str, ...]:
+    """Those that are worth telling: without other devices nothing is exchanged."""
+    return tuple(kind for kind in KINDS if kind != EXCHANGE or shard is not None)
+
+
+def _traffic_line(traffic: Traffic) -> str:
+    times = f"{traffic.calls:,} {traffic.operation}{'s' if traffic.calls > 1 else ''} of the {traffic.purpose}"
+    return f"  {times}: {size(traffic.handed)}, of which this device sends {size(traffic.sent)} round a ring"
+
+
+def size(count: int) -> str:
+    """Bytes in words: 13.5 GiB."""
+    for unit, name in _UNITS:
+        if count >= unit:
+            return f"{count / unit:,.2f} {name}"
+    return f"{count} B"
+
+
+def estimate(
+    model: Any,
+    *,
+    method: str = "gradlr",
+    rank: Any = None,
+    dtype: torch.dtype | None = None,
+    batch_size: int = 1,
+    tokens: int | None = None,
+    checkpointing: bool = False,
+    inputs: Sequence[Tensor] | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    gpus: int = 1,
+    shard: str | None = None,
+    reshard: bool = True,
+    **options: Any,
+) -> Estimate:
+    """Memory that training takes: the step is run on tensors without values, and every allocation is counted.
+
+    Forward, backward and update are the code that will run, the model's own and gradlr's; nothing is allocated, so that 70
+    billion weights take seconds. Ranks are the largest that the schedule gives.
+
+    Args:
+        model: A module on any device (the meta device included; it is not changed), a transformers config, a path to a
+            config.json or its folder, or a name: llama-7b, llama-13b, llama-70b, gpt2, minilm.
+        method: One of `gradlr.apps.estimate.METHODS`: adamw, adamw8bit, galore, apollo, lora, gradlr, gradlr_step, ...
+        rank: For gradlr what `attach` takes; for GaLore, APOLLO and LoRA an int. Each one's own default where None.
+        dtype: Of the weights; the model's own where None.
+        batch_size: Sequences of a step.
+        tokens: Tokens of one sequence; 2,048, or the model's context where that is shorter, where None.
+        checkpointing: Recompute each block in backward (`torch.utils.checkpoint`, non-reentrant).
+        inputs: What the model is called with, where it takes neither token ids nor vectors; only shapes and dtypes count.
+        loss: Function of the model and its inputs to the loss; where None, that of transformers' language models, or the sum
+            of the first output.
+        gpus: N devices train together, 1 to 1,024: what one of them takes, and sends, in a step. Its batch is its own, except
+            under "tp". Not while this process belongs to a process group.
+        shard: With `gpus`: "dp", a replica on each (DistributedDataParallel; for gradlr `process_group=`, with `apply="step"`);
+            "fsdp", FSDP2's `fully_shard` of each block and the root; "tp", tensor parallel, for llama-*.
+        reshard: Under "fsdp": False keeps each block whole from forward to backward (`reshard_after_forward=False`).
+        **options: Of `gradlr.attach`, for gradlr's methods: `momentum_rank=16, capture="adaptor", apply="step"`.
+
+    Returns:
+        The bytes of each kind and of the peak.
+
+    Raises:
+        ArgumentError: a name or option is unknown or out of range, the model cannot be fed without `inputs`, or the method or
+            model cannot be sharded so.
+    """
+    devices = Devices(gpus, shard, reshard)
+    chosen = _method(method, rank, options, shard)
+    subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
+    with among(devices) as mesh:
+        ledger, count = simulate(subject, chosen, rank, options, checkpointing=checkpointing, devices=devices, mesh=mesh)
+    return Estimate(
+        subject.name, chosen.name, chosen.label, count, **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak,
+        peak_stage=ledger.peak_stage, at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size,
+        checkpointing=bool(checkpointing), gpus=gpus, shard=shard, traffic=_traffic(ledger, gpus),
+    )  # fmt: skip
+
+
+def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any = None, **arguments: Any) -> list[Estimate]:
+    """`estimate` for several methods, all where None; options of `attach` go to those of gradlr only.
+
+    Args:
+        model: As for `estimate`.
+        methods: Names.
+        rank: For all that have one.
+        **arguments: As for `estimate`.
+    """
+    shared = {"dtype", "batch_size", "tokens", "checkpointing", "inputs", "loss", "gpus", "shard", "reshard"}
+    common = {key: value for key, value in arguments.items() if key in shared}
+    own = {key: value for key, value in arguments.items() if key not in shared}
+    shard = common.get("shard")
+    names = [name for name in METHODS if shard in (None, *METHODS[name].shards)] if methods is None else list(methods)
+    chosen = [_method(name, None, {}, shard) for name in names]
+    return [
+        estimate(
+            model, method=one.name, **common, rank=rank if one.is_gradlr or one.rank else None, **(own if one.is_gradlr else {})
+        )
+        for one in chosen
+    ]
+
+
+def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None) -> Method:
+    if name not in METHODS:
+        raise ArgumentError(f"method={name!r} is unknown; use one of {', '.join(METHODS)}")
+    method = METHODS[name]
+    if shard not in (None, *method.shards):
+        able = ", ".join(other.name for other in METHODS.values() if shard in other.shards)
+        raise ArgumentError(f"method={name!r} is not known to train under shard={shard!r}; these are: {able}")
+    if options and not method.is_gradlr:
+        raise ArgumentError(f"method={name!r} takes no {next(iter(options))!r}: that is an option of gradlr.attach")
+    if rank is not None and not method.is_gradlr:
+        if method.rank is None:
+            raise ArgumentError(f"method={name!r} has no rank: leave rank out")
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ArgumentError(f"rank={rank!r}: {name} takes an int of at least 1")
+    return method
+
+
+def _traffic(ledger: MemoryTracker, gpus: int) -> tuple[Traffic, ...]:
+    found = []
+    for purpose, operation in dict.fromkeys((purpose, operation) for purpose, operation, _ in ledger.traffic):
+        calls, handed = (ledger.traffic[purpose, operation, what] for what in ("calls", "bytes"))
+        found.append(Traffic(operation, purpose, calls, handed, ring_bytes(operation, handed, gpus)))
+    return tuple(found)

@@ -1,0 +1,169 @@
+"""What is estimated: a model without values, what it is fed, and how its loss comes about."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ArgumentError
+from .shapes import SHAPES
+
+# Tokens of a sequence where none are given and the model's context allows.
+DEFAULT_TOKENS = 2048
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and its way to a loss.
+
+    Attributes:
+        name: For tables.
+        model: On any device; only shapes are looked at.
+        dtype: To which floating parameters are cast; None for their own.
+        tokens: Tokens of one sequence; None where the inputs were given.
+        feed: Makes the inputs, on the CPU.
+        loss: From a copy of the model and the inputs.
+    """
+
+    name: str
+    model: nn.Module
+    dtype: torch.dtype | None
+    tokens: int | None
+    feed: Callable[[], tuple[Any, ...]]
+    loss: Callable[..., Tensor]
+
+
+def subject_of(
+    model: Any,
+    *,
+    dtype: torch.dtype | None,
+    batch_size: int,
+    tokens: int | None,
+    inputs: Sequence[Tensor] | None,
+    loss: Callable[..., Tensor] | None,
+) -> Subject:
+    """Whatever was given, as a subject; the arguments are those of `estimate`.
+
+    Raises:
+        ArgumentError: it is nothing known, or cannot be fed.
+    """
+    _check(dtype, batch_size, tokens)
+    name = type(model).__name__
+    if isinstance(model, str) and model in SHAPES:
+        kind, shape = SHAPES[model]
+        name, dtype = model, dtype or shape.dtype
+        with torch.device("meta"):
+            model = kind(shape)
+        limit, loss = shape.context, loss or (lambda net, ids: net(ids))
+    else:
+        if isinstance(model, str | Path):
+            name, model = Path(model).name, _config_at(model)
+        if not isinstance(model, nn.Module):
+            model = _model_of(model)
+        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = limit or getattr(getattr(model, "config", None), "n_positions", None)
+    if inputs is not None:
+        return Subject(name, model, dtype, None, lambda: tuple(map(_blank, inputs)), loss or _natural_loss(model))
+    if tokens is not None and limit is not None and tokens > limit:
+        raise ArgumentError(f"tokens={tokens}: {name} takes {limit} at most in a sequence; for more, raise batch_size")
+    tokens = tokens or min(DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
+    return Subject(name, model, dtype, tokens, _feed(model, batch_size, tokens), loss or _natural_loss(model))
+
+
+def _check(dtype: Any, batch_size: Any, tokens: Any) -> None:
+    if dtype is not None and dtype not in _FLOATS:
+        raise ArgumentError(f"dtype={dtype!r}: use one of {', '.join(map(str, _FLOATS))}, or None for the model's own")
+    for name, value in (("batch_size", batch_size), ("tokens", tokens)):
+        is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if not (is_count or (name == "tokens" and value is None)):
+            raise ArgumentError(f"{name}={value!r}: it must be an int of at least 1")
+
+
+def _transformers(what: str) -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError:
+        raise ArgumentError(f"{what} needs transformers: pip install 'gradlr[transformers]'") from None
+
+
+def _config_at(path: str | Path) -> Any:
+    place = Path(path)
+    place = place / "config.json" if place.is_dir() else place
+    if not place.is_file():
+        known = ", ".join(SHAPES)
+        raise ArgumentError(f"{str(path)!r} is no model that is known ({known}), and no config.json or folder with one")
+    try:
+        return _transformers(str(path)).AutoConfig.from_pretrained(place)
+    except (OSError, ValueError, KeyError) as error:
+        raise ArgumentError(f"{place} cannot be read as a transformers config: {str(error).splitlines()[0]}") from error
+
+
+def _model_of(config: Any) -> nn.Module:
+    if not hasattr(config, "architectures") or not hasattr(config, "model_type"):
+        raise ArgumentError(
+            f"{config!r}: give a torch.nn.Module, a transformers config, a path to a config.json, or one of {', '.join(SHAPES)}"
+        )
+    library = _transformers("a config")
+    names = config.architectures or []
+    kind = next((getattr(library, name) for name in names if hasattr(library, name)), None)
+    is_causal = type(config) in library.AutoModelForCausalLM._model_mapping and not names
+    dtype = getattr(config, "dtype", None)
+    with torch.device("meta"):
+        if kind is not None:
+            model = kind(config)
+        else:
+            model = (library.AutoModelForCausalLM if is_causal else library.AutoModel).from_config(config)
+    return model if dtype is None else model.to(dtype)
+
+
+def _blank(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    blank = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
+    return blank.requires_grad_(value.requires_grad)
+
+
+def _feed(model: nn.Module, batch_size: int, tokens: int) -> Callable[[], tuple[Tensor, ...]]:
+    """Token ids where the first layer with weights is an embedding, vectors where it is a Linear."""
+    first = next((module for module in model.modules() if next(module.parameters(recurse=False), None) is not None), None)
+    if isinstance(first, nn.Embedding):
+        return lambda: (torch.zeros(batch_size, tokens, dtype=torch.int64),)
+    if isinstance(first, nn.Linear):
+        return lambda: (torch.zeros(batch_size, tokens, first.in_features),)
+    raise ArgumentError(
+        f"{type(model).__name__} begins with {type(first).__name__}, neither an embedding nor a Linear: give inputs=(tensor, "
+        "...), of which only shapes and dtypes are looked at"
+    )
+
+
+def _natural_loss(model: nn.Module) -> Callable[..., Tensor]:
+    parameters = inspect.signature(model.forward).parameters
+    options = {"use_cache": False} if "use_cache" in parameters else {}
+    # Other heads (classification, ...) want labels of other shapes.
+    has_token_labels = "labels" in parameters and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM"))
+
+    def loss(net: nn.Module, *inputs: Tensor) -> Tensor:
+        output = net(*inputs, **options, **({"labels": inputs[0]} if has_token_labels else {}))
+        if has_token_labels:
+            return output.loss
+        return _first_tensor(output).sum()
+
+    return loss
+
+
+def _first_tensor(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        values = list(output.values()) if hasattr(output, "values") else output
+        if not isinstance(values, list | tuple) or not values:
+            kind = type(output).__name__
+            raise ArgumentError(f"the model returns a {kind}: give loss=, a function of the model and its inputs")
+        output = values[0]
+    return output

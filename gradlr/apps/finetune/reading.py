@@ -1,0 +1,162 @@
+"""From a .txt or .jsonl file to documents; everything is checked, and every complaint names file and line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...errors import ArgumentError
+
+ROLES = ("system", "user", "assistant", "tool", "developer")
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of the data.
+
+    Attributes:
+        line: Where it begins in its file, counted from 1.
+        parts: Its text in pieces, and whether each is to be learned: a prompt is not. Empty for a conversation.
+        messages: The conversation, for the tokenizer's chat template; else None.
+    """
+
+    line: int
+    parts: tuple[tuple[str, bool], ...] = ()
+    messages: tuple[dict[str, Any], ...] | None = None
+
+
+def read_documents(path: Path, field: str | None = None) -> list[Document]:
+    """Read and check a whole file.
+
+    Args:
+        path: `.txt`: documents separated by blank lines. `.jsonl`: one object a line, all of one of the forms {"text": ...},
+            {"prompt": ..., "completion": ...} and {"messages": [{"role": ..., "content": ...}, ...]}; blank lines do
+            not count.
+        field: Name of the text's field, in place of "text"; then no other form is looked for.
+
+    Returns:
+        At least one document, in the order of the file.
+
+    Raises:
+        ArgumentError: the file is missing, empty, of another kind, no UTF-8, or a line is no such document. It names the line.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ArgumentError(f"{path}: data comes as .txt or .jsonl, and this ends in {path.suffix or 'nothing'!r}")
+    if path.suffix == ".txt" and field is not None:
+        raise ArgumentError(f"{path}: --field {field} names a field of a .jsonl file; leave it out for .txt")
+    content = _decoded(path)
+    documents = list(_paragraphs(content) if path.suffix == ".txt" else _records(path, content, field))
+    if not documents:
+        raise ArgumentError(f"{path}: line 1: the file is empty ({path.stat().st_size} bytes): there is nothing to train on")
+    return documents
+
+
+def _decoded(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ArgumentError(f"{path}: there is no such file") from None
+    except OSError as error:
+        raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise ArgumentError(f"{path}:{line}: no UTF-8 ({byte}: {error.reason}); convert the file first, say with iconv") from None
+
+
+def _paragraphs(content: str) -> Iterator[Document]:
+    lines: list[str] = []
+    # Not splitlines(), which also breaks at form feeds and other characters that a text may hold.
+    for number, line in enumerate([*content.split("\n"), ""], 1):
+        if line.strip():
+            lines.append(line)
+        elif lines:
+            yield Document(number - len(lines), (("\n".join(lines), True),))
+            lines = []
+
+
+def _records(path: Path, content: str, field: str | None) -> Iterator[Document]:
+    read: Callable[[dict[str, Any], str], tuple[Any, Any]] | None = None
+    for number, line in enumerate(content.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        record = _parsed(line, where)
+        if read is None:
+            read = _form(record, field, where)
+        parts, messages = read(record, where)
+        yield Document(number, parts, messages)
+
+
+def _parsed(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ArgumentError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
+    except RecursionError:
+        raise ArgumentError(f"{where}: broken JSON: nested too deeply") from None
+    except ValueError as error:  # of an integer that Python will not read
+        raise ArgumentError(f"{where}: broken JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ArgumentError(f'{where}: holds a {type(record).__name__}; each line is an object such as {{"text": "..."}}')
+    return record
+
+
+def _form(record: dict[str, Any], field: str | None, where: str) -> Callable[[dict[str, Any], str], tuple[Any, Any]]:
+    # The first line decides, all others follow it.
+    if field is not None or "text" in record:
+        return lambda record, where: (((_text(record, field or "text", where), True),), None)
+    if "prompt" in record or "completion" in record:
+        return lambda record, where: (
+            ((_text(record, "prompt", where), False), (_text(record, "completion", where), True)),
+            None,
+        )
+    if "messages" in record:
+        return lambda record, where: ((), _messages(record, where))
+    raise ArgumentError(
+        f"{where}: no field 'text'; {_fields(record)}. Name the text's field with --field, or give 'prompt' and 'completion', "
+        "or 'messages'"
+    )
+
+
+def _text(record: dict[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise ArgumentError(f"{where}: no field {field!r}; {_fields(record)}")
+    return _checked(record[field], f"{where}: field {field!r}")
+
+
+def _checked(text: Any, what: str) -> str:
+    if not isinstance(text, str):
+        raise ArgumentError(f"{what} is a {type(text).__name__}, not a string")
+    if not text.strip():
+        raise ArgumentError(f"{what} is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"{what} holds half of a surrogate pair at character {error.start + 1}, which is no text") from None
+    return text
+
+
+def _messages(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
+    messages = record.get("messages")
+    if "messages" not in record:
+        raise ArgumentError(f"{where}: no field 'messages'; {_fields(record)}")
+    if not isinstance(messages, list) or not messages:
+        raise ArgumentError(f"{where}: 'messages' must be a list of at least one message")
+    for index, message in enumerate(messages):
+        what = f"{where}: messages[{index}]"
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ArgumentError(f"{what} must be an object whose 'role' is one of {', '.join(ROLES)}")
+        if "content" not in message:
+            raise ArgumentError(f"{what} has no 'content'; {_fields(message)}")
+        _checked(message["content"], f"{what}: 'content'")
+    return tuple(messages)
+
+
+def _fields(record: dict[str, Any]) -> str:
+    return f"the fields are {', '.join(map(repr, record))}" if record else "the object is empty"

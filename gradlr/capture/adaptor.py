@@ -1,0 +1,197 @@
+"""Capture without a gradient: inside a layer's backward, input and output gradient are at hand, and G is never formed."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812 (the usual name)
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from ..errors import BackwardError
+from ..gradient.factors import OuterProduct
+from ..gradient.operator import GradientOperator, Sketched
+from ..layers.linear_maps import LayerOp, layer_op
+from ..linalg.normalize import widen
+from .layer_swap import (
+    AdaptedLayer,
+    Capture,
+    CapturedLayer,
+    LayerCapture,
+    adapted_class,
+    autocasted,
+    captures,
+    unseen_by_checkpoints,
+)
+
+
+class Receiver(Protocol):
+    """Who takes the gradients, and says in which basis they are wanted."""
+
+    def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
+
+    def right_basis(self, parameter: Tensor, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class _Adaptor(Capture):
+    is_one_sided: bool
+
+
+class _AdaptorLayer(AdaptedLayer):
+    def _captured(self, x: Tensor) -> Tensor | None:
+        """The layer's output, whose backward hands the weight's gradient over; None where the layer's own forward is to do it."""
+        capture = captures.get(self.weight)
+        # A hook on the weight itself wants to see, or to change, the gradient.
+        is_hooked = bool(self.weight._backward_hooks)
+        if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
+            return None
+        if capture.layer_op is None:
+            return self._look_up(x) if is_plain_embedding(self) else None
+        # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
+        found = layer_op(self)
+        if found is None or found.pattern != capture.layer_op.pattern or not found.accepts(x):
+            return None
+        x = autocasted(x)
+        basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
+        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, found, basis)
+
+    def _look_up(self, ids: Tensor) -> Tensor:
+        padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
+        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), captures[self.weight], padding_index)
+
+
+def is_plain_embedding(module: nn.Embedding) -> bool:
+    """Whether the rows that were looked up are all there is to its gradient, and looking changes none of them."""
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
+def _basis(capture: _Adaptor, found: LayerOp, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
+    # Fitted to the inputs at hand: it stands for them until the weight's next update.
+    def covariance_matmul(right: Tensor) -> Tensor:
+        return found.covariance_matmul(widen(x.detach()), right)
+
+    with unseen_by_checkpoints():
+        return capture.living_receiver().right_basis(weight, covariance_matmul, is_training=is_training)
+
+
+def _is_ordinary_backward() -> bool:
+    # Transforms of torch.func and forward-mode derivatives go through the layer's own formula.
+    is_forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return torch.is_grad_enabled() and not is_forward_mode and not torch._C._are_functorch_transforms_active()
+
+
+class _WithoutWeightGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, owner, capture, layer_op, basis):
+        kept = x
+        if basis is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                kept = layer_op.project(widen(x), basis)
+        # Under checkpointing the saved weight comes back as another object: `owner` is the parameter itself.
+        ctx.save_for_backward(kept, weight)
+        # The basis lives as long as the graph, also where checkpointing has packed what was saved.
+        ctx.owner, ctx.capture, ctx.layer_op, ctx.x_shape, ctx.basis = owner, capture, layer_op, x.shape, basis
+        return layer_op.forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, delta):
+        (kept, weight), basis = _saved(ctx), ctx.basis
+        layer_op = ctx.layer_op
+        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        # The input's gradient first: with updates in backward, the weight is another one after `receive`.
+        x_gradient = layer_op.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
+        bias_gradient = layer_op.bias_gradient(delta) if needs_bias else None
+        weight_gradient = None
+        destination = _destination(ctx.owner(), ctx.capture)
+        if destination == "returned" and basis is not None:
+            raise _input_not_kept(weight.shape)
+        if destination == "returned":
+            weight_gradient = layer_op.weight_gradient(delta, kept).to(weight.dtype)
+        elif destination == "optimizer":
+            ctx.capture.living_receiver().receive(ctx.owner(), _operator(layer_op, delta, kept, basis))
+        return x_gradient, weight_gradient, bias_gradient, None, None, None, None
+
+
+def _operator(layer_op: LayerOp, delta: Tensor, kept: Tensor, basis: Tensor | None) -> GradientOperator:
+    if basis is None:
+        return OuterProduct(delta, kept, layer_op)
+    with torch.autocast(delta.device.type, enabled=False):
+        return Sketched(basis, layer_op.weight_grad_matmul(widen(delta), kept))
+
+
+class _EmbeddingByRows(torch.autograd.Function):
+    # A sparse gradient adds to whatever else the weight is used for, a tied head included; the hook sees the sum.
+    @staticmethod
+    def forward(ctx, ids, weight, owner, capture, padding_index):
+        ctx.save_for_backward(ids)
+        ctx.owner, ctx.capture, ctx.padding_index, ctx.shape = owner, capture, padding_index, weight.shape
+        return F.embedding(ids, weight, padding_index)
+
+    @staticmethod
+    def backward(ctx, delta):
+        (ids,) = ctx.saved_tensors
+        rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
+        if ctx.padding_index is not None:
+            values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
+        if _destination(ctx.owner(), ctx.capture) == "returned":
+            return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None, None
+        gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
+        return None, gradient, None, None, None
+
+
+def _destination(weight: Tensor, capture: Capture) -> str:
+    """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
+    if not weight.requires_grad:  # frozen since the forward
+        return "nowhere"
+    try:
+        is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+    except RuntimeError:  # torch.autograd.grad(loss, weight)
+        return "returned"
+    if not is_accumulated:
+        return "nowhere"
+    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one.
+    is_ours = captures.get(weight) is capture and not torch.is_grad_enabled()
+    return "optimizer" if is_ours else "returned"
+
+
+def _saved(ctx) -> tuple[Tensor, ...]:
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise BackwardError(
+            f"the weight or the input of a layer was changed between its forward and its backward ({error}). If the weight is "
+            "used a second time in the loss (a shared layer, a penalty), its first backward has updated it already: attach with "
+            'apply="step", or with capture="hook"'
+        ) from error
+
+
+def _input_not_kept(shape: torch.Size) -> BackwardError:
+    return BackwardError(
+        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, create_graph=True, or "
+        'opt.detach() since the forward), but capture="one_sided" keeps only the projection of the layer\'s input: attach with '
+        'capture="adaptor", or detach before the forward. Nothing was changed by this layer'
+    )
+
+
+class AdaptorCapture(LayerCapture):
+    """Changes the class of layers, so that they hand their gradient to the receiver; gives them back in `remove`.
+
+    Args:
+        layers: What to capture; none of them captured already.
+        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_matmul,
+            is_training=...)` in the forward of one-sided layers; held weakly.
+    """
+
+    def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:
+        layers, reference = list(layers), weakref.ref(receiver)
+        super().__init__(layers)
+        for layer in layers:
+            layer.module.__class__ = adapted_class(type(layer.module), _AdaptorLayer)
+            captures[layer.module.weight] = _Adaptor(reference, layer.layer_op, layer.is_one_sided)

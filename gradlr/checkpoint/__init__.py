@@ -1,0 +1,1 @@
+"""Checkpoints: files and folders that are written whole and loaded whole."""

@@ -1,0 +1,143 @@
+"""The norm of what waits for `step()`: kept where stock tools look for it, and limited."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# torch.nn.utils.clip_grad_norm_ adds the same to the norm it divides by.
+_EPS = 1e-6
+# Two numbers of unit length that differ: what scales a norm keeps their ratio, what cuts values does not.
+_SHARES = (0.6, 0.8)
+# Of the ratio: far above the rounding of a factor in float32, far below what cutting at any value between them does.
+_RATIO_RTOL = 1e-3
+
+
+class GradNormProxy:
+    """Keeps the global norm of all gradients that wait as the `.grad` of one extra parameter of the optimizer.
+
+    That parameter, whose two elements have the length of the norm, is all that `GradScaler.unscale_`, `GradScaler.step` and
+    `clip_grad_norm_` over the optimizer's parameters see: they find the true norm there (NaN where a gradient is not finite),
+    scale it, and what they have multiplied it with is read off at the next gradient or at `step()`, and applied to the gradients
+    themselves.
+
+    Args:
+        dtype: float32, or float64 for float64 parameters.
+        device: Of the parameters.
+
+    Attributes:
+        parameter: The extra parameter; requires no gradient, is never written.
+    """
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._shares = torch.tensor(_SHARES, dtype=dtype, device=device)
+        self.parameter = nn.Parameter(torch.zeros_like(self._shares), requires_grad=False)
+        self._norm = torch.zeros((), dtype=dtype, device=device)
+        self._version = 0
+        self._energies: dict[int, Tensor] = {}
+        self._total: Tensor | None = None
+
+    def record(self, key: int, energy: Tensor) -> None:
+        """A gradient has come: the squared norm of all that waits for parameter number `key`, 0-dim float64."""
+        known = self._energies.get(key)
+        change = energy if known is None else energy - known
+        self._energies[key] = energy
+        self._total = change if self._total is None else self._total + change
+        # Rounding may leave a difference of equal numbers below zero.
+        self._show()
+
+    def _show(self) -> None:
+        self._norm = self._total.clamp(min=0).sqrt().to(self._shares.dtype)
+        self.parameter.grad = self._norm * self._shares
+        self._version = self.parameter.grad._version
+
+    @property
+    def energy(self) -> Tensor | None:
+        """Squared norm of all that waits, 0-dim float64; None where nothing does."""
+        return self._total
+
+    def become(self, energy: float) -> None:
+        """Of all processes together it is this much."""
+        if self._total is not None:
+            self._total = torch.full_like(self._total, energy)
+            self._show()
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether somebody has written to the norm since the last gradient came."""
+        grad = self.parameter.grad
+        return grad is not None and self._total is not None and grad._version != self._version
+
+    def is_changed(self) -> bool:
+        """Whether somebody has, ways included that leave no trace but the value, as of `GradScaler`; waits for the device."""
+        return self.is_touched or not bool((self.ratios() == 1).all())
+
+    def ratios(self) -> Tensor:
+        """What has become of both elements, (2,)."""
+        grad = self.parameter.grad
+        if grad is None or self._total is None:
+            return torch.ones_like(self._shares)
+        # A norm of zero, or one that has overflowed, tells nothing.
+        is_telling = (self._norm > 0) & self._norm.isfinite()
+        return torch.where(is_telling, grad / (self._norm * self._shares), torch.ones_like(grad))
+
+    def factor(self) -> Tensor:
+        """What the gradients are to be multiplied with, 0-dim: 1, or what a scaler or clipping has done to the norm."""
+        return self.ratios()[1]
+
+    def is_even(self) -> Tensor:
+        """0-dim boolean: whether the norm was scaled, or left alone; False where values were cut, as `clip_grad_value_` does."""
+        smaller, larger = self.ratios()
+        return ~((smaller - larger).abs() > _RATIO_RTOL * larger.abs())
+
+    def settle(self, factor: Tensor) -> None:
+        """All gradients that wait have been multiplied with the factor."""
+        factor = factor.double()
+        self._energies = {key: energy * factor**2 for key, energy in self._energies.items()}
+        self._total = self._total * factor**2
+        self._show()
+
+    def norm(self) -> Tensor:
+        """The global norm now, scaled or clipped where somebody did so, 0-dim."""
+        return self._norm * self.factor()
+
+    def clear(self) -> None:
+        """Nothing waits any more."""
+        self._energies, self._total, self.parameter.grad = {}, None, None
+        self._norm = torch.zeros_like(self._norm)
+
+
+@dataclass
+class GradClipper:
+    """The largest global norm that a step may have.
+
+    Attributes:
+        max_norm: Gradients are scaled down to this norm, as by `torch.nn.utils.clip_grad_norm_`; None for no limit.
+        max_growth: Largest ratio of a step's norm to the last one's, above 1 (1.01 in Fira); None for no limit.
+        last: The last step's norm after limiting, 0-dim; None before the first.
+
+    Source: norm-growth limiter, Fira, arXiv 2410.01623, section 4.2, here on the global norm.
+    """
+
+    max_norm: float | None = None
+    max_growth: float | None = None
+    last: Tensor | None = None
+
+    @property
+    def is_active(self) -> bool:
+        """Whether anything is limited."""
+        return self.max_norm is not None or self.max_growth is not None
+
+    def factor(self, norm: Tensor) -> Tensor:
+        """What a step of this norm is to be multiplied with, 0-dim in (0, 1]."""
+        factor = torch.ones_like(norm)
+        if self.max_norm is not None:
+            factor = (self.max_norm / (norm + _EPS)).clamp(max=1.0)
+        if self.max_growth is not None and self.last is not None:
+            last = self.last.to(norm.device)
+            allowed = self.max_growth * last / (norm * factor).clamp(min=torch.finfo(norm.dtype).tiny)
+            # After a step without any gradient nothing can be compared.
+            factor = factor * torch.where(last > 0, allowed.clamp(max=1.0), torch.ones_like(norm))
+        return factor

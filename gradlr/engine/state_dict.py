@@ -1,0 +1,152 @@
+"""Whether a state_dict fits an optimizer, and its tensors brought into the optimizer's shapes."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..rules import UpdateContext
+from ..tracker import LossTracker
+from .record import ParamRecord
+
+
+def check_layout(state_dict: Any, groups: list[dict[str, Any]]) -> None:
+    """Raise a CheckpointError unless this is a whole state_dict of gradlr, with the parameters, kinds and rules of `groups`."""
+    _check_entries(state_dict)
+    saved_groups = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        counts = f"{len(saved_groups)} groups, this optimizer {len(groups)}"
+        raise CheckpointError(f"the checkpoint has {counts}: attach with the same groups=")
+    for saved, group in zip(saved_groups, groups, strict=True):
+        _check_group(saved, group)
+    extra = extra_of(state_dict)
+    if len(extra["ranks"]) != sum(len(group["param_names"]) for group in groups):
+        raise CheckpointError(f"the checkpoint holds {len(extra['ranks'])} ranks, not one per parameter")
+    LossTracker().load_state_dict(extra["tracker"])
+
+
+def extra_of(state_dict: dict[str, Any]) -> Any:
+    """What a checkpoint holds besides states and groups: its "gradlr", which torch.distributed.checkpoint finds in a group."""
+    if "gradlr" in state_dict:
+        return state_dict["gradlr"]
+    return _in_first_group(state_dict)
+
+
+def _in_first_group(state_dict: dict[str, Any]) -> Any:
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, list) and groups else None
+    extra = first.get("gradlr") if isinstance(first, dict) else None
+    if not isinstance(extra, str):
+        return extra
+    try:
+        return json.loads(extra)
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"the checkpoint's record of ranks, seed and losses is damaged: {error}") from error
+
+
+def _check_entries(state_dict: Any) -> None:
+    extra = extra_of(state_dict) if isinstance(state_dict, dict) else None
+    has_extra = isinstance(extra, dict) and {"seed", "ranks", "tracker"} <= extra.keys()
+    if not (has_extra and {"state", "param_groups"} <= state_dict.keys()):
+        raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
+    copy = _in_first_group(state_dict)
+    if extra is not copy and copy is not None and repr(copy) != repr(extra):  # NaN in a history equals nothing
+        raise CheckpointError("the checkpoint's two records of ranks, seed and losses differ: it is damaged")
+    if not (isinstance(extra.get("version"), int) and extra["version"] == 1):
+        raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads format 1")
+    is_sound = {
+        "state": isinstance(state_dict["state"], dict),
+        "param_groups": _is_list_of(dict, state_dict["param_groups"]),
+        "ranks": _is_list_of(int, extra["ranks"]) and min(extra["ranks"], default=1) >= 1,
+        "seed": _is_count(extra["seed"]),
+        "last_norm": isinstance(extra.get("last_norm"), (float, type(None))),
+        "skipped": _is_count(extra.get("skipped", 0)),
+    }
+    for key, is_right in is_sound.items():
+        if not is_right:
+            raise CheckpointError(f"the checkpoint's {key!r} is not what a state_dict of gradlr holds there")
+
+
+def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
+    where = f"group {group['label']!r}"
+    missing = sorted(group.keys() - saved.keys())
+    if missing:
+        raise CheckpointError(f"{where}: the checkpoint lacks its {missing[0]!r}")
+    names, own_names = saved["param_names"], group["param_names"]
+    if not _is_list_of(str, names):
+        raise CheckpointError(f"{where}: the checkpoint's 'param_names' are {names!r}, not names")
+    if names != own_names:
+        differing = sorted(set(names) ^ set(own_names))
+        example = differing[0] if differing else names[0]
+        raise CheckpointError(f"{where}: the checkpoint has other parameters or another order, {example!r} for one")
+    for key in ("kind", "rule"):
+        if saved[key] != group[key]:
+            raise CheckpointError(f"{where}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
+    for key, value in group.items():
+        limit = 1.0 if key == "beta" else math.inf
+        if key in ("lr", "beta", "weight_decay") and not (_is_number(saved[key]) and 0 <= float(saved[key]) < limit):
+            raise CheckpointError(f"{where}: the checkpoint's {key!r} is {saved[key]!r}; it must lie in [0, {limit:g})")
+        kind = next((kind for kind in (_is_number, _is_text) if kind(value)), None)
+        if kind is not None and not kind(saved[key]):
+            raise CheckpointError(f"{where}: the checkpoint's {key!r} is {saved[key]!r}, not like this optimizer's {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    # A rate may be a tensor.
+    is_scalar = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, (int, float))
+    return is_scalar and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, kind) and not isinstance(item, bool) for item in value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def fitted_state(
+    record: ParamRecord, saved: dict[str, Tensor] | None, current: dict[str, Tensor], context: UpdateContext
+) -> dict[str, Tensor]:
+    """Saved state on the parameter's device, in the current state's dtype, resized to the context' ranks.
+
+    Raises:
+        CheckpointError: an entry is missing or belongs to another shape.
+    """
+    plan, rule = record.plan, record.rule
+    wanted = current.keys() - {"spectrum"}
+    saved = saved if isinstance(saved, dict) else {}
+    if not wanted <= saved.keys():
+        missing = sorted(wanted - saved.keys())
+        raise CheckpointError(f"parameter {plan.name!r}: the checkpoint lacks its state ({', '.join(missing)})")
+    _check_tensors(plan.name, saved, {**{key: current[key].ndim for key in wanted}, "spectrum": len(plan.shape) - 1})
+    device = plan.parameter.device
+    state = {key: saved[key].detach().clone().to(device, current[key].dtype) for key in wanted - {"step"}}
+    state = rule.resize(state, plan.shape, context)
+    for key, value in state.items():
+        # Ranks lie in the last axis, and may differ until the next update; everything before it may not.
+        fixed = slice(None) if rule.is_elementwise else slice(-1)
+        if value.ndim != current[key].ndim or value.shape[fixed] != current[key].shape[fixed]:
+            shapes = f"{tuple(value.shape)}, needed is {tuple(current[key].shape)}"
+            raise CheckpointError(f"parameter {plan.name!r} {tuple(plan.parameter.shape)}: its saved {key!r} has shape {shapes}")
+    spectrum = {"spectrum": saved["spectrum"].clone().to(device)} if "spectrum" in saved else {}
+    return {"step": saved["step"].detach().clone().cpu().long(), **state, **spectrum}
+
+
+def _check_tensors(name: str, saved: dict[str, Any], axes: dict[str, int]) -> None:
+    for key in axes.keys() & saved.keys():
+        value = saved[key]
+        if not isinstance(value, Tensor) or value.is_complex() or value.layout != torch.strided:
+            raise CheckpointError(f"parameter {name!r}: its saved {key!r} is {value!r}, no dense real tensor")
+        if value.ndim != axes[key]:
+            shape = tuple(value.shape)
+            raise CheckpointError(f"parameter {name!r}: its saved {key!r} has shape {shape}, needed are {axes[key]} axes")

@@ -1,0 +1,136 @@
+"""Gradients known by what they are made of: output gradient and input of a linear map, or a few rows of a table."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..layers.linear_maps import LayerOp, LinearOp
+from ..linalg.normalize import widen
+from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
+
+# Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
+_BLOCK_NUMBERS = 2**22
+
+
+class OuterProduct(GradientOperator):
+    """The gradient of a linear map's weight, known by output gradient and input; `G = δᵀ x` for a Linear.
+
+    Half precision is widened product by product, so that no wide copy of an activation stays.
+
+    Args:
+        delta: Output gradient δ, shape (..., m) for a Linear, (batch, m, ...) for a convolution, floating.
+        x: Input, shape (..., n) for a Linear, (batch, channels, ...) for a convolution, floating.
+        layer_op: How they make G.
+    """
+
+    def __init__(self, delta: Tensor, x: Tensor, layer_op: LayerOp | None = None) -> None:
+        self._delta, self._x, self._map = delta, x, layer_op or LinearOp()
+        self.shape = torch.Size(self._map.sizes(delta, x))
+        is_double = torch.float64 in (delta.dtype, x.dtype)
+        self.dtype, self.device = torch.float64 if is_double else torch.float32, delta.device
+
+    def matmul(self, x: Tensor) -> Tensor:
+        projected = self._map.project(widen(self._x), x)
+        return self._map.weight_grad_matmul(widen(self._delta), projected)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self._map.rmatmul(widen(self._delta), widen(self._x), y)
+
+    def is_finite(self) -> Tensor:
+        return all_entries_finite(self._delta) & all_entries_finite(self._x)
+
+    @property
+    def matrix(self) -> Tensor:
+        """G itself, (m, n)."""
+        return self._map.gradient(widen(self._delta), widen(self._x))
+
+    def squared_norm(self) -> Tensor:
+        if isinstance(self._map, LinearOp):
+            return self.row_energies().double().sum()
+        return squared_norm(self.matrix)
+
+    def row_energies(self) -> Tensor:
+        """Squared lengths of the rows, (m, 1), of a Linear's gradient: a block of rows at a time, each made and dropped."""
+        delta, x = self._tokens()
+        x = widen(x)
+        blocks = delta.split(max(1, _BLOCK_NUMBERS // x.shape[-1]), dim=-1)
+        return torch.cat([torch.linalg.vector_norm(widen(block).mT @ x, dim=-1, keepdim=True) for block in blocks]) ** 2
+
+    def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
+        """`diag(scale) G` as the parts of an update: the two factors of a Linear's gradient and the scale, (m, 1)."""
+        delta, x = self._tokens()
+        return {"left": delta.mT, "right": widen(x).mT, "row_scale": scale}
+
+    def _tokens(self) -> tuple[Tensor, Tensor]:
+        return self._delta.reshape(-1, self._delta.shape[-1]), self._x.reshape(-1, self._x.shape[-1])
+
+
+class RowSparse(GradientOperator):
+    """A gradient of which only some rows are not zero: that of an embedding.
+
+    Args:
+        rows: Row numbers, shape (t,), int64. Each once, but for the first, which may come again with zeros: so that its length
+            is known without asking the device.
+        values: Those rows, shape (t, n), floating.
+        count: Number m of all rows.
+    """
+
+    def __init__(self, rows: Tensor, values: Tensor, count: int) -> None:
+        self.rows, self.values = rows, widen(values)
+        self.shape = torch.Size((count, values.shape[-1]))
+        self.dtype, self.device = self.values.dtype, values.device
+
+    @classmethod
+    def summed(cls, rows: Tensor, values: Tensor, count: int) -> RowSparse:
+        """The same, where rows may come several times: theirs are added up.
+
+        On the CPU only as many rows are kept as differ; elsewhere as many as came, since their number would have to be asked for.
+        """
+        if not rows.numel():
+            return cls(rows, values, count)
+        order = rows.argsort(stable=True)
+        ordered = rows[order]
+        is_first = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+        places = is_first.cumsum(0) - 1
+        kept = min(int(places[-1]) + 1, count) if rows.device.type == "cpu" else len(rows)
+        wide = widen(values)
+        total = wide.new_zeros((kept, values.shape[-1])).index_add_(0, places, wide[order])
+        # Unused places keep the first row's number, with zeros.
+        return cls(ordered[:1].repeat(kept).index_copy_(0, places, ordered), total, count)
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return x.new_zeros((self.shape[0], x.shape[-1])).index_add_(0, self.rows, self.values @ x)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.values.mT @ y[self.rows]
+
+    def is_finite(self) -> Tensor:
+        return all_entries_finite(self.values)
+
+    @property
+    def matrix(self) -> Tensor:
+        """G itself, (m, n)."""
+        return self.values.new_zeros(self.shape).index_add_(0, self.rows, self.values)
+
+    def squared_norm(self) -> Tensor:
+        return squared_norm(self.values)
+
+    def scaled(self, factor: Tensor) -> RowSparse:
+        return RowSparse(self.rows, self.values * factor, self.shape[0])
+
+    def row_energies(self) -> Tensor:
+        """Squared lengths of the rows, (m, 1)."""
+        lengths = torch.linalg.vector_norm(self.values, dim=-1, keepdim=True)
+        return self.values.new_zeros((self.shape[0], 1)).index_add_(0, self.rows, lengths**2)
+
+    def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
+        """`diag(scale) G` as the parts of an update: row numbers and values. `scale`: (m, 1)."""
+        return {"rows": self.rows, "dense": self.values * scale[self.rows]}
+
+    def add_(self, gradient: GradientOperator) -> GradientOperator:
+        """Add another gradient: rows where both are rows, the whole matrix otherwise."""
+        if not isinstance(gradient, RowSparse) or len(self.rows) + len(gradient.rows) > self.shape[0]:
+            return Dense(self.matrix, is_owned=True).add_(gradient)
+        rows, values = torch.cat([self.rows, gradient.rows]), torch.cat([self.values, gradient.values])
+        return RowSparse.summed(rows, values, self.shape[0])

@@ -1,0 +1,1 @@
+"""One truth per layer type: its matrix view and its linear map."""

@@ -1,0 +1,1 @@
+"""What each parameter is: its kind, its view as matrices, its group."""
