@@ -144,9 +144,9 @@ class Shards:
         if drifted:
             source = first[numbers[drifted[0]]]
             raise ParallelError(
-                f"{record.plan.name!r} has other weights on {ranks_named(drifted)} than on rank {source}, which has the same part: "
-                "they have drifted apart. Load the same checkpoint everywhere, give ranks of one tensor-parallel group the same "
-                "batches and random numbers, and run them on the same hardware"
+                f"{record.plan.name!r} has other weights on {ranks_named(drifted)} than on rank {source}, which has the same "
+                "part: they have drifted apart. Load the same checkpoint everywhere, give ranks of one tensor-parallel group "
+                "the same batches and random numbers, and run them on the same hardware"
             )
 
 
