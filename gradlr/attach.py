@@ -11,14 +11,12 @@ import torch
 from torch import distributed, nn
 
 from .capture.layer_swap import release_abandoned
-from .distributed import Communicator, propagate_errors, warn_of_processes
-from .distributed.setup import join, shards_of, spread
-from .engine import messages as guards
-from .engine.attached_parameters import is_compiled_whole, require_plain_model, require_trainable
-from .engine.grad_norm import GradClipper
-from .engine.record import ParameterGroup
+from .distributed.communicator import propagate_errors
+from .distributed.setup import spread_groups, sync_for
+from .engine.attached_parameters import COMPILED_WHOLE, is_compiled_whole, require_plain_model, require_trainable
 from .errors import ArgumentError, GradlrWarning
 from .optimizer import GradLR
+from .params.groups import ParameterGroup
 from .params.kinds import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, guesses_message, plan_parameters, with_kind, with_views
 from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
 from .rules import Rule, resolve
@@ -65,7 +63,6 @@ def attach(
     apply: str = "backward",
     capture: str = "hook",
     max_grad_norm: float | None = None,
-    max_norm_growth: float | None = None,
     state_dtype: torch.dtype = torch.float32,
     seed: int = 0,
     process_group: distributed.ProcessGroup | None = None,
@@ -105,7 +102,6 @@ def attach(
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
             norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
             no layer may be used twice), that of the projected gradients otherwise and with "one_sided" capture.
-        max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
         process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
@@ -128,23 +124,12 @@ def attach(
             three with one in front, or names that speak of a table or of logarithms ("emb...", "pos...", "table", "log..."):
             what was assumed, and how to overrule it.
     """
-    shards = shards_of(model, process_group, capture)
-    if process_group is None and shards is None:
-        warn_of_processes()
-    replicas = None if process_group is None else Communicator(process_group)
-    comm = replicas if shards is None else shards.comm
-    with propagate_errors(comm):
+    sync = sync_for(model, process_group, capture)
+    with propagate_errors(sync.comm):
         require_plain_model(model)
-        if not isinstance(loss_tracker, LossTracker):
-            raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
-        if apply not in ("backward", "step"):
-            raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
-        if replicas is not None and apply == "backward":
+        _require_arguments(loss_tracker, apply, max_grad_norm, state_dtype, seed)
+        if sync.shares_bases and apply == "backward":
             raise ArgumentError('process_group= needs apply="step": what processes exchange waits for opt.step()')
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
         defaults = {
             "lr": lr, "vector_lr": vector_lr, "table_lr": table_lr, "rank": rank, "momentum_rank": momentum_rank, "beta": beta,
             "weight_decay": weight_decay, "rule": rule, "vector_rule": vector_rule, "table_rule": table_rule,
@@ -153,38 +138,47 @@ def attach(
         plans = plan_parameters(model)
         require_trainable(model, plans)
         if is_compiled_whole(model):
-            warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=2)
+            warnings.warn(COMPILED_WHOLE, GradlrWarning, stacklevel=2)
         matched = _match(with_views(plans, {} if views is None else views), groups)
         parameter_groups = [
             group
             for (label, options), members in matched
             for group in _by_kind(label, _merged(defaults, options), members, given=options)
         ]  # fmt: skip
-        if shards is not None:
-            spread(parameter_groups, shards)
-        limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
+        spread_groups(parameter_groups, sync)
         if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
             warnings.warn(guesses_message(guesses), GradlrWarning, stacklevel=2)
         optimizer = GradLR(
-            model, parameter_groups, loss_tracker, apply=apply, seed=seed, limit=limit, state_dtype=state_dtype,
-            capture="hook" if shards is not None else capture, replicas=replicas, shards=shards,
+            model, parameter_groups, loss_tracker, apply=apply, capture=capture, max_grad_norm=max_grad_norm,
+            state_dtype=state_dtype, seed=seed, sync=sync,
         )  # fmt: skip
-    if comm is not None:
-        join(optimizer, model, comm, shards)
+    try:
+        same = {"max_grad_norm": max_grad_norm, "loss ratio": loss_tracker.ratio, "max_loss": loss_tracker.max_loss}
+        sync.join(model, optimizer.store, same)
+    except BaseException:
+        optimizer.detach()
+        raise
     return optimizer
 
 
-def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> GradClipper:
-    if max_norm is not None:
-        max_norm = require_positive("max_grad_norm", max_norm)
-    if max_growth is not None and require_number("max_norm_growth", max_growth) <= 1:
-        raise ArgumentError(f"max_norm_growth={max_growth!r}: it must be above 1, such as 1.01")
-    limit = GradClipper(max_norm, max_growth)
-    if limit.is_active and apply == "backward":
-        raise ArgumentError(
-            'a limit on the global norm needs all gradients before the first update: attach with apply="step", call opt.step()'
-        )
-    return limit
+def _require_arguments(
+    loss_tracker: LossTracker, apply: str, max_grad_norm: float | None, state_dtype: torch.dtype, seed: int
+) -> None:
+    if not isinstance(loss_tracker, LossTracker):
+        raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
+    if apply not in ("backward", "step"):
+        raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
+    if max_grad_norm is not None:
+        require_positive("max_grad_norm", max_grad_norm)
+        if apply == "backward":
+            raise ArgumentError(
+                'a limit on the global norm needs all gradients before the first update: attach with apply="step", call '
+                "opt.step()"
+            )
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
 
 
 def _match(plans: list[ParameterPlan], groups: Sequence[dict[str, Any]]):

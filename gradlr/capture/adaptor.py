@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
@@ -17,6 +16,7 @@ from ..gradient.factors import OuterProduct
 from ..gradient.operator import GradientOperator, Sketched
 from ..layers.linear_maps import LayerOp, layer_op
 from ..linalg.normalize import widen
+from .hook import Receiver
 from .layer_swap import (
     AdaptedLayer,
     Capture,
@@ -27,14 +27,6 @@ from .layer_swap import (
     captures,
     unseen_by_checkpoints,
 )
-
-
-class Receiver(Protocol):
-    """Who takes the gradients, and says in which basis they are wanted."""
-
-    def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
-
-    def right_basis(self, parameter: Tensor, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -75,8 +67,9 @@ def _basis(capture: _Adaptor, found: LayerOp, weight: Tensor, x: Tensor, is_trai
     def covariance_matmul(right: Tensor) -> Tensor:
         return found.covariance_matmul(widen(x.detach()), right)
 
+    optimizer = capture.living_receiver()
     with unseen_by_checkpoints():
-        return capture.living_receiver().right_basis(weight, covariance_matmul, is_training=is_training)
+        return optimizer.bases.right(optimizer.store.by_id[id(weight)], covariance_matmul, is_training=is_training)
 
 
 def _is_ordinary_backward() -> bool:
@@ -185,8 +178,8 @@ class AdaptorCapture(LayerCapture):
 
     Args:
         layers: What to capture; none of them captured already.
-        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_matmul,
-            is_training=...)` in the forward of one-sided layers; held weakly.
+        receiver: Its `receive(weight, operator)` is called inside backward, and its bases are asked in the forward of one-sided
+            layers; held weakly.
     """
 
     def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:

@@ -19,6 +19,7 @@ from ..linalg import UNSHARDED, Layout
 from .views import View, checked_view, given_view
 
 MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
+EMBEDDING = TABLE
 KINDS = (MATRIX, TABLE, VECTOR)
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

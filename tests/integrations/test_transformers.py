@@ -283,7 +283,7 @@ def test_an_optimizer_of_the_users_own(tmp_path):
     made = trainer_of(tmp_path)
     made.train()
     assert_same(weights(model), weights(made.model))
-    assert unwrap(trainer.optimizer) is opt and opt.limit.max_norm == 1.0 and len(tracker.history) == 4
+    assert unwrap(trainer.optimizer) is opt and opt.clipper.max_norm == 1.0 and len(tracker.history) == 4
     trainer.train()  # again, with the same optimizer
     assert len(tracker.history) == 8
 
