@@ -82,8 +82,6 @@ def part_of(record: ParamRecord, key: str, value: Tensor) -> tuple[int, ...]:
 
 def _axes(record: ParamRecord, key: str, value: Tensor) -> list[tuple[str, int]]:
     """Which axes of a state entry are spread, with the place of each."""
-    if key == "spectrum":  # a batch shares one rank, so all of it is known everywhere
-        return []
     axes = [("batch", 0)] if len(record.plan.shape) > 2 and value.ndim else []
     if key in record.rule.state_sharding:
         axes.append((record.rule.state_sharding[key], -2))

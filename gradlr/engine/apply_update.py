@@ -100,7 +100,7 @@ def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tupl
         found = type(result).__name__
         raise ArgumentError(f"rule {rule.name!r}: update() must return (gradlr.rules.Update(...), state), not {found}")
     update = result[0]
-    found = {key: None if part is None else tuple(part.shape) for key, part in vars(update).items() if key != "spectrum"}
+    found = {key: None if part is None else tuple(part.shape) for key, part in vars(update).items()}
     *batch, rows, columns = (1, 1, *shape) if len(shape) < 2 else shape
     dense_shape = shape if update.rows is None else (*update.rows.shape, columns)
     is_dense_right = update.dense is None or update.dense.shape == dense_shape

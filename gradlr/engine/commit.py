@@ -280,8 +280,6 @@ class Updates(Projections):
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)
         record.basis = None
-        if record.schedule.needs_spectrum and update.spectrum is not None:
-            state["spectrum"] = record.plan.layout.batch.all_gather(update.spectrum, 0)
         self._watch.changed.append(record.plan.name)
         self._opt_called = True  # schedulers warn where no step came before theirs; an update in backward is one
 

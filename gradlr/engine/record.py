@@ -127,7 +127,7 @@ def follow_loss(record: ParamRecord, ratio: float, state: dict[str, Tensor]) -> 
     Raises:
         ArgumentError: it is no int between 1 and the schedule's own ceiling.
     """
-    rank = record.schedule(RankInputs(ratio, record.rank, record.largest_rank, state.get("spectrum")))
+    rank = record.schedule(RankInputs(ratio, record.rank, record.largest_rank))
     if not (isinstance(rank, int) and 1 <= rank <= record.largest_rank):
         where = f"{record.schedule!r} gave rank {rank!r} for {record.plan.name!r}"
         raise ArgumentError(f"{where}: it must be an int in [1, {record.largest_rank}], the schedule's own ceiling there")
@@ -150,8 +150,8 @@ def initial_state(record: ParamRecord, context: UpdateContext) -> dict[str, Tens
 
 
 def rule_entries(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the rule keeps of a parameter's state: without the step count and what the rank schedule looks at."""
-    return {key: value for key, value in state.items() if key not in ("step", "spectrum")}
+    """What the rule keeps of a parameter's state: without the step count."""
+    return {key: value for key, value in state.items() if key != "step"}
 
 
 def state_bytes(state: dict[str, Tensor]) -> int:

@@ -123,12 +123,12 @@ def fitted_state(
         CheckpointError: an entry is missing or belongs to another shape.
     """
     plan, rule = record.plan, record.rule
-    wanted = current.keys() - {"spectrum"}
+    wanted = current.keys()
     saved = saved if isinstance(saved, dict) else {}
     if not wanted <= saved.keys():
         missing = sorted(wanted - saved.keys())
         raise CheckpointError(f"parameter {plan.name!r}: the checkpoint lacks its state ({', '.join(missing)})")
-    _check_tensors(plan.name, saved, {**{key: current[key].ndim for key in wanted}, "spectrum": len(plan.shape) - 1})
+    _check_tensors(plan.name, saved, {key: current[key].ndim for key in wanted})
     device = plan.parameter.device
     state = {key: saved[key].detach().clone().to(device, current[key].dtype) for key in wanted - {"step"}}
     state = rule.resize(state, plan.shape, context)
@@ -138,8 +138,7 @@ def fitted_state(
         if value.ndim != current[key].ndim or value.shape[fixed] != current[key].shape[fixed]:
             shapes = f"{tuple(value.shape)}, needed is {tuple(current[key].shape)}"
             raise CheckpointError(f"parameter {plan.name!r} {tuple(plan.parameter.shape)}: its saved {key!r} has shape {shapes}")
-    spectrum = {"spectrum": saved["spectrum"].clone().to(device)} if "spectrum" in saved else {}
-    return {"step": saved["step"].detach().clone().cpu().long(), **state, **spectrum}
+    return {"step": saved["step"].detach().clone().cpu().long(), **state}
 
 
 def _check_tensors(name: str, saved: dict[str, Any], axes: dict[str, int]) -> None:

@@ -180,5 +180,4 @@ class KeptState(torch.optim.Optimizer):
         step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
         generator = self._noise.at(parameter.device, self.seed, record.index, step)
         beta = self.param_groups[record.group_index]["beta"]
-        needs_spectrum, layout = record.schedule.needs_spectrum, record.plan.layout
-        return UpdateContext(rank or record.rank, record.momentum_rank, beta, step, generator, needs_spectrum, layout)
+        return UpdateContext(rank or record.rank, record.momentum_rank, beta, step, generator, record.plan.layout)

@@ -65,7 +65,7 @@ def trajectory(*, processes: int = 1, is_exact: bool = False) -> Callable:
 
 def tracked(**options: float) -> gradlr.rules.TrackedMomentum:
     """The default rule in products, Cholesky factors and triangular solves."""
-    return gradlr.rules.TrackedMomentum(arithmetic="products", **options)
+    return gradlr.rules.TrackedMomentum(**options)
 
 
 class Run:
@@ -197,11 +197,6 @@ def rank_by_loss_step():
     kept = Run(Falling, lr=4e-2, rank=Counted(6), apply="step").go()
     assert len(set(Counted.given)) >= 4, f"the rank hardly changes: {Counted.given}"
     return kept
-
-
-@trajectory()
-def rank_by_energy():
-    return Run(rank=gradlr.ByEnergy(0.8, max_rank=8, min_rank=2)).go()
 
 
 # Layers that hand over their gradients unformed

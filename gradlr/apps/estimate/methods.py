@@ -181,7 +181,6 @@ class GradlrTraining(Training):
             record.momentum_rank,
             record.capture,
             record.plan.view.pattern,
-            record.schedule.needs_spectrum,
         )
         decay = self.optimizer.param_groups[record.group_index]["weight_decay"]
         is_owned = vars(gradient).get("_is_owned")
