@@ -13,7 +13,7 @@ from ..capture.select import as_dense, compact
 from ..engine.record import ParamRecord, compute_dtype_and_device
 from ..errors import ParallelError
 from ..gradient import Dense, GradientOperator, RowSparse, Sketched
-from ..params.kinds import TABLE
+from ..params.kinds import EMBEDDING
 from .communicator import Communicator, ranks_named
 
 # How a process comes to a step: with sound gradients (or none), with NaN or infinity, or with an error.
@@ -48,7 +48,7 @@ def form_of(record: ParamRecord) -> str:
     """
     shape, rule = record.plan.shape, record.rule
     if rule.is_elementwise:
-        return "rows" if record.plan.kind == TABLE and len(shape) == 2 else "entries"
+        return "rows" if record.plan.kind == EMBEDDING and len(shape) == 2 else "entries"
     if record.capture == "one_sided":
         return "projection"
     m, n = shape[-2:]

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
 from ..linalg import stochastic_round
-from ..params.views import View, share_memory
+from ..layers import View
 from ..rules import Rule, State, Update
+from ..tensors import share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20

@@ -11,25 +11,11 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
 from ..gradient import GradientOperator
+from ..params.groups import ParameterGroup
 from ..params.kinds import ParameterPlan
 from ..ranks import RankInputs, RankSchedule, resolve_rank
 from ..rules import Rule, UpdateContext
 from ..tensors import AsyncScalar
-
-
-@dataclass
-class ParameterGroup:
-    """Parameters that share a kind and all options; becomes one entry of `opt.param_groups`."""
-
-    label: str
-    kind: str
-    plans: list[ParameterPlan]
-    rule: Rule
-    schedule: RankSchedule
-    momentum_rank: int | float
-    lr: float
-    beta: float
-    weight_decay: float
 
 
 @dataclass
