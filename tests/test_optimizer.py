@@ -244,7 +244,7 @@ def test_step_takes_a_closure():
 
 
 def test_weight_decay_is_decoupled_and_spares_vectors():
-    model, tracker, opt = attached(nn.Linear(6, 6), lr=0.1, vector_lr=0.1, weight_decay=0.5)
+    model, tracker, opt = attached(nn.Linear(6, 6), lr=0.1, kinds={"vector": {"lr": 0.1}}, weight_decay=0.5)
     weight, bias = weights(model)
     tracker((model(torch.zeros(2, 6)) * 0).sum()).backward()  # every gradient is zero
     torch.testing.assert_close(model.weight, weight * 0.95)

@@ -89,7 +89,7 @@ def test_numbers_are_those_of_the_dense_gradient_and_of_the_change(apply, captur
         gradients, before = step(model, tracker, opt, 1, micro_batches)
     report = opt.report()
     rates = {record.plan.name: opt.param_groups[record.group_index] for record in opt.records}
-    assert {row.kind for row in report.rows} == {"matrix", "table", "vector"}
+    assert {row.kind for row in report.rows} == {"matrix", "embedding", "vector"}
     for row in report.rows:
         gradient, weight = viewed(opt, row.name, gradients[row.name]), viewed(opt, row.name, before[row.name])
         after = viewed(opt, row.name, model.get_parameter(row.name).detach())

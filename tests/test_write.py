@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gradlr.engine.apply_update import apply_update
-from gradlr.params.kinds import View
+from gradlr.layers import View
 from gradlr.rules import Update
 
 VIEWS = {

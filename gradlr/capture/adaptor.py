@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import BackwardError
 from ..gradient.factors import OuterProduct
 from ..gradient.operator import GradientOperator, Sketched
-from ..layers.linear_maps import LayerOp, layer_op
+from ..layers import LayerOp, layer_op
+from ..layers.embedding import is_plain_embedding
 from ..linalg.normalize import widen
 from .hook import Receiver
 from .layer_swap import (
@@ -46,7 +47,7 @@ class _AdaptorLayer(AdaptedLayer):
             return self._look_up(x) if is_plain_embedding(self) else None
         # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
         found = layer_op(self)
-        if found is None or found.pattern != capture.layer_op.pattern or not found.accepts(x):
+        if found is None or found.view != capture.layer_op.view or not found.accepts(x):
             return None
         x = autocasted(x)
         basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
@@ -55,11 +56,6 @@ class _AdaptorLayer(AdaptedLayer):
     def _look_up(self, ids: Tensor) -> Tensor:
         padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
         return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), captures[self.weight], padding_index)
-
-
-def is_plain_embedding(module: nn.Embedding) -> bool:
-    """Whether the rows that were looked up are all there is to its gradient, and looking changes none of them."""
-    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
 def _basis(capture: _Adaptor, found: LayerOp, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:

@@ -18,9 +18,9 @@ from ..engine.loop_checks import changed_message
 from ..engine.state_store import StateStore
 from ..errors import AttachError, BackwardError
 from ..gradient import Dense, GradientOperator, RowSparse
+from ..layers import View
 from ..linalg import Layout
 from ..params.kinds import ParameterPlan
-from ..params.views import View
 from ..tensors import is_sharded, local, share_memory
 
 # parameter -> the lock that holds it, and its hook. Weak on both sides: neither a dropped model nor a dropped optimizer is kept

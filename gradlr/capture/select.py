@@ -10,8 +10,8 @@ from torch import nn
 
 from ..engine.record import ParamRecord
 from ..errors import ArgumentError, GradlrWarning
-from ..layers.linear_maps import LayerOp, LinearOp, layer_op
-from .adaptor import is_plain_embedding
+from ..layers import LayerOp, LinearOp, layer_op
+from ..layers.embedding import is_plain_embedding
 from .layer_swap import CapturedLayer
 
 CAPTURES = ("hook", "adaptor", "one_sided", "auto")
@@ -73,7 +73,7 @@ def _layer(module: nn.Module, record: ParamRecord, capture: str) -> CapturedLaye
         is_plain = is_plain_embedding(module) and record.plan.view.pattern is None
         return CapturedLayer(module, None) if is_plain and rule.accepts_row_factors else None
     found = layer_op(module)
-    if found is None or found.pattern != record.plan.view.pattern or not _suits(found, record):
+    if found is None or found.view != record.plan.view or not _suits(found, record):
         return None
     return CapturedLayer(module, found, is_one_sided=capture == "one_sided" and not rule.is_elementwise)
 

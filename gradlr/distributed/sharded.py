@@ -40,6 +40,7 @@ class Sharded(Alone):
     tells_mean = True
     may_be_silent = True
     norm_in_groups = False
+    hooks_only = True
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         # Mostly one, of all parameters.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..layers import View
 from ..linalg import stochastic_round
-from ..params.views import View, share_memory
 from ..rules import Update
+from ..tensors import share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20

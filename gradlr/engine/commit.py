@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
 from ..gradient import GradientOperator
-from ..params.views import View
+from ..layers import View
 from ..rules import Rule, State, Update, UpdateContext
 from ..tensors import compute_dtype_and_device, is_async, local
 from .apply_update import apply_update

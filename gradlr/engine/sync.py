@@ -84,6 +84,7 @@ class Sync(Protocol):
         may_be_silent: Whether a backward may bring no gradient, as under FSDP2 with `set_requires_gradient_sync(False)`.
         norm_in_groups: Whether the parameter that shows the global norm may stand in `param_groups`: loaders of distributed
             checkpoints look for every parameter of a group in the model.
+        hooks_only: Whether no layer can hand over its gradient unformed.
     """
 
     comm: Comm
@@ -92,6 +93,7 @@ class Sync(Protocol):
     shares_bases: bool
     may_be_silent: bool
     norm_in_groups: bool
+    hooks_only: bool
 
     def join(self, model: nn.Module, store: StateStore, options: Mapping[str, Any]) -> None:
         """See that all processes train the same; the engine is complete."""
@@ -144,6 +146,7 @@ class Alone:
     shares_bases = False
     may_be_silent = False
     norm_in_groups = True
+    hooks_only = False
 
     def join(self, model: nn.Module, store: StateStore, options: Mapping[str, Any]) -> None:
         return None

@@ -10,7 +10,7 @@ from shapes import matrix
 
 from gradlr.engine.apply_update import apply_update
 from gradlr.gradient import Dense, Sketched
-from gradlr.params.kinds import View
+from gradlr.layers import View
 from gradlr.rules import Adam, FactorMoments, RowwiseRMSprop, TrackedMomentum
 
 CPU = torch.device("cpu")

@@ -65,7 +65,7 @@ def trajectory(*, processes: int = 1, is_exact: bool = False) -> Callable:
 
 def tracked(**options: float) -> gradlr.rules.TrackedMomentum:
     """The default rule in products, Cholesky factors and triangular solves."""
-    return gradlr.rules.TrackedMomentum(arithmetic="products", **options)
+    return gradlr.rules.TrackedMomentum(**options)
 
 
 class Run:

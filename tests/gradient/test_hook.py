@@ -9,8 +9,8 @@ from torch import nn
 
 from gradlr.capture.hook import HookCapture
 from gradlr.errors import AttachError
+from gradlr.layers import View
 from gradlr.params.kinds import ParameterPlan, plan_parameters
-from gradlr.params.views import View
 
 
 class Receiver:
