@@ -247,7 +247,11 @@ class GradLR(Updates):
         self.detach()
 
     def __repr__(self) -> str:
-        return describe(self) if self._is_built else object.__repr__(self)
+        if not self._is_built:
+            return object.__repr__(self)
+        processes = self.processes if self.processes > 1 else None
+        options = {"apply": self.apply, "processes": processes, "max_grad_norm": self.limit.max_norm}
+        return describe(self.records, self.param_groups, self.state, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's layout plus "gradlr": ranks, seed and the tracker. Plain tensors and numbers: loads with `weights_only=True`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,6 @@ from ..distributed import replicated as exchange
 from ..errors import ParallelError
 from ..gradient import GradientOperator, OuterProduct, Sketched
 from ..params.kinds import local
-from ..report.metrics import UpdateMetrics, kept, seen_gradient, seen_update
 from ..rules import State, Update, UpdateContext
 from ..tensors import AsyncScalar
 from ..tracker import LossTracker
@@ -36,7 +36,7 @@ class Prepared:
     is_finite: Tensor
     update: Update | None = None
     new_state: State | None = None
-    observed: UpdateMetrics | None = None
+    metrics: Any = None
 
 
 class Updates(Projections):
@@ -111,7 +111,7 @@ class Updates(Projections):
             record.pending = compact(gradient)
         else:
             record.pending = record.rule.sketch(gradient, self._rule_state(record), self._settings(record))
-            record.pending.whole = as_dense(gradient) if record.is_observed else None
+            record.pending.whole = as_dense(gradient) if record.observer is not None else None
         if is_first and isinstance(record.pending, Sketched):
             record.is_pending_blank = AsyncScalar(record.pending.is_blank())
         energy = record.pending.squared_norm() if energy is None else energy
@@ -252,14 +252,15 @@ class Updates(Projections):
         context, old_state = self._settings(record), self._rule_state(record)
         if record.rule.is_elementwise and not record.rule.accepts_row_factors:
             gradient = as_dense(gradient)
-        whole = kept(gradient) if record.is_observed else None
+        observer = record.observer
+        kept = None if observer is None else observer.keep(gradient)
         try:
             update, new_state = checked(record.rule, record.rule.update(gradient, old_state, context), gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
             return Prepared(record, context, torch.zeros_like(is_finite))
         is_finite = is_finite & all_finite([*update.parts(), *new_state.values()])
-        observed = None if whole is None else seen_gradient(whole, update, context.step, record.plan.kind, record.rule)
-        return Prepared(record, context, is_finite, update, new_state, observed)
+        metrics = None if observer is None else observer.measure_gradient(record, kept, update, context.step)
+        return Prepared(record, context, is_finite, update, new_state, metrics)
 
     def _apply(self, prepared: Prepared) -> None:
         """Write an update and its state, on CUDA only where the flag says so. The only place where a weight changes."""
@@ -273,9 +274,11 @@ class Updates(Projections):
         if is_finite.is_cuda:
             update, new_state = keep_where(is_finite, update, new_state, self.state[parameter])
             decay = decay * is_finite if decay else decay
-        if prepared.observed is not None:
+        if record.observer is not None and prepared.metrics is not None:
             weight = record.plan.view.of(parameter)
-            record.observed = seen_update(prepared.observed, weight, update, lr=float(group["lr"]), weight_decay=decay)
+            record.metrics = record.observer.measure_update(
+                prepared.metrics, weight, update, lr=float(group["lr"]), weight_decay=decay
+            )
         self._write(local(parameter), record.plan.view, update, lr=float(group["lr"]), weight_decay=decay, generator=generator)
         state = self.state[parameter]
         state.update(new_state, step=state["step"] + 1)

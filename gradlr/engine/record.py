@@ -44,8 +44,8 @@ class ParamRecord:
         pending: The gradient that waits for `step()`.
         is_pending_blank: Whether that sketch holds zeros only, so that its bases come from nothing; None where known.
         capture: "hook", or how the layer hands its gradient over: "adaptor", "one_sided", "rows".
-        observers: Number of observations that want the next updates' numbers for `report()`.
-        observed: Those of the last update that did.
+        observer: Measures the next updates for `report()`; None where nobody asks.
+        metrics: What it measured of the last one.
     """
 
     index: int
@@ -59,17 +59,12 @@ class ParamRecord:
     last_loss: int | None = None
     pending: GradientOperator | None = None
     capture: str = "hook"
-    observers: int = 0
-    observed: Any = None
+    observer: Any = None
+    metrics: Any = None
     is_pending_blank: AsyncScalar | None = None
     _basis: weakref.ref[Tensor] | None = None
     _is_basis_sound: AsyncScalar | None = None
     _is_basis_for_training: bool = True
-
-    @property
-    def is_observed(self) -> bool:
-        """Whether the next updates leave numbers for `report()`."""
-        return self.observers > 0
 
     @property
     def basis(self) -> Tensor | None:
@@ -98,7 +93,7 @@ class ParamRecord:
 
     def restart(self, rank: int) -> None:
         """After a checkpoint was loaded: nothing has happened yet."""
-        self.rank, self.last_loss, self.pending, self.basis, self.observed = rank, None, None, None, None
+        self.rank, self.last_loss, self.pending, self.basis, self.metrics = rank, None, None, None, None
 
 
 def torch_group(group: ParameterGroup) -> dict[str, Any]:

@@ -89,7 +89,7 @@ class KeptState(torch.optim.Optimizer):
         Captured energy, gradient and update are those of the last update inside `observe()`.
         """
         self._require_whole("report")
-        return report(self)
+        return report(self.records, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Groups are fixed once attached.
