@@ -64,7 +64,7 @@ def read_folder(path: Path, model: nn.Module, optimizer: GradLR | None) -> dict[
     """The checkpoint in such a folder; of sharded tensors what belongs to this process. Collective where the model is sharded.
 
     Raises:
-        CheckpointError: the folder is damaged, or incomplete; or the model has other names or shapes.
+        CheckpointError: the folder is damaged, or incomplete.
     """
     path = path if path.is_dir() else _beside(path, "old")
     try:
@@ -87,9 +87,9 @@ def _read_shards(path: Path, model: nn.Module, optimizer: GradLR | None, names: 
 
     reader = dcp.FileSystemReader(path)
     saved = {name: entry for name, entry in reader.read_metadata().state_dict_metadata.items() if hasattr(entry, "size")}
-    weights: dict[str, Any] = _room_for_weights(path, saved, model)
+    weights: dict[str, Any] = _room_for_weights(saved, model.state_dict())
     states: dict[str, Any] = {} if optimizer is None else _room_for_states(saved, optimizer, names)
-    wanted = {"model": weights, "optimizer": states}
+    wanted = {"model": {name: room for name, room in weights.items() if not room.is_meta}, "optimizer": states}
     with _dcp_errors(path):
         if is_any_sharded(model):
             comm = None if optimizer is None else optimizer.comm
@@ -98,16 +98,18 @@ def _read_shards(path: Path, model: nn.Module, optimizer: GradLR | None, names: 
             dcp.load(wanted, storage_reader=reader, no_dist=True)
         else:  # before torch 2.7
             dcp.load_state_dict(wanted, reader, no_dist=True)
-    return wanted
+    return {"model": weights, "optimizer": states}
 
 
-def _room_for_weights(path: Path, saved: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    weights = {name: torch.empty_like(value) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for name, value in weights.items():
-        entry = saved.get(f"model.{name}")
-        if entry is None or entry.size != value.shape:
-            found = "lacks it" if entry is None else f"has it with shape {tuple(entry.size)}"
-            raise CheckpointError(f"{path}: {name!r} {tuple(value.shape)}: the checkpoint {found}. Nothing was changed")
+def _room_for_weights(saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Tensor]:
+    """Like the model's. What the model has not, or in another shape, is not read: its mere shape lets `gradlr.load` refuse it."""
+    weights = {}
+    for key, entry in saved.items():
+        name, like = key.removeprefix("model."), own.get(key.removeprefix("model."))
+        if isinstance(like, Tensor) and key.startswith("model.") and like.shape == entry.size:
+            weights[name] = torch.empty_like(like)
+        elif key.startswith("model."):
+            weights[name] = torch.empty(entry.size, device="meta")
     return weights
 
 
