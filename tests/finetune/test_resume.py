@@ -17,7 +17,7 @@ from finetune.tiny import llama, text_file
 import gradlr
 from gradlr.apps.cli import main
 from gradlr.apps.finetune import loop
-from gradlr.apps.finetune.folder import RunFolder
+from gradlr.apps.finetune.run_folder import RunFolder
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import gradlr
 from gradlr import ArgumentError
 from gradlr.apps.cli import main
-from gradlr.apps.finetune.task import _require_divisible
+from gradlr.apps.finetune.task import require_divisible
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -196,6 +196,6 @@ def test_one_without_the_other_is_told(data, tmp_path, monkeypatch, capsys):
 
 def test_a_batch_that_does_not_divide_is_told():
     with pytest.raises(ArgumentError, match=r"--batch-size 5 is that of all 2 processes together.*: give 4"):
-        _require_divisible(5, 2)
+        require_divisible(5, 2)
     with pytest.raises(ArgumentError, match=r"--batch-size 1 .*: give 4"):
-        _require_divisible(1, 4)
+        require_divisible(1, 4)
