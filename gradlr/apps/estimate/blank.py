@@ -62,10 +62,7 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that transformers names, inner ones first; else the members of the longest list of two modules or more."""
-    names = getattr(model, "_no_split_modules", None) or ()
-    if blocks := [module for module in model.modules() if type(module).__name__ in names]:
-        return blocks[::-1]
+    """Members of its longest `nn.ModuleList` or `nn.Sequential`; none where none has two."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
     return list(max(lists, key=len, default=()))
 

@@ -15,7 +15,7 @@ from torch import nn
 from ...errors import ArgumentError
 from ...report.summary import format_bytes
 from ..estimate import Estimate, estimate
-from ..estimate.blank import blocks_of
+from ..sharding import blocks_of
 from .losses import cross_entropy
 from .model import BuiltinModel, enable_checkpointing
 

@@ -19,12 +19,12 @@ from ...optimizer import GradLR
 from ...params.kinds import MATRIX
 from ...report.summary import format_bytes
 from ...tracker import LossTracker
+from ..progress import Progress
 from ..signals import deferred_signals
 from .fits import peak_memory
 from .losses import cross_entropy, validation_loss
 from .model import enable_checkpointing
 from .packing import IGNORED, mixed_seed, sequences_of_step
-from .progress import Progress
 from .run_folder import RunFolder
 from .task import Task
 

@@ -18,7 +18,7 @@ from ...checkpoint.folder import is_folder
 from ...distributed import Communicator, propagate_errors
 from ...errors import ArgumentError, ParallelError
 from ..bench.environment import require_device
-from ..estimate.blank import blocks_of
+from ..sharding import shard_by_block
 from .run_folder import RunFolder
 
 # Others wait in an exchange while the first process writes a checkpoint.
@@ -142,13 +142,9 @@ class ShardWorkers(ReplicaWorkers):
         self.attach_options = {}
 
     def place(self, model: nn.Module) -> nn.Module:
-        from torch.distributed.device_mesh import init_device_mesh  # these take a while to import
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.device_mesh import init_device_mesh  # takes a while
 
-        mesh = init_device_mesh(torch.device(self.device).type, (self.size,))
-        for module in (*blocks_of(model), model):
-            fully_shard(module, mesh=mesh)
-        return model
+        return shard_by_block(model, init_device_mesh(torch.device(self.device).type, (self.size,)))
 
     def checkpoint(self, folder: RunFolder) -> Path | None:
         return folder.shards if is_folder(folder.shards) else None
