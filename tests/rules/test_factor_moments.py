@@ -9,7 +9,7 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError
-from gradlr.engine.record import mixed_seed
+from gradlr.tensors import mixed_seed
 from gradlr.gradient import Dense
 from gradlr.linalg import svd_lowrank
 from gradlr.rules import FactorMoments
