@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import BackwardError

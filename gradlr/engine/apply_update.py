@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from ..linalg import stochastic_round
 from ..layers import View
+from ..linalg import stochastic_round
 from ..rules import Rule, State, Update
 from ..tensors import share_memory
 

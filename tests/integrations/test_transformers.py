@@ -172,7 +172,11 @@ def test_the_rate_follows_the_scheduler_and_the_loss_falls(tmp_path):
     rates = logged(trainer, "learning_rate")
     assert rates[0] == pytest.approx(5e-2) and rates[-1] == pytest.approx(5e-2 / 20)
     opt = unwrap(trainer.optimizer)
-    assert {group["kind"]: group["weight_decay"] for group in opt.param_groups} == {"matrix": 0.1, "embedding": 0.1, "vector": 0.0}
+    assert {group["kind"]: group["weight_decay"] for group in opt.param_groups} == {
+        "matrix": 0.1,
+        "embedding": 0.1,
+        "vector": 0.0,
+    }
     assert opt.skipped == 0
     losses = logged(trainer, "loss")
     assert losses[-1] < 0.9 * losses[0]
