@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..capture.one_sided import Projections
 from ..capture.select import as_dense, compact, waits_as_it_is
-from ..distributed import FAILED, FINE, NOT_FINITE, Communicator, Shards, as_shared
-from ..distributed import replicated as exchange
+from ..distributed import FAILED, FINE, NOT_FINITE, Communicator, Shards, as_shared, exchange
 from ..errors import ParallelError
 from ..gradient import GradientOperator, OuterProduct, Sketched
 from ..params.kinds import local
