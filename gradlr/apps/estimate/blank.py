@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -62,21 +59,9 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Members of its longest `nn.ModuleList` or `nn.Sequential`; none where none has two."""
+    """The blocks that transformers names, inner ones first; else the members of the longest list of two modules or more."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    if blocks := [module for module in model.modules() if type(module).__name__ in names]:
+        return blocks[::-1]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
     return list(max(lists, key=len, default=()))
-
-
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Transformers takes tensors without values for a trace by torch.compile and masks attention then: here it is a step."""
-    imports = sys.modules.get("transformers.utils.import_utils")  # of a model of transformers it is there
-    original = getattr(imports, "is_fake_tensor", None)
-    if original is None:
-        yield
-        return
-    imports.is_fake_tensor = lambda tensor: False
-    try:
-        yield
-    finally:
-        imports.is_fake_tensor = original
