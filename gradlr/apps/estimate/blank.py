@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +25,9 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
     saved = {id(value) for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
     blanks: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        is_cast = dtype is not None and tensor.is_floating_point() and id(tensor) in saved
+        kept = tensor.dtype if dtype is None or id(tensor) not in saved or not tensor.is_floating_point() else dtype
         with mode:
-            form = {"dtype": dtype if is_cast else tensor.dtype, "device": "cpu"}
-            blank = torch.empty_strided(tensor.shape, tensor.stride(), **form)
+            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
             blanks[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
     return copy.deepcopy(model, blanks)
@@ -43,7 +43,7 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
     Raises:
         ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
     """
-    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' new name, and its old
         if hasattr(model, switch):
             getattr(model, switch)(options)

@@ -57,9 +57,9 @@ class MemoryTracker(TorchDispatchMode):
         self._entries: dict[int, _Entry] = {}
         self._answers: dict[int, Callable[[Tensor], Any]] = {}
         self._excursions: dict[Hashable, tuple[dict[str, int], Counter[tuple[str, str, str]]]] = {}
-        self._summit: dict[str, int] | None = None
+        self._summit: dict[str, int] = {}
         self._kind, self._is_aside = ACTIVATIONS, False
-        self._pending: dict[str, int] | None = None
+        self._pending: dict[str, int] = {}
         self._youngest: _Entry | None = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -72,7 +72,7 @@ class MemoryTracker(TorchDispatchMode):
         if function is _ATEN._local_scalar_dense.default:
             return self._answer(args[0])
         if function is _ATEN.nonzero.default and args[0].dtype == torch.uint8 and _key(args[0]) in self._answers:
-            result = torch.empty((self._answer(args[0]), args[0].ndim), dtype=torch.int64, device=args[0].device)
+            result = torch.empty((int(self._answer(args[0])), args[0].ndim), dtype=torch.int64, device=args[0].device)
         else:
             result = function(*args, **(kwargs or {}))
         if function.namespace in _COMMUNICATING:
@@ -85,16 +85,6 @@ class MemoryTracker(TorchDispatchMode):
         elif function is _ATEN.ne.Scalar:
             self.tell(result, lambda _: False)
         return result
-
-    def __enter__(self) -> MemoryTracker:
-        # FSDP2 gives and takes memory where no operation is called.
-        self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = lambda storage, size: self._resized(storage, size)
-        return super().__enter__()
-
-    def __exit__(self, *exception: object) -> None:
-        torch.UntypedStorage.resize_ = self._resize
-        super().__exit__(*exception)
 
     @contextmanager
     def counting_as(self, kind: str) -> Iterator[None]:
@@ -163,7 +153,7 @@ class MemoryTracker(TorchDispatchMode):
             result = work()
             self._settle()
             self._excursions[signature] = {kind: self._summit[kind] - before[kind] for kind in KINDS}, self.traffic - sent
-            self._summit = None
+            self._summit = {}
             return result
         extra, traffic = self._excursions[signature]
         self._reach({kind: self.held[kind] + extra[kind] for kind in KINDS})
@@ -174,6 +164,16 @@ class MemoryTracker(TorchDispatchMode):
         """Count collectives that move so many bytes together."""
         self.traffic[purpose, operation, "calls"] += calls
         self.traffic[purpose, operation, "bytes"] += handed
+
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """A storage has been given memory, or has lost it: what FSDP2 gathers, without calling an operation."""
+        entry = self._entries.get(storage._cdata)
+        if entry is not None:
+            self._settle()
+            self.held[entry.kind] -= entry.nbytes
+            entry.nbytes, entry.kind = size, EXCHANGE
+            self.held[EXCHANGE] += size
+            self._note(entry)
 
     def _count(self, tensor: Tensor, kind: str) -> _Entry | None:
         if tensor.layout != torch.strided:
@@ -193,16 +193,6 @@ class MemoryTracker(TorchDispatchMode):
         self._answers.pop(key, None)
         self.held[entry.kind] -= entry.nbytes
 
-    def _resized(self, storage: Any, size: int) -> Any:
-        entry = self._entries.get(storage._cdata)
-        if entry is not None:
-            self._settle()
-            self.held[entry.kind] -= entry.nbytes
-            entry.nbytes, entry.kind = size, EXCHANGE
-            self.held[EXCHANGE] += size
-            self._note(entry)
-        return self._resize(storage, size)
-
     def _look_at_exchange(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         name = function._schema.name
         if name == "fsdp::chunk_cat":
@@ -221,11 +211,11 @@ class MemoryTracker(TorchDispatchMode):
         self._pending, self._youngest = dict(self.held), born
 
     def _settle(self) -> None:
-        if self._pending is not None:
-            if self._summit is not None and sum(self._pending.values()) > sum(self._summit.values()):
+        if self._pending:
+            if self._summit and sum(self._pending.values()) > sum(self._summit.values()):
                 self._summit = self._pending
             self._reach(self._pending)
-            self._pending = self._youngest = None
+            self._pending, self._youngest = {}, None
 
     def _reach(self, held: dict[str, int]) -> None:
         for kind, count in held.items():

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,6 +118,10 @@ class Training:
         """Backward, and what is done inside it."""
         loss.backward()
 
+    def touched_rows(self, mask: Tensor, tokens: int) -> int:
+        """At most how many rows of an embedding get a gradient, given a byte for each row, and the tokens of a step."""
+        return len(mask)
+
     def update(self) -> None:
         """What follows backward."""
         for parameter in self.model.parameters():
@@ -169,14 +173,11 @@ class GradlrTraining(TorchTraining):
 
     def backward(self, loss: Tensor) -> None:
         with self.memory.counting_as(WORKSPACE):
-            shown = self.losses(loss)
+            shown = cast(Tensor, self.losses(loss))
         shown.backward()
 
     def touched_rows(self, mask: Tensor, tokens: int) -> int:
-        """At most how many rows of an embedding get a gradient in a step, given one byte for each row, and the step's tokens.
-
-        Lookups touch one row a token; a head, and an embedding that is one too, touch all.
-        """
+        """Lookups touch one row a token; a head, and an embedding that is one too, touch all."""
         tables = [record for record in self.optimizer.records if record.plan.kind == TABLE]
         starts = itertools.accumulate((record.plan.shape[0] for record in tables), initial=0)
         record = next(record for record, start in zip(tables, starts, strict=False) if start == mask.storage_offset())

@@ -47,9 +47,9 @@ class LowRankAdapter(nn.Module):
         rank: r.
     """
 
-    def __init__(self, base: nn.Module, rank: int) -> None:
+    def __init__(self, base: Any, rank: int) -> None:
         super().__init__()
-        out_features, in_features = base.weight.shape if not is_transposed_linear(base) else reversed(base.weight.shape)
+        out_features, in_features = base.weight.mT.shape if is_transposed_linear(base) else base.weight.shape
         self.base = base
         self.a = nn.Linear(in_features, rank, bias=False)
         self.b = nn.Linear(rank, out_features, bias=False)

@@ -25,7 +25,7 @@ def replay_updates(optimizer: GradLR, tracker: MemoryTracker, around_receive: Ca
     for record in optimizer.records:
         record.rule = rules[id(record.rule)]
     optimizer._write = replayed_writer(optimizer._write, tracker)  # type: ignore[method-assign]
-    optimizer.receive = around_receive(optimizer.receive)  # type: ignore[method-assign]
+    optimizer.receive = around_receive(optimizer.receive)  # type: ignore[assignment, method-assign]
 
 
 def waiting_gradient(optimizer: GradLR, parameter: Tensor) -> GradientOperator | None:

@@ -59,13 +59,19 @@ def stub_collectives(tracker: MemoryTracker, zeros: float, touched_rows: Callabl
 def stub_internals(tracker: MemoryTracker) -> Iterator[None]:
     """Torch and transformers do in a simulation what they do in a step, and no more; what is not installed is left alone."""
     propagator = getattr(sys.modules.get("torch.distributed.tensor._sharding_prop"), "ShardingPropagator", None)
-    propagate = getattr(propagator, "_propagate_tensor_meta_non_cached", None)
+    propagate: Any = getattr(propagator, "_propagate_tensor_meta_non_cached", None)
+    resize = torch.UntypedStorage.resize_
 
     def unbooked(self: Any, *schema: Any) -> Any:
         with tracker.aside():
             return propagate(self, *schema)
 
+    def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
+        tracker.resize(storage, size)
+        return resize(storage, size)
+
     with ExitStack() as stack:
+        stack.enter_context(replaced(torch.UntypedStorage, resize_=counted_resize))
         # Transformers takes tensors without values for a trace by torch.compile, and would mask attention then.
         library = sys.modules.get("transformers.utils.import_utils")
         stack.enter_context(replaced(library, is_fake_tensor=lambda tensor: False))
