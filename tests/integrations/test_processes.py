@@ -10,7 +10,6 @@ import pytest
 
 import gradlr
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # spawned processes inherit it
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import assert_passed, run_in_processes

@@ -1,4 +1,4 @@
-"""What runs in each process of tests/parallel/test_sharded.py: models under FSDP2, tensor parallelism and both."""
+"""What runs in each process of tests/distributed/test_sharded.py: models under FSDP2, tensor parallelism and both."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import torch
-from checks import counted_bytes
+from replicated_checks import counted_bytes
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard

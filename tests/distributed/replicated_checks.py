@@ -1,4 +1,4 @@
-"""What runs in each process of tests/parallel/test_parallel.py: one function per check, called alike on every rank."""
+"""What runs in each process of tests/distributed/test_replicated.py: one function per check, called alike on every rank."""
 
 import copy
 import math

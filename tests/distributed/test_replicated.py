@@ -43,12 +43,12 @@ IN_FOUR = (
 
 @pytest.fixture(scope="module")
 def in_two(tmp_path_factory):
-    return run_in_processes(2, "checks", IN_TWO, tmp_path_factory.mktemp("two"))
+    return run_in_processes(2, "replicated_checks", IN_TWO, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
 def in_four(tmp_path_factory):
-    return run_in_processes(4, "checks", IN_FOUR, tmp_path_factory.mktemp("four"))
+    return run_in_processes(4, "replicated_checks", IN_FOUR, tmp_path_factory.mktemp("four"))
 
 
 @pytest.mark.parametrize("name", IN_TWO)
