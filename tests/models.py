@@ -57,3 +57,19 @@ def attached(model=None, **options):
     tracker = gradlr.LossTracker()
     options = {"lr": 1e-2, "rank": 4, "momentum_rank": 2} | options
     return model, tracker, gradlr.attach(model, tracker, **options)
+
+
+def loss_of(model):
+    """A regression loss of an `mlp()`, of any dtype."""
+    x, y = regression(16, count=16, dtype=next(model.parameters()).dtype)
+    return nn.functional.mse_loss(model(x), y)
+
+
+def weights(model):
+    """Copies of all parameters."""
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def is_unchanged(model, before):
+    """Whether all parameters are bit for bit those of `weights(model)` then."""
+    return all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

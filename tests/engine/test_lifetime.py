@@ -4,17 +4,12 @@ import gc
 
 import pytest
 import torch
-from models import attached, mlp, regression, train
+from models import attached, loss_of, mlp, regression, train
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import gradlr
 from gradlr import AttachError, GradlrWarning
-
-
-def loss_of(model):
-    x, y = regression(16, count=16)
-    return nn.functional.mse_loss(model(x), y)
 
 
 @pytest.mark.parametrize("how", ["wrapper", "method"])
