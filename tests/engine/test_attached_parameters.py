@@ -5,7 +5,7 @@ import gc
 
 import pytest
 import torch
-from models import attached, loss_of, mlp, train
+from models import attached, loss_of, mlp, regression, train
 from torch import nn
 
 import gradlr
@@ -77,3 +77,41 @@ def test_groups_are_fixed_once_attached():
     _, _, opt = attached()
     with pytest.raises(gradlr.ArgumentError, match="fixed once attached"):
         opt.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+
+
+def test_frozen_parameters_stay_and_unfrozen_ones_are_told():
+    model = mlp()
+    model[0].requires_grad_(False)
+    frozen = model[0].weight.clone()
+    _, tracker, opt = attached(model)
+    x, y = regression(16)
+    tracker(nn.functional.mse_loss(model(x), y)).backward()
+    assert torch.equal(model[0].weight, frozen)
+    model[0].requires_grad_(True)
+    with pytest.warns(GradlrWarning, match="not attached.*0.weight"):
+        loss = tracker(nn.functional.mse_loss(model(x), y))
+    loss.backward()
+    assert torch.equal(model[0].weight, frozen)
+    assert "0.weight" not in {record.plan.name for record in opt.records}
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_parameters_unused_in_a_step_stand_still(apply):
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)]).double()
+    _, tracker, opt = attached(model, apply=apply)
+    x = torch.randn(8, 5, dtype=torch.float64)
+
+    def snapshot(layer):
+        states = [{**opt.state[parameter], "parameter": parameter.detach()} for parameter in layer.parameters()]
+        return [{key: value.clone() for key, value in state.items()} for state in states]
+
+    for used in (0, 1, 0, 0):
+        moving, still = snapshot(model[used]), snapshot(model[1 - used])
+        tracker((model[used](x) - 1).square().mean()).backward()
+        opt.step()
+        for old, new in zip(still, snapshot(model[1 - used]), strict=True):
+            assert all(torch.equal(old[key], new[key]) for key in old)
+        for old, new in zip(moving, snapshot(model[used]), strict=True):
+            assert not any(torch.equal(old[key], new[key]) for key in old)
+    assert [int(opt.state[layer.weight]["step"]) for layer in model] == [3, 1]
