@@ -10,6 +10,7 @@ from functools import partial
 
 import pytest
 import torch
+from processes import Checks
 from replicated_checks import counted_bytes
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -24,6 +25,7 @@ from gradlr.gradient import Dense
 # Rounding of float64, grown over twenty steps of orthogonalized updates; the issue at hand asks for this much.
 AGREEMENT = {"rtol": 1e-6, "atol": 1e-6}
 OPTIONS = {"lr": 1e-2, "rank": 2, "momentum_rank": 1}
+check = Checks()
 
 
 class Net(nn.Module):
@@ -139,6 +141,7 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
     return opt
 
 
+@check(2, 4)
 def fsdp_in_backward_equals_one_process(rank, size):
     opt = compare_with_one_process(rank, size, rank=gradlr.ByLoss(3), weight_decay=0.1)
     up = next(record.plan.parameter for record in opt.records if record.plan.name == "up.weight")
@@ -159,12 +162,14 @@ def forms_seen():
         yield seen
 
 
+@check(2, 4)
 def fsdp_at_step_equals_one_process(rank, size):
     with forms_seen() as seen:
         compare_with_one_process(rank, size, apply="step", max_grad_norm=0.5, max_norm_growth=1.5)
     assert seen == {"Sketched"}
 
 
+@check(2)
 def fsdp_accumulates_sketches(rank, size):
     """Each micro-batch is reduced and sketched: a process' micro-batches pair up with those of the others."""
     model, reference = shard(net()), net()
@@ -181,6 +186,7 @@ def fsdp_accumulates_sketches(rank, size):
     assert math.isclose(opt.grad_norm, reference_opt.grad_norm, rel_tol=1e-6)
 
 
+@check(2)
 def fsdp_accumulates_before_it_reduces(rank, size):
     """With set_requires_gradient_sync(False) the hooks see the sum of all micro-batches, once."""
     micro = 8 // size
@@ -189,10 +195,12 @@ def fsdp_accumulates_before_it_reduces(rank, size):
     compare_with_one_process(rank, size, shows_share=True, **how)
 
 
+@check(2)
 def fsdp_keeps_its_weights_gathered(rank, size):
     compare_with_one_process(rank, size, place=partial(shard, reshard_after_forward=False))
 
 
+@check(2, 4)
 def odd_sizes_equal_one_process(rank, size):
     """Parts of unequal size and without any row, filters, experts; fused projections become one matrix, with a warning."""
     for apply in ("backward", "step"):
@@ -207,6 +215,7 @@ def odd_sizes_equal_one_process(rank, size):
         assert_like(model, reference)
 
 
+@check(2)
 def arithmetic_of_products_equals_one_process(rank, size):
     """What runs on GPUs: Cholesky and Newton–Schulz in the place of decompositions."""
     rule = gradlr.rules.TrackedMomentum(arithmetic="products")
@@ -219,6 +228,7 @@ def _by_columns(parameter):
     return Shard(1) if is_even else None
 
 
+@check(2)
 def columns_may_be_sharded(rank, size):
     place = partial(shard, shard_placement_fn=_by_columns)
     opt = compare_with_one_process(rank, size, place=place, table_rule="rowwise_rmsprop")
@@ -252,6 +262,7 @@ def _same_gradients(model, reference, twin, steps, rank, size, **options):
         reference_opt.step()
 
 
+@check(2)
 def policies_of_fsdp_are_followed(rank, size):
     """Mixed precision and CPU offload: the update is that of one process that is given the same gradients."""
     policies = {
@@ -266,6 +277,7 @@ def policies_of_fsdp_are_followed(rank, size):
             assert_like(model, reference, {"rtol": 1e-2, "atol": 1e-3})
 
 
+@check(2)
 def narrow_weights_are_rounded_in_each_part(rank, size):
     torch.manual_seed(0)
     model = shard(net(dtype=torch.bfloat16))
@@ -282,6 +294,7 @@ def _everywhere(value, group=None):
     return others
 
 
+@check(2)
 def narrow_state_is_rounded_alike_where_it_is_the_same(rank, size):
     """Rounded at random in each process, R would be another test matrix in each, and its signs part."""
     model = shard(net(dtype=torch.float32))
@@ -293,6 +306,7 @@ def narrow_state_is_rounded_alike_where_it_is_the_same(rank, size):
     assert not torch.equal(lefts[0], lefts[1])
 
 
+@check(4)
 def narrow_state_over_two_axes(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = shard(_parallelized(net(dtype=torch.float32), mesh["tensor"]), mesh["data"])
@@ -303,6 +317,7 @@ def narrow_state_over_two_axes(rank, size):
     assert torch.equal(right[0], right[2]) and torch.equal(right[1], right[3]) and not torch.equal(right[0], right[1])
 
 
+@check(2)
 def a_model_is_attached_after_an_evaluation(rank, size):
     """Which leaves whole weights at the root: hooks on those would train copies that nobody keeps."""
     for place in (shard, fully_shard):
@@ -317,10 +332,12 @@ def a_model_is_attached_after_an_evaluation(rank, size):
         assert_like(model, reference)
 
 
+@check(4)
 def weights_are_kept_in_a_smaller_mesh_between_forward_and_backward(rank, size):
     compare_with_one_process(rank, size, place=partial(shard, reshard_after_forward=2))
 
 
+@check(4)
 def experts_of_all_processes_share_one_rank(rank, size):
     """Three experts in four processes, one of which has none."""
     options = {"rank": gradlr.ByEnergy(0.8), "momentum_rank": 4}
@@ -339,6 +356,7 @@ def experts_of_all_processes_share_one_rank(rank, size):
     train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+@check(2)
 def a_norm_that_overflows_is_infinite_everywhere(rank, size):
     tracker, opt = attach(shard(net()), apply="step")
     energy = torch.tensor(math.inf if rank == 1 else 1.0, dtype=torch.float64)
@@ -349,6 +367,7 @@ def _parallelized(model, mesh):
     return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
+@check(2, 4)
 def tensor_parallel_equals_one_process(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     for options in ({}, {"apply": "step", "max_grad_norm": 0.5}, {"apply": "step", "micro": 2}):
@@ -358,6 +377,7 @@ def tensor_parallel_equals_one_process(rank, size):
     assert state["down.weight"]["P"].shape == (24, 1) and state["down.weight"]["R"].shape == (48 // size, 1)
 
 
+@check(4)
 def fsdp_over_tensor_parallel_equals_one_process(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     place = lambda model: shard(_parallelized(model, mesh["tensor"]), mesh["data"])  # noqa: E731
@@ -368,6 +388,7 @@ def fsdp_over_tensor_parallel_equals_one_process(rank, size):
     assert opt.state[down]["P"].shape == (12, 1) and opt.state[down]["R"].shape == (24, 1)
 
 
+@check(4)
 def hybrid_sharding_equals_one_process(rank, size):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
     for options in ({}, {"apply": "step", "max_grad_norm": 0.5}):
@@ -378,6 +399,7 @@ def hybrid_sharding_equals_one_process(rank, size):
         assert torch.equal(*others)
 
 
+@check(2)
 def copies_that_drift_are_told(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     model = _parallelized(net(), mesh)
@@ -393,6 +415,7 @@ def _parts_of(model):
     return [parameter.to_local().clone() for parameter in model.parameters()]
 
 
+@check(2)
 def an_overflow_on_one_rank_skips_the_step_on_all(rank, size):
     model = shard(net())
     tracker, opt = attach(model, apply="step")
@@ -426,6 +449,7 @@ def _backward_and_step(loss, opt):
     opt.step()
 
 
+@check(2)
 def a_loss_of_nan_on_one_rank_is_left_out_on_all(rank, size):
     for apply in ("backward", "step"):
         model = shard(net())
@@ -438,6 +462,7 @@ def a_loss_of_nan_on_one_rank_is_left_out_on_all(rank, size):
         train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+@check(2)
 def nan_in_backward_is_an_error_on_all(rank, size):
     model = shard(net())
     tracker, opt = attach(model)
@@ -450,6 +475,7 @@ def nan_in_backward_is_an_error_on_all(rank, size):
     assert all(map(torch.equal, before, (part.to_local() for part in model.down.parameters())))
 
 
+@check(2)
 def bytes_are_those_of_the_formula(rank, size):
     """Of docs/devices.md: what an update adds to the traffic of FSDP2 itself."""
     for residual in (0.0, 0.5):
@@ -468,6 +494,7 @@ def bytes_are_those_of_the_formula(rank, size):
         opt.detach()
 
 
+@check(2)
 def what_cannot_be_sharded_is_refused(rank, size):
     with pytest.raises(gradlr.ArgumentError, match=r"rule 'factor_moments' needs whole matrices, and 'up.weight' \(48, 24\)"):
         attach(shard(net()), rule="factor_moments")
@@ -494,6 +521,7 @@ def what_cannot_be_sharded_is_refused(rank, size):
         attach(shard(net()), lr=1e-2 * (1 + rank % 2))
 
 
+@check(2)
 def rates_and_gradients_of_one_rank_are_told(rank, size):
     model = shard(net())
     tracker, opt = attach(model, apply="step")
@@ -515,6 +543,7 @@ def rates_and_gradients_of_one_rank_are_told(rank, size):
     train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+@check(2)
 def attaching_before_sharding_is_told(rank, size):
     model = net()
     tracker, opt = attach_alone(model)
@@ -523,6 +552,7 @@ def attaching_before_sharding_is_told(rank, size):
         train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+@check(2)
 def wrapping_after_attaching_is_told(rank, size):
     model = net()
     tracker, opt = attach_alone(model)
@@ -532,6 +562,7 @@ def wrapping_after_attaching_is_told(rank, size):
     assert opt is not None
 
 
+@check(2)
 def a_model_is_attached_again_after_detach(rank, size):
     model = shard(net())
     tracker, opt = attach(model)
@@ -544,6 +575,7 @@ def a_model_is_attached_again_after_detach(rank, size):
     train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+@check(4)
 def a_killed_process_ends_the_others(rank, size):
     """In the middle of a step; last of all checks, since the group is broken afterwards."""
     model = shard(net())
@@ -555,6 +587,7 @@ def a_killed_process_ends_the_others(rank, size):
         train(model, tracker, opt, 1, part=share_of(rank, size), start=1)
 
 
+@check(2)
 def a_replicated_number_is_trained(rank, size):
     """`distribute_module` makes DTensors of all parameters, those without axes included."""
     mesh = init_device_mesh("cpu", (size,))
