@@ -7,7 +7,7 @@ TESTABLE := $(VENV)/.testable
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -16,6 +16,10 @@ demo: $(INSTALLED)
 # File by file: some start processes once for all of their tests.
 test: $(TESTABLE)
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+# Those marked slow as well: whole products of parameters, long runs of faults, more processes.
+test-all: $(TESTABLE)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m ""
 
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet ruff

@@ -11,7 +11,6 @@ from torch import distributed, nn
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))
 
 pytest.importorskip("transformers")
 from device_checks import CONFIG, METHODS, OPTIONS, TOKENS, adamw, loss_of, trained
