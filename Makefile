@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
+DOCUMENTABLE := $(VENV)/.documentable
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -21,8 +22,12 @@ lint: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet ruff
 	$(VENV)/bin/ruff check .
 
+# Into site/; any warning, such as a link that leads nowhere, is an error.
+docs: $(DOCUMENTABLE)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) gradlr-demo
+	rm -rf $(VENV) gradlr-demo site
 
 $(INSTALLED): setup.cfg setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,4 +37,8 @@ $(INSTALLED): setup.cfg setup.py constraints.txt
 # The trainers that the tests run in are larger than all the rest.
 $(TESTABLE): $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --use-pep517 --editable '.[test]'
+	touch $@
+
+$(DOCUMENTABLE): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --use-pep517 --editable '.[docs]'
 	touch $@
