@@ -151,7 +151,7 @@ def _unless_killed(work, left, *args, **kwargs):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [2, 3])
 def test_the_documented_loops_run_under_torchrun(tmp_path, number):
     saved = run_documented_loop(number, tmp_path)
     assert len(saved["optimizer"]["gradlr"]["tracker"]["history"]) == 3
