@@ -3,16 +3,24 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
-DOCUMENTABLE := $(VENV)/.documentable
 
 export PIP_CONSTRAINT := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
 	$(VENV)/bin/python -m gradlr demo
+
+# Into site/; any warning, such as a link that leads nowhere, is an error.
+.PHONY: docs
+docs: $(VENV)/.documentable
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
+$(VENV)/.documentable: $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --use-pep517 --editable '.[docs]'
+	touch $@
 
 # File by file: some start processes once for all of their tests.
 test: $(TESTABLE)
@@ -21,10 +29,6 @@ test: $(TESTABLE)
 lint: $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet ruff
 	$(VENV)/bin/ruff check .
-
-# Into site/; any warning, such as a link that leads nowhere, is an error.
-docs: $(DOCUMENTABLE)
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) gradlr-demo site
@@ -37,8 +41,4 @@ $(INSTALLED): setup.cfg setup.py constraints.txt
 # The trainers that the tests run in are larger than all the rest.
 $(TESTABLE): $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --use-pep517 --editable '.[test]'
-	touch $@
-
-$(DOCUMENTABLE): $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet --use-pep517 --editable '.[docs]'
 	touch $@
