@@ -33,7 +33,9 @@ def test_it_is_read_in_three_minutes():
 
 
 def test_its_three_numbers_are_those_of_the_committed_results():
-    rows = {name: {row["name"]: row for row in results(name)["results"]} for name in ("quality", "memory", "speed-transformer-1024")}
+    rows = {
+        name: {row["name"]: row for row in results(name)["results"]} for name in ("quality", "memory", "speed-transformer-1024")
+    }
     ours, adamw = (rows["quality"][name] for name in ("default", "adamw"))
     state = [row["state_bytes"] / 2**20 for row in (ours, adamw)]
     assert f"**{ours['mean']:.3f} nats per byte, AdamW {adamw['mean']:.3f}**" in README

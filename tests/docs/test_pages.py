@@ -71,7 +71,9 @@ def anchors_of(text):
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
-@pytest.mark.parametrize("gone", ["ByEnergy", "max_norm_growth", "is_weighed", 'capture="ddp"', "table_lr", "vector_lr", "arithmetic="])
+@pytest.mark.parametrize(
+    "gone", ["ByEnergy", "max_norm_growth", "is_weighed", 'capture="ddp"', "table_lr", "vector_lr", "arithmetic="]
+)
 def test_what_is_gone_is_not_spoken_of(gone):
     texts = {**PAGES, "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
     assert [name for name, text in texts.items() if gone in text] == []
