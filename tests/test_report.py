@@ -89,7 +89,7 @@ def test_numbers_are_those_of_the_dense_gradient_and_of_the_change(apply, captur
         gradients, before = step(model, tracker, opt, 1, micro_batches)
     report = opt.report()
     rates = {record.plan.name: opt.param_groups[record.group_index] for record in opt.records}
-    assert {row.kind for row in report.rows} == {"matrix", "table", "vector"}
+    assert {row.kind for row in report.rows} == {"matrix", "embedding", "vector"}
     for row in report.rows:
         gradient, weight = viewed(opt, row.name, gradients[row.name]), viewed(opt, row.name, before[row.name])
         after = viewed(opt, row.name, model.get_parameter(row.name).detach())
@@ -127,7 +127,7 @@ def test_one_sided_capture_tells_the_norm_of_the_projection_and_no_share(apply):
     record = next(record for record in opt.records if record.plan.name == "mixed.mix.weight")
     with opt.observe():
         loss = tracker(loss_of(model, 0))
-        basis = record.basis
+        basis = opt.bases.held(record)
         loss.backward()
         opt.step()
     row = next(row for row in opt.report().rows if row.name == record.plan.name)
@@ -200,7 +200,7 @@ def test_nothing_is_done_where_nobody_asks(monkeypatch):
         monkeypatch.setattr(f"gradlr.engine.commit.{name}", refuse)
     model, tracker, opt = attached(mlp(64), apply="step")
     tracker(model(torch.randn(8, 64)).square().mean()).backward()
-    sketches = [record.pending for record in opt.records if record.plan.kind == "matrix"]
+    sketches = [opt.pending.gradients.get(record.index) for record in opt.records if record.plan.kind == "matrix"]
     assert all(isinstance(one, gradlr.gradient.Sketched) and one.whole is None for one in sketches)
     opt.step()
     assert not opt.report().is_observed and "with opt.observe()" in str(opt.report())
@@ -214,9 +214,13 @@ def test_whole_gradients_are_dropped_with_the_step():
     model, tracker, opt = attached(mlp(64), apply="step")
     with opt.observe("0.weight"):
         tracker(model(torch.randn(8, 64)).square().mean()).backward()
-        assert [record.plan.name for record in opt.records if getattr(record.pending, "whole", None) is not None] == ["0.weight"]
+        assert [
+            record.plan.name
+            for record in opt.records
+            if getattr(opt.pending.gradients.get(record.index), "whole", None) is not None
+        ] == ["0.weight"]
         opt.step()
-    assert all(record.pending is None for record in opt.records)
+    assert all(record.index not in opt.pending.gradients for record in opt.records)
     assert all(value.ndim == 0 for value in vars(opt.records[0].observed).values() if isinstance(value, torch.Tensor))
 
 
@@ -234,7 +238,7 @@ def test_which_parameters_are_observed_and_until_when():
     model, tracker, opt = attached()
     with pytest.raises(ArgumentError, match=r"observe\('encoder\.\*'\) matches no attached parameter.*'0\.weight'"):
         opt.observe("0.*", "encoder.*")
-    assert not any(record.is_observed for record in opt.records)
+    assert not any(record.observer for record in opt.records)
     outer = opt.observe("0.*")
     with opt.observe("*.bias"):
         train(model, opt, tracker, 1)
@@ -252,7 +256,7 @@ def test_which_parameters_are_observed_and_until_when():
     train(model, opt, tracker, 1)
     assert [row.name for row in opt.report().rows if row.observed_step is not None] == ["0.weight"]
     second.stop()
-    assert not any(record.is_observed for record in opt.records)
+    assert not any(record.observer for record in opt.records)
 
 
 class Overflowing(TrackedMomentum):

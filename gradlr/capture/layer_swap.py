@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..layers.linear_maps import LayerOp
+from ..layers import LayerOp
 from .hook import lost_optimizer
 
 _SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.linear_maps import LayerOp, LinearOp
+from ..layers import LayerOp, LinearOp
 from ..linalg.normalize import widen
 from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
 

@@ -178,7 +178,7 @@ def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
     return ParameterReport(
         plan.name, tuple(plan.parameter.shape), plan.kind, record.rule.name, record.capture, plan.parameter.numel(),
         int(state["step"]), *ranks, state_bytes(state), _read(_norm(plan.parameter.detach())),
-        _momentum_stable_rank(record, state), **_observed(record.observed),
+        _momentum_stable_rank(record, state), **_observed(record.metrics),
     )  # fmt: skip
 
 

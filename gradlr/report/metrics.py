@@ -48,6 +48,19 @@ class UpdateMetrics:
     update_norm: Tensor | None = None
 
 
+class Observer:
+    count = 0
+
+    def keep(self, gradient):
+        return kept(gradient)
+
+    def measure_gradient(self, record, kept, update, step):
+        return seen_gradient(kept, update, step, record.plan.kind, record.rule)
+
+    def measure_update(self, metrics, weight, update, *, lr, weight_decay):
+        return seen_update(metrics, weight, update, lr=lr, weight_decay=weight_decay)
+
+
 class Observation:
     """Observes parameters from now on, until `stop()` or the end of a `with` block. What was seen last stays.
 
@@ -69,12 +82,15 @@ class Observation:
         self._records = [record for record in records if any(fnmatchcase(record.plan.name, glob) for glob in match)]
         # A count: observations may overlap, and end in any order.
         for record in self._records:
-            record.observers += 1
+            record.observer = record.observer or Observer()
+            record.observer.count += 1
 
     def stop(self) -> None:
         """Observe no more. Calling it again does nothing."""
         for record in self._records:
-            record.observers -= 1
+            record.observer.count -= 1
+            if not record.observer.count:
+                record.observer = None
         self._records = []
 
     def __enter__(self) -> Observation:

@@ -38,7 +38,7 @@ def _title(optimizer: GradLR) -> str:
     options = {"apply": f'"{optimizer.apply}"'}
     if optimizer.processes > 1:
         options["processes"] = str(optimizer.processes)
-    limits = {"max_grad_norm": optimizer.limit.max_norm, "max_norm_growth": optimizer.limit.max_growth}
+    limits = {"max_grad_norm": optimizer.clipper.max_norm}
     options |= {name: f"{value:g}" for name, value in limits.items() if value is not None}
     return f"GradLR({', '.join(f'{name}={value}' for name, value in options.items())})"
 

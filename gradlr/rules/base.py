@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ class UpdateContext:
         momentum_rank: k, the rank of the momentum that is kept, 1 ≤ k ≤ min(m, n).
         beta: Momentum β in [0, 1).
         step: Number of this update of this parameter, counted from 1.
-        needs_spectrum: Whether the rank schedule reads `Update.spectrum`.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
             the same seed is taken again.
         layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `supports_sharding`
@@ -36,7 +35,6 @@ class UpdateContext:
     beta: float
     step: int
     generator: torch.Generator
-    needs_spectrum: bool = False
     layout: Layout = UNSHARDED
 
 
@@ -50,13 +48,11 @@ class Update:
         row_scale: (..., m, 1), with `left`; None for ones.
         dense: The parameter's view (..., m, n), or None.
         rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.RowSparse`.
-        spectrum: Squared singular values of the momentum, (..., r) descending, or None: what `ByEnergy` decides on.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     dense: Tensor | None = None
-    spectrum: Tensor | None = field(default=None, repr=False)
     row_scale: Tensor | None = None
     rows: Tensor | None = None
 
@@ -74,9 +70,9 @@ class Rule:
             Matrix rules use `gradient @ X` and `gradient.mT @ Y` only.
         accepts_row_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the
             `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
-        supports_sharding: Whether the rule heeds `UpdateContext.layout`, so that several processes may each hold a block of the
+        supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
-        spread: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
+        state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
         is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
@@ -182,7 +178,7 @@ class Rule:
 
 
 def gaussian(
-    shape: tuple[int, ...],
+    shape: Sequence[int],
     generator: torch.Generator,
     *,
     dtype: torch.dtype,
@@ -195,6 +191,8 @@ def gaussian(
     Where other processes hold some of the rows, spread as `axis` says, or of the matrices, as `batch` says, `shape` is what
     belongs here of what all of them draw alike.
     """
+    if axis.is_whole and batch.is_whole:
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator).mul_(shape[-2] ** -0.5)
     *matrices, rows, columns = shape
     whole = (*map(batch.size, matrices), axis.size(rows), columns)
     draw = torch.randn(whole, dtype=dtype, device=device, generator=generator).mul_(whole[-2] ** -0.5)

@@ -8,9 +8,9 @@ import torch
 from rules.driving import context
 from shapes import matrix
 
-from gradlr.engine.apply_update import write
+from gradlr.engine.apply_update import apply_update
 from gradlr.gradient import Dense, Sketched
-from gradlr.params.kinds import View
+from gradlr.layers import View
 from gradlr.rules import Adam, FactorMoments, RowwiseRMSprop, TrackedMomentum
 
 CPU = torch.device("cpu")
@@ -233,7 +233,7 @@ def test_writing_an_update_leaves_the_new_state(rule, shape):
     gradient = gradient_of(shape)
     update, state = run(RULES[rule], [gradient])
     kept = copy.deepcopy(state)
-    write(torch.ones_like(gradient), View(), update, lr=0.1, weight_decay=0.1, generator=context().generator)
+    apply_update(torch.ones_like(gradient), View(), update, lr=0.1, weight_decay=0.1, generator=context().generator)
     assert equal_bits(state, kept)
 
 

@@ -113,7 +113,9 @@ def one_sided_layers_equal_one_process(rank, size):
 
 
 def other_rules_equal_one_process(rank, size):
-    compare_with_one_process(rank, size, rule=gradlr.rules.FactorMoments(newton_schulz_dtype=torch.float64), table_rule="adam")
+    compare_with_one_process(
+        rank, size, rule=gradlr.rules.FactorMoments(newton_schulz_dtype=torch.float64), kinds={"embedding": {"rule": "adam"}}
+    )
 
 
 def narrow_weights_and_sparse_rows_stay_equal(rank, size):

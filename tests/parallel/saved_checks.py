@@ -23,7 +23,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 import gradlr
 
 FOLDER = "GRADLR_TEST_FOLDER"
-OPTIONS = {"rank": gradlr.ByLoss(3), "apply": "step", "max_grad_norm": 0.5, "vector_rule": "adam", "table_rule": "adam"}
+OPTIONS = {
+    "rank": gradlr.ByLoss(3),
+    "apply": "step",
+    "max_grad_norm": 0.5,
+    "kinds": {"vector": {"rule": "adam"}, "embedding": {"rule": "adam"}},
+}
 
 
 def folder(name):

@@ -221,7 +221,7 @@ def _by_columns(parameter):
 
 def columns_may_be_sharded(rank, size):
     place = partial(shard, shard_placement_fn=_by_columns)
-    opt = compare_with_one_process(rank, size, place=place, table_rule="rowwise_rmsprop")
+    opt = compare_with_one_process(rank, size, place=place, kinds={"embedding": {"rule": "rowwise_rmsprop"}})
     up = next(record.plan.parameter for record in opt.records if record.plan.name == "up.weight")
     assert up.placements == (Shard(1),) and opt.state[up]["R"].shape == (24 // size, 1)
     with forms_seen() as seen:

@@ -10,7 +10,7 @@ import torch
 
 from ... import rules
 from ...errors import ArgumentError
-from ...ranks import ByEnergy, ByLoss
+from ...ranks import ByLoss
 from .peers import PEERS, Peer
 from .train_steps import Baseline, adamw, adamw_slow_tables, gradlr, muon
 from .workloads import Workload
@@ -34,28 +34,25 @@ BASELINES: dict[str, Baseline] = {
 # Those that need no package beside torch.
 OWN_BASELINES = [name for name in BASELINES if name not in PEERS]
 
-_SPELLED = re.compile(r"k(?P<k>[1-9]\d*)_(?P<schedule>r|loss|energy)(?P<rank>[1-9]\d*)(?P<forms>(_[a-z_]+)?)")
+_SPELLED = re.compile(r"k(?P<k>[1-9]\d*)_(?P<schedule>r|loss)(?P<rank>[1-9]\d*)(?P<forms>(_[a-z_]+)?)")
 _SCHEDULES: dict[str, tuple[Callable[[int], Any], str]] = {
     "r": (lambda rank: rank, "r{}"),
     "loss": (ByLoss, "r ≤ {} by loss"),
-    "energy": (lambda percent: ByEnergy(percent / 100), "r by {} % of the energy"),
 }
 # What may follow `k4_r64`, longest first: the words in a table, and arguments of the rule or of attach.
 _FORMS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "_fast_tables": ("tables at lr / 8", {}, {"table_share": 1 / 8}),
     "_no_residual": ("no residual", {"residual": 0.0}, {}),
     "_one_sided": ('capture="one_sided"', {}, {"capture": "one_sided"}),
-    "_products": ("products only", {"arithmetic": "products"}, {}),
-    "_weighed": ("weighed", {"is_weighed": True}, {}),
     "_adaptor": ('capture="adaptor"', {}, {"capture": "adaptor"}),
     "_group": ("process_group=", {}, {"apply": "step", "in_group": True}),
     "_step": ('apply="step"', {}, {"apply": "step"}),
 }
-SPELLING = f"k<K>_r<R>, k<K>_loss<R> or k<K>_energy<percent>, followed by any of {', '.join(_FORMS)}"
+SPELLING = f"k<K>_r<R> or k<K>_loss<R>, followed by any of {', '.join(_FORMS)}"
 
 
 def baseline(name: str) -> Baseline:
-    """The baseline of that name, from the list or spelled out: `k4_r64_no_residual`, `k4_loss128`, `k4_energy95`.
+    """The baseline of that name, from the list or spelled out: `k4_r64_no_residual`, `k4_loss128`.
 
     Raises:
         ArgumentError: there is none of that name.

@@ -25,12 +25,10 @@ _RATE = 1e-3
 def linear_methods(rank: int) -> list[Baseline]:
     """What is timed on one Linear; the first is the reference."""
     bare = rules.TrackedMomentum(residual=0)
-    products = rules.TrackedMomentum(residual=0, arithmetic="products")
     return [
         Baseline("plain", "forward + backward", forward_backward, ()),
         Baseline("no_residual", "gradlr, no residual", gradlr(rank=rank, rule=bare), ()),
         Baseline("residual", "gradlr, residual", gradlr(rank=rank), ()),
-        Baseline("products", "gradlr, no residual, products only", gradlr(rank=rank, rule=products), ()),
         Baseline("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
         *adaptors(rank),
         Baseline("sgd", "SGD", sgd, ()),

@@ -86,7 +86,7 @@ class Baseline:
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(matrices, tables, vectors), as gradlr sees them; every baseline that treats them apart uses this split."""
     plans = plan_parameters(model)
-    return tuple([plan.parameter for plan in plans if plan.kind == kind] for kind in ("matrix", "table", "vector"))
+    return tuple([plan.parameter for plan in plans if plan.kind == kind] for kind in ("matrix", "embedding", "vector"))
 
 
 def split_by_axes(matrices: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -172,8 +172,8 @@ def gradlr(
         with warnings.catch_warnings():
             # What an adaptor of so large a rank costs is measured here, too.
             warnings.filterwarnings("ignore", "capture=.* costs more than hooks would", GradlrWarning)
-            tables = {} if table_share is None else {"table_lr": lr * table_share}
-            optimizer = attach(model, tracker, lr=lr, **tables, **group, **options)
+            kinds = None if table_share is None else {"embedding": {"lr": lr * table_share}}
+            optimizer = attach(model, tracker, lr=lr, kinds=kinds, **group, **options)
 
         def step(compute: Loss) -> Tensor:
             loss = compute()

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 from ...attach import attach
 from ...errors import ArgumentError
 from ...gradient import Dense, GradientOperator, RowSparse
-from ...params.kinds import MATRIX, TABLE, is_sharded, plan_parameters
+from ...params.kinds import EMBEDDING, MATRIX, is_sharded, plan_parameters
 from ...tracker import LossTracker
 from .devices import DP, FSDP, SHARDS
 from .ledger import GRADIENTS, STATE, WORKSPACE, MemoryTracker
@@ -153,7 +153,7 @@ class GradlrTraining(Training):
 
         Lookups touch one row a token; a head, and an embedding that is one too, touch all.
         """
-        tables = [record for record in self.optimizer.records if record.plan.kind == TABLE]
+        tables = [record for record in self.optimizer.records if record.plan.kind == EMBEDDING]
         starts = itertools.accumulate((record.plan.shape[0] for record in tables), initial=0)
         record = next(record for record, start in zip(tables, starts, strict=False) if start == mask.storage_offset())
         is_few = isinstance(record.pending, RowSparse) or record.plan.parameter in self._lookups
@@ -181,7 +181,6 @@ class GradlrTraining(Training):
             record.momentum_rank,
             record.capture,
             record.plan.view.pattern,
-            record.schedule.needs_spectrum,
         )
         decay = self.optimizer.param_groups[record.group_index]["weight_decay"]
         is_owned = vars(gradient).get("_is_owned")

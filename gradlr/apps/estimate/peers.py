@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ...layers.linear_maps import is_transposed_linear
+from ...layers.linear import is_transposed_linear
 
 # bitsandbytes 0.50: `optim/optimizer.py`, Optimizer2State.init_state; smaller tensors keep 32 bits.
 _BLOCK_SIZE, _SMALLEST_8BIT = 256, 4096

@@ -10,7 +10,7 @@ from torch import nn
 
 from ...capture.layer_swap import AdaptedLayer
 from ...errors import ArgumentError
-from ...layers.linear_maps import LinearOp, layer_op
+from ...layers import LinearOp, layer_op
 
 # peft calls a saved module's forward, which these do not have.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
