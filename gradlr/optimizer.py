@@ -23,7 +23,7 @@ from .engine.in_backward import InBackward
 from .engine.loop_checks import LoopChecks
 from .engine.pending import Pending
 from .engine.policy import CommitPolicy
-from .engine.record import make_records, state_bytes
+from .engine.record import ParamRecord, make_records, state_bytes
 from .engine.skipped_steps import SkippedSteps
 from .engine.state_dict import extra_of
 from .engine.state_store import StateStore
@@ -31,9 +31,7 @@ from .engine.sync import Sync
 from .errors import ArgumentError, AttachError, CheckpointError, GradlrWarning, ParallelError
 from .gradient import GradientOperator
 from .params.groups import ParameterGroup
-from .report import Report, report
-from .report.metrics import Observation
-from .report.summary import describe
+from .report import Observation, Report, describe, report
 from .tracker import LossTracker
 
 
@@ -206,7 +204,11 @@ class GradLR(torch.optim.Optimizer):
         self.detach()
 
     def __repr__(self) -> str:
-        return describe(self) if self._is_built else object.__repr__(self)
+        if not self._is_built:
+            return object.__repr__(self)
+        processes = self.processes if self.processes > 1 else None
+        options = {"apply": self.apply, "processes": processes, "max_grad_norm": self.clipper.max_norm}
+        return describe(self.records, self.param_groups, self.state, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's layout plus "gradlr": ranks, seed and the tracker. Plain tensors and numbers: loads with `weights_only=True`.
@@ -286,6 +288,7 @@ class GradLR(torch.optim.Optimizer):
         Raises:
             ArgumentError: a glob matches no parameter, or the model is sharded.
         """
+        _require_whole("observe", self.records)
         return Observation(self.records, match or ("*",))
 
     @torch.no_grad()
@@ -297,4 +300,13 @@ class GradLR(torch.optim.Optimizer):
         Raises:
             ArgumentError: the model is sharded.
         """
-        return report(self)
+        _require_whole("report", self.records)
+        return report(self.records, self.state)
+
+
+def _require_whole(method: str, records: list[ParamRecord]) -> None:
+    if sharded := [record.plan.name for record in records if not record.plan.layout.is_whole]:
+        raise ArgumentError(
+            f"opt.{method}() looks at whole matrices, and {sharded[0]!r} is sharded: load the checkpoint into a model of one "
+            f"process, attach, and call {method} there"
+        )

@@ -182,7 +182,7 @@ def test_a_step_that_fails_while_it_writes_names_what_it_has_written(monkeypatch
             raise KeyboardInterrupt
         real(*arguments, **options)
 
-    monkeypatch.setattr(opt, "_write", failing)
+    monkeypatch.setattr(opt.committer, "writer", failing)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.warns(gradlr.GradlrWarning, match="2 of 8 parameters were updated"), pytest.raises(KeyboardInterrupt):
         opt.step()

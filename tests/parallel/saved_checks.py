@@ -180,7 +180,7 @@ def folders_are_written_whole(rank, size):
     with pytest.raises(gradlr.CheckpointError, match="damaged, cut off"):
         gradlr.load(path, model=model, optimizer=opt)
     with pytest.MonkeyPatch.context() as patch:  # a disk that not all of them see
-        patch.setattr(gradlr.storage, "is_folder", lambda path: rank != 1)
+        patch.setattr("gradlr.checkpoint.file.is_folder", lambda path: rank != 1)
         with pytest.raises(gradlr.ParallelError, match=r"on rank 1, what is at .*: nothing; on rank 0: a folder"):
             gradlr.load(path, model=model, optimizer=opt)
 

@@ -11,7 +11,7 @@ import torch
 from ...errors import ArgumentError, GradlrError
 from ...report.summary import format_bytes
 from ..lora import export_lora
-from ..lora.folder import require_free
+from ..lora.export import require_free
 from .fits import Need, available_bytes, require_fit, required_bytes
 from .folder import RunFolder, require_writable
 from .launch import joined

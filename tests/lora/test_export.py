@@ -179,9 +179,11 @@ def test_a_large_difference_is_factorized_at_random_and_nearly_as_well():
     torch.manual_seed(0)
     u, v = torch.linalg.qr(torch.randn(400, 300)).Q, torch.linalg.qr(torch.randn(300, 300)).Q
     spectrum = 1 / torch.arange(1, 301) ** 0.5  # a slow decay
-    found = factorize((u * spectrum) @ v.mT, 16, torch.float32)
+    delta = (u * spectrum) @ v.mT
+    a, b = factorize(delta, 16)
+    error = float((delta - b @ a).norm())
     # Four power steps and ten spare columns: within a thousandth of the best error, which exact arithmetic bounds from below.
-    assert float(spectrum[16:].norm()) * (1 - 1e-5) <= found.error <= float(spectrum[16:].norm()) * 1.001
+    assert float(spectrum[16:].norm()) * (1 - 1e-5) <= error <= float(spectrum[16:].norm()) * 1.001
 
 
 def test_unchanged_layers_are_left_out(tmp_path):
@@ -209,7 +211,7 @@ def test_save_tells_what_may_be_stored_whole(tmp_path):
     base, model = tuned("llama tied")
     report = gradlr.export_lora(model, base.state_dict(), tmp_path, save="*norm*", rank=1.0)
     assert set(report.left_out) == {"model.embed_tokens.weight", "lm_head.weight"}
-    assert {module.name.rpartition(".")[2] for module in report.saved} >= {"norm", "input_layernorm"}
+    assert {name.rpartition(".")[2] for name in report.saved} >= {"norm", "input_layernorm"}
     # The same as a model whose table never moved.
     with torch.no_grad():
         model.lm_head.weight.copy_(base.lm_head.weight)
@@ -221,7 +223,7 @@ def test_either_name_of_a_tied_weight_is_enough(tmp_path):
     state = base.state_dict()
     del state["lm_head.weight"]  # as safetensors stores a tied model
     report = gradlr.export_lora(model, state, tmp_path, save=["lm_head.*"], rank=1.0)
-    assert {module.name for module in report.saved} == {"lm_head", "model.embed_tokens"}
+    assert report.saved.keys() == {"lm_head", "model.embed_tokens"}
     adapted = loaded(base, tmp_path)
     merged = adapted.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
@@ -294,8 +296,8 @@ def test_layers_that_no_lora_takes_are_stored_whole_with_their_buffers(tmp_path)
     model = nudged(base, "conv.weight", "norm.weight", "proj.weight", "proj.bias")
     model.norm.running_mean += 0.5
     report = gradlr.export_lora(model, base.state_dict(), tmp_path, rank=1.0)
-    assert [module.name for module in report.saved] == ["conv", "norm"]
-    assert report.saved[1].changed == ("norm.weight", "norm.running_mean")
+    assert list(report.saved) == ["conv", "norm"]
+    assert report.saved["norm"] == 4 * 6 * 4 + 8  # weight, bias, mean and variance of six channels, and a count
     # `proj` is no target of `block.proj`, although peft matches ends of names.
     assert [layer.name for layer in report.layers] == ["proj"]
     adapted = loaded(base, tmp_path)
@@ -322,7 +324,7 @@ def test_only_a_bias_or_a_norm_may_have_changed(tmp_path):
     torch.testing.assert_close(found, outputs(model, pictures()), rtol=0, atol=1e-6)
     model = nudged(base, "norm.bias")
     report = gradlr.export_lora(model, base.state_dict(), tmp_path / "norm")
-    assert not report.layers and [module.name for module in report.saved] == ["norm"]
+    assert not report.layers and list(report.saved) == ["norm"]
     found = outputs(loaded(base, tmp_path / "norm"), pictures())
     torch.testing.assert_close(found, outputs(model, pictures()), rtol=0, atol=1e-6)
 
@@ -385,8 +387,7 @@ def test_other_architectures_are_reproduced(name, tmp_path):
     base = make().eval()
     model = nudged(base, size=0.02)
     report = gradlr.export_lora(model, base.state_dict(), tmp_path, rank=1.0)
-    assert whole in [module.name for module in report.saved] and not report.left_out
-    assert any("unties" in note for note in report.notes) == (name == "t5")
+    assert whole in report.saved and not report.left_out
     adapted = loaded(base, tmp_path).eval()
     with torch.no_grad():
         wanted = model(**inputs).logits

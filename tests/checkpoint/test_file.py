@@ -9,10 +9,10 @@ import warnings
 from collections import defaultdict, namedtuple
 from pathlib import Path
 
+import killed_writer
 import pytest
 import torch
 from damage import damaged, is_refused, listed
-from killed_writer import checkpointed
 from models import attached, mlp, regression
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +21,7 @@ import gradlr
 from gradlr import ArgumentError, CheckpointError
 from gradlr.checkpoint.atomic import _prefix
 
-WRITER = Path(__file__).with_name("killed_writer.py")
+WRITER = Path(killed_writer.__file__)
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
 
@@ -36,15 +36,18 @@ def assert_same(one, other):
 # -- killed at any moment ----------------------------------------------------------------------------------------------
 
 
-def test_a_writer_killed_at_fifty_random_moments_leaves_the_old_or_the_new_checkpoint(tmp_path):
+@pytest.mark.parametrize("rounds", [6, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_writer_killed_at_random_moments_leaves_the_old_or_the_new_checkpoint(rounds, tmp_path):
     path, moments = tmp_path / "run.pt", random.Random(0)
-    model, opt = checkpointed()
+    model, opt = killed_writer.checkpointed()
     gradlr.save(path, model=model, optimizer=opt, counter=0)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, str(WRITER), str(path)]
     counters, leftovers = [0], 0
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        for _ in range(50):
+        # On a busy machine until it has written something, and was killed in the middle of a file.
+        while len(counters) <= rounds or not (counters[-1] > 3 and leftovers):
+            assert len(counters) < 200
             process.stdin.write(f"{counters[-1]} {moments.uniform(0.01, 0.12)}\n")
             process.stdin.flush()
             assert process.stdout.readline() == "killed\n"
@@ -52,11 +55,8 @@ def test_a_writer_killed_at_fifty_random_moments_leaves_the_old_or_the_new_check
             counters.append(found["counter"])
             assert counters[-1] == 0 or {value.item() for p in model.parameters() for value in p.unique()} == {counters[-1]}
             leftovers += any(entry.suffix == ".part" for entry in tmp_path.iterdir())
-            if found["counter"] == 0:
-                continue
         process.stdin.close()
-    assert counters == sorted(counters) and counters[-1] > 3  # never back, and it did write, if slowly on a busy machine
-    assert leftovers > 0  # some were killed in the middle of a file
+    assert counters == sorted(counters)  # never back
     gradlr.save(path, model=model, optimizer=opt)
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.pt"]
 
@@ -108,7 +108,7 @@ RUNS = {
     "adaptor_step": {"capture": "adaptor", "apply": "step"},
     "one_sided": {"capture": "one_sided"},
     "one_sided_step": {"capture": "one_sided", "apply": "step"},
-    "clipped": {"apply": "step", "max_grad_norm": 1e-2, "max_norm_growth": 1.1},
+    "clipped": {"apply": "step", "max_grad_norm": 1e-2},
     "narrow_state": {"state_dtype": torch.bfloat16},
     "factors": {"rule": "factor_moments"},
 }
@@ -391,7 +391,7 @@ def test_a_file_with_any_entry_damaged_is_refused_whole_or_loaded(tmp_path):
 
     gradlr.save(path, **start(), epoch=3)
     content, things = torch.load(path, weights_only=True), start()
-    optimizer = content.pop("optimizer")  # its own entries: tests/test_checkpoint.py
+    optimizer = content.pop("optimizer")  # its own entries: test_checkpoint.py
     before = listed([thing.state_dict() for thing in things.values()])
     for where, index, spoiled in list(damaged(content))[::3]:  # a third: reading a file takes its time
         torch.save({"optimizer": optimizer, **spoiled}, path)
