@@ -1,7 +1,9 @@
 """The site: every public name has its place in the reference, every page in the navigation, and every link a target."""
 
+import argparse
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,32 @@ def anchors_of(text):
     """The anchors that the site gives to a page's headings."""
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
     return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
+
+
+def commands():
+    texts = [*PAGES.values(), (ROOT / "README.md").read_text(encoding="utf-8")]
+    return sorted(
+        {one.strip() for text in texts for one in re.findall(r"python -m gradlr ((?:bench|estimate|finetune) [^`#\n]+)", text)}
+    )
+
+
+class _UnderstoodError(Exception):
+    """Raised in the place of doing what a command says."""
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_one_that_the_command_line_understands(command, monkeypatch):
+    from gradlr.apps.cli import main
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser, *arguments):
+        parse(parser, *arguments)
+        raise _UnderstoodError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    with pytest.raises(_UnderstoodError):
+        main(shlex.split(command))
 
 
 @pytest.mark.parametrize(
