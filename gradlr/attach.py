@@ -26,7 +26,7 @@ from .tracker import LossTracker
 # Measured by `python -m gradlr bench quality` (results/quality.json of the bench; width 128, so r = 64 is half of full rank).
 # lr: the best of the sweep. r is what quality needs: halving 64 costs 0.03 nats, doubling it gains 0.02 for twice the
 # arithmetic and memory in waiting. k makes no difference there; 4 keeps the state of matrices below 0.05 numbers per weight
-# and some momentum for small batches. One learning rate is tuned; those of embeddings and vectors follow it, as params/kinds.py says.
+# and some momentum for small batches. One learning rate is tuned; params/kinds.py says how those of the other kinds follow it.
 DEFAULT_LR = 1.6e-2
 DEFAULT_RANK = ByLoss(max_rank=64)
 DEFAULT_MOMENTUM_RANK = 4

@@ -537,7 +537,10 @@ class RotaryEmbedding(Odd):
 
 
 GUESSES = {
-    "four axes": (lambda: Odd(2, 3, 4, 5), r"'weight' \(2, 3, 4, 5\).*taken as 6 matrices of 4 x 5.*\"kind\": \"table\".*views="),
+    "four axes": (
+        lambda: Odd(2, 3, 4, 5),
+        r"'weight' \(2, 3, 4, 5\).*taken as 6 matrices of 4 x 5.*\"kind\": \"embedding\".*views=",
+    ),
     "one in front": (lambda: Odd(1, 6, 8, name="extra"), r"'extra' \(1, 6, 8\).*taken as a 6 x 8 matrix"),
     "name": (lambda: Odd(6, 8, name="position_weight"), "taken as a 6 x 8 matrix"),
     "class": (lambda: RotaryEmbedding(6, 8), "'weight'"),

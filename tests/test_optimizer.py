@@ -203,21 +203,6 @@ def test_the_rank_follows_the_loss():
     assert ranks == [16, 8, 4, 4, 16]
 
 
-def test_by_energy_gives_each_parameter_its_own_rank():
-    model, tracker, opt = attached(mlp(32, 2, dtype=torch.float64), rank=gradlr.ByEnergy(0.9, max_rank=24), momentum_rank=24)
-    low, high = (record.plan.parameter for record in opt.records if record.plan.kind == "matrix")
-    generator = torch.Generator().manual_seed(0)
-    column = torch.randn(32, 1, dtype=torch.float64, generator=generator)
-    for _ in range(6):
-        tracker(1.0)
-        opt.receive(low, Dense(column @ column.mT))
-        opt.receive(high, Dense(torch.linalg.qr(torch.randn(32, 32, dtype=torch.float64, generator=generator)).Q))
-    tracker(1.0)
-    ranks = {record.plan.parameter is low: record.rank for record in opt.records if record.plan.kind == "matrix"}
-    assert ranks[True] <= 2  # one direction, and every other step a second one is tried
-    assert ranks[False] > 8
-
-
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_any_scheduler_moves_the_rate_that_the_hooks_use(apply):
     model, tracker, opt = attached(apply=apply)

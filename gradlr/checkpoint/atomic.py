@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -10,13 +11,13 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 _SUFFIX = ".part"
 _T = TypeVar("_T")
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, then give it the name.
 
     What killed processes of this machine have left beside `path` is removed by the next call. A link stays one: the file that it
@@ -91,6 +92,12 @@ def replace_folder(path: Path, part: Path, old: Path) -> None:
         raise
     _sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write an object as JSON in UTF-8, whole or not at all; as `write_atomically`."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _prefix(path: Path, process: int | str) -> str:

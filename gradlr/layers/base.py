@@ -44,14 +44,15 @@ class View:
     def named_axes(self, shape: Sequence[int]) -> tuple[Axes, Axes, dict[str, int]]:
         """Names that make up each axis of a parameter of that shape, each axis of its view, and the size of each name."""
         if self.pattern is None:
-            names = tuple((f"axis{index}",) for index in range(len(shape)))
-            return names, names, {name: size for (name,), size in zip(names, shape, strict=True)}
+            names = [f"axis{index}" for index in range(len(shape))]
+            axes: Axes = tuple((name,) for name in names)
+            return axes, axes, dict(zip(names, shape, strict=True))
         before, after = axes_of(self.pattern)
         sizes = dict(self.sizes)
-        for names, size in zip(before, shape, strict=True):
+        for axis, size in zip(before, shape, strict=True):
             # einops has seen that all names of an axis but one are given.
-            known = math.prod(sizes[name] for name in names if name in sizes)
-            sizes |= {name: size // known for name in names if name not in sizes}
+            known = math.prod(sizes[name] for name in axis if name in sizes)
+            sizes |= {name: size // known for name in axis if name not in sizes}
         return before, after, sizes
 
 

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
+from torch.nn import grad
 from torch.nn.modules.conv import _ConvNd
 
 from .base import LayerOp, LayerType, View, class_of
 
-_FUNCTIONS = {
-    nn.Conv1d: (F.conv1d, torch.nn.grad.conv1d_input, torch.nn.grad.conv1d_weight),
-    nn.Conv2d: (F.conv2d, torch.nn.grad.conv2d_input, torch.nn.grad.conv2d_weight),
-    nn.Conv3d: (F.conv3d, torch.nn.grad.conv3d_input, torch.nn.grad.conv3d_weight),
+# Class → the convolution, its adjoint for the input, and that for the weight.
+_FUNCTIONS: dict[type[nn.Module], tuple[Callable, Callable, Callable]] = {
+    nn.Conv1d: (F.conv1d, grad.conv1d_input, grad.conv1d_weight),
+    nn.Conv2d: (F.conv2d, grad.conv2d_input, grad.conv2d_weight),
+    nn.Conv3d: (F.conv3d, grad.conv3d_input, grad.conv3d_weight),
 }
 _ORDINARY = tuple(_FUNCTIONS)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -111,12 +114,12 @@ def _op(layer: _ConvNd) -> ConvOp | None:
 
 
 def _symmetric_padding(layer: _ConvNd) -> int | tuple[int, ...] | None:
-    if layer.padding == "valid":
-        return 0
+    if not isinstance(layer.padding, str):
+        return layer.padding
     if layer.padding == "same":
         totals = [step * (size - 1) for step, size in zip(_per_axis(layer, layer.dilation), layer.kernel_size, strict=True)]
         return None if any(total % 2 for total in totals) else tuple(total // 2 for total in totals)
-    return layer.padding
+    return 0  # "valid"
 
 
 def _per_axis(layer: _ConvNd, size: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -65,16 +65,17 @@ def multi_normalize(
         raise ArgumentError(f"multi_normalize: passes={passes}; it must be at least 1")
     y, whole = widen(x), layout.is_whole
     tiny = torch.finfo(y.dtype).tiny
-    peak = (layout.all_reduce_max(largest_entry(y)) if peak is None else peak).clamp(min=tiny)
-    squares = (y / peak).square_()
+    peak = layout.all_reduce_max(largest_entry(y)) if peak is None else peak
+    # What is subnormal counts as zero, here and below: its reciprocal would be infinite.
+    unit = torch.where(peak >= tiny, peak.reciprocal(), 0.0)
+    squares = (y * unit).square_()
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):
         rows = squares @ columns if whole else layout.columns.inner(squares.mT, columns)
-        # A row whose squares are subnormal counts as zero: its reciprocal would be infinite.
         rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
         columns = squares.mT @ rows if whole else layout.rows.inner(squares, rows)
         columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
-    row_scale, column_scale = rows.sqrt_().div_(peak), columns.sqrt_().mT
+    row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
     if inplace and y is x:
         return x.mul_(row_scale).mul_(column_scale)
     return torch.mul(y, row_scale).mul_(column_scale)

@@ -153,7 +153,7 @@ def _uses(model: nn.Module) -> list[Use]:
         uses += [(parameter, module, name) for name, parameter in module.named_parameters(recurse=False)]
         if is_parametrized(module):
             # Asking for module.weight would run the parametrization, and spectral_norm iterates at each run.
-            for name, parametrizations in module.parametrizations.items():
+            for name, parametrizations in module.get_submodule("parametrizations").named_children():
                 uses += [(parameter, module, name) for parameter in parametrizations.parameters(recurse=False)]
     return uses
 
@@ -218,6 +218,6 @@ def guesses_message(plans: list[ParameterPlan]) -> str:
     view = f"{axes} -> {axes[0]} ({axes[2:]})"
     return (
         f"parameter {first.name!r} {tuple(first.parameter.shape)}{others} belongs to no layer that gradlr knows, and was taken "
-        f'as {what}. Overrule it with groups=[{{"match": {first.name!r}, "kind": "embedding"}}] (rows that are looked up, such as '
-        f'positions) or "vector", or with views={{{first.name!r}: {view!r}}}; kind "matrix" confirms it'
+        f'as {what}. Overrule it with groups=[{{"match": {first.name!r}, "kind": "embedding"}}] (rows that are looked up, as '
+        f'positions are) or "vector", or with views={{{first.name!r}: {view!r}}}; kind "matrix" confirms it'
     )

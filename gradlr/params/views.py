@@ -85,8 +85,8 @@ def checked_view(expression: str, sizes: Mapping[str, int], name: str, shape: Se
         what = ". ".join(line for line in lines if not line.startswith(("Error while processing", "Input tensor shape")))
         given = f" with {dict(sizes)}" if sizes else ""
         raise ArgumentError(
-            f"weight {name!r} {tuple(shape)}: view {expression!r}{given} does not fit. {what}. Name each axis of the weight, give "
-            'sizes that are open, as in ("(heads d) i -> heads d i", {"heads": 8}), or narrow the glob'
+            f"weight {name!r} {tuple(shape)}: view {expression!r}{given} does not fit. {what}. Name each axis of the weight, "
+            'give sizes that are open, as in ("(heads d) i -> heads d i", {"heads": 8}), or narrow the glob'
         ) from None
     # One batch axis always: where strides forbid it the fold makes a copy, and whoever writes sees that it is one.
     batch = tuple(axis for names in after[:-2] for axis in names)

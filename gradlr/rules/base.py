@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,23 @@ class UpdateContext:
     step: int
     generator: torch.Generator
     layout: Layout = UNSHARDED
+
+    def gaussian(self, shape: Sequence[int], like: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
+        """Gaussian columns of unit expected length: entries N(0, 1 / rows), in the dtype and on the device of `like`.
+
+        Args:
+            shape: (..., rows, columns) of what is wanted here.
+            like: Any tensor.
+            axis: How the rows are spread. Where other processes hold some of them, or of the batch, all draw the same numbers,
+                and each takes those of its part.
+        """
+        batch = self.layout.batch
+        if axis.is_whole and batch.is_whole:
+            return torch.randn(shape, dtype=like.dtype, device=like.device, generator=self.generator).mul_(shape[-2] ** -0.5)
+        *matrices, rows, columns = shape
+        whole = (*map(batch.size, matrices), axis.size(rows), columns)
+        draw = torch.randn(whole, dtype=like.dtype, device=like.device, generator=self.generator).mul_(whole[-2] ** -0.5)
+        return batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 @dataclass
@@ -80,7 +98,7 @@ class Rule:
     is_elementwise = False
     accepts_row_factors = False
     supports_sharding = False
-    state_sharding: Mapping[str, str] = {}
+    state_sharding: ClassVar[Mapping[str, str]] = {}
     is_scale_invariant = True
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
@@ -145,7 +163,7 @@ class Rule:
             covariance_matmul: The covariance of the layer's inputs, not centred, times a matrix (n, c).
         """
         *batch, _, n = shape
-        draw = gaussian((*batch, n, context.rank), context.generator, dtype=dtype, device=device)
+        draw = context.gaussian((*batch, n, context.rank), torch.empty(0, dtype=dtype, device=device))
         return orthonormalize(draw if covariance_matmul is None else covariance_matmul(draw))
 
     def left_basis(
@@ -158,8 +176,8 @@ class Rule:
         Args:
             shape, state, context, dtype, device: As for `right_basis`.
         """
-        *batch, m, _ = shape
-        return orthonormalize(gaussian((*batch, m, context.rank), context.generator, dtype=dtype, device=device))
+        like = torch.empty(0, dtype=dtype, device=device)
+        return orthonormalize(context.gaussian((*shape[:-1], context.rank), like))
 
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
@@ -175,28 +193,6 @@ class Rule:
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
         return f"{type(self).__name__}({options})"
-
-
-def gaussian(
-    shape: Sequence[int],
-    generator: torch.Generator,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    axis: Axis = REPLICATED,
-    batch: Axis = REPLICATED,
-) -> Tensor:
-    """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns).
-
-    Where other processes hold some of the rows, spread as `axis` says, or of the matrices, as `batch` says, `shape` is what
-    belongs here of what all of them draw alike.
-    """
-    if axis.is_whole and batch.is_whole:
-        return torch.randn(shape, dtype=dtype, device=device, generator=generator).mul_(shape[-2] ** -0.5)
-    *matrices, rows, columns = shape
-    whole = (*map(batch.size, matrices), axis.size(rows), columns)
-    draw = torch.randn(whole, dtype=dtype, device=device, generator=generator).mul_(whole[-2] ** -0.5)
-    return batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 def fit_columns(x: Tensor, columns: int) -> Tensor:

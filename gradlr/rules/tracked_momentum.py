@@ -14,7 +14,7 @@ from ..linalg import REPLICATED, Layout, multi_normalize, normalize_columns, ort
 from ..linalg.bases import cholesky_qr
 from ..linalg.normalize import largest_entry
 from ..linalg.polar import newton_schulz_by_gram
-from .base import Rule, State, Update, UpdateContext, fit_columns, gaussian, require_number, update_scale
+from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
 
 # Entries of the residual below this share of the gradient's largest are rounding errors, not a direction (float32: a few ulp).
 _RESIDUAL_RTOL = 1e-6
@@ -85,9 +85,8 @@ class TrackedMomentum(Rule):
         self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """The momentum's own directions, and random ones beside them."""
-        *batch, m, _ = shape
-        fresh = gaussian((*batch, m, context.rank), context.generator, dtype=dtype, device=device)
         known = state["P"][..., : context.rank]
+        fresh = context.gaussian((*shape[:-1], context.rank), known)
         return orthonormalize(_filled(known, REPLICATED.column_peaks(known) > 0, fresh))
 
     def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
@@ -99,8 +98,7 @@ class TrackedMomentum(Rule):
         right = self.right_basis(gradient.shape, state, context, dtype=gradient.dtype, device=gradient.device)
         image = gradient.matmul(right)
         moved = image + context.beta * (known @ columns.inner(state["R"], right))
-        like = {"dtype": known.dtype, "device": known.device, "axis": rows, "batch": context.layout.batch}
-        fresh = gaussian(known.shape, context.generator, **like)
+        fresh = context.gaussian(known.shape, known, axis=rows)
         own = _filled(known, rows.column_peaks(known) > 0, fresh)
         spanning = torch.cat([moved, own], dim=-1)[..., : rows.size(known.shape[-2])]
         left = orthonormalize(spanning, axis=rows)
@@ -137,11 +135,7 @@ class TrackedMomentum(Rule):
         # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
         right, rank, columns = state["R"], context.rank, context.layout.columns
         tiny = torch.finfo(right.dtype).tiny
-        fresh = gaussian(
-            (*right.shape[:-1], rank),
-            context.generator,
-            dtype=right.dtype, device=right.device, axis=columns, batch=context.layout.batch,
-        )  # fmt: skip
+        fresh = context.gaussian((*right.shape[:-1], rank), right, axis=columns)
         if covariance_matmul is not None:
             fresh = normalize_columns(covariance_matmul(fresh))
         peaks = columns.column_peaks(right)

@@ -207,13 +207,6 @@ def odd_sizes_equal_one_process(rank, size):
         assert_like(model, reference)
 
 
-def arithmetic_of_products_equals_one_process(rank, size):
-    """What runs on GPUs: Cholesky and Newton–Schulz in the place of decompositions."""
-    rule = gradlr.rules.TrackedMomentum(arithmetic="products")
-    compare_with_one_process(rank, size, rule=rule)
-    compare_with_one_process(rank, size, rule=rule, place=partial(shard, shard_placement_fn=_by_columns))
-
-
 def _by_columns(parameter):
     is_even = parameter.ndim == 2 and parameter.shape[1] % distributed.get_world_size() == 0
     return Shard(1) if is_even else None
@@ -227,7 +220,7 @@ def columns_may_be_sharded(rank, size):
     with forms_seen() as seen:
         compare_with_one_process(rank, size, place=place, apply="step")
     assert seen == {"Sketched"}
-    compare_with_one_process(rank, size, place=place, rule=gradlr.rules.TrackedMomentum(is_weighed=True, residual=0.0))
+    compare_with_one_process(rank, size, place=place, rule=gradlr.rules.TrackedMomentum(residual=0.0))
 
 
 def _same_gradients(model, reference, twin, steps, rank, size, **options):
@@ -323,7 +316,7 @@ def weights_are_kept_in_a_smaller_mesh_between_forward_and_backward(rank, size):
 
 def experts_of_all_processes_share_one_rank(rank, size):
     """Three experts in four processes, one of which has none."""
-    options = {"rank": gradlr.ByEnergy(0.8), "momentum_rank": 4}
+    options = {"rank": gradlr.ByLoss(0.5), "momentum_rank": 4}
     model, reference = shard(net(kind=Odd)), net(kind=Odd)
     with pytest.warns(gradlr.GradlrWarning, match="is taken as one matrix"):
         tracker, opt = attach(model, **options)

@@ -16,7 +16,6 @@ IN_TWO = (
     "fsdp_accumulates_before_it_reduces",
     "fsdp_keeps_its_weights_gathered",
     "odd_sizes_equal_one_process",
-    "arithmetic_of_products_equals_one_process",
     "columns_may_be_sharded",
     "policies_of_fsdp_are_followed",
     "narrow_weights_are_rounded_in_each_part",

@@ -9,7 +9,7 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError
-from gradlr.engine.record import mixed_seed
+from gradlr.tensors import mixed_seed
 from gradlr.gradient import Dense, Sketched
 from gradlr.linalg import newton_schulz
 from gradlr.rules import TrackedMomentum

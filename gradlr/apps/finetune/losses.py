@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .packing import IGNORED, PackedTokens
-from .processes import Processes
+from .workers import Workers
+
+if TYPE_CHECKING:
+    from .model import BuiltinModel
+    from .pretrained import PretrainedModel
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -24,26 +27,21 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def validation_loss(language: Any, model: nn.Module, data: PackedTokens, batch_size: int, processes: Processes) -> float:
+def validation_loss(
+    language: BuiltinModel | PretrainedModel, model: nn.Module, data: PackedTokens, batch_size: int, workers: Workers
+) -> float:
     """Mean over every target of the data, in nats per token, the same on all processes; without dropout."""
+    batches = torch.arange(len(data)).split(batch_size)
+    total, count = 0.0, 0
     model.eval()
-    total, count, device = 0.0, 0, processes.device
     try:
-        for rows, is_counted in _own_batches(len(data), batch_size, processes):
-            inputs, targets = data.batch(rows)
-            learned = int((targets != IGNORED).sum()) * is_counted
-            loss = cross_entropy(language.logits(model, inputs.to(device)), targets.to(device))
+        for number in range(workers.rank, -(-len(batches) // workers.size) * workers.size, workers.size):
+            # Shards of a model come together for every forward: where batches run out, the last one is taken, and not counted.
+            inputs, targets = data.batch(batches[min(number, len(batches) - 1)])
+            loss = cross_entropy(language.logits(model, inputs.to(workers.device)), targets.to(workers.device))
+            learned = int((targets != IGNORED).sum()) if number < len(batches) else 0
             total, count = total + float(loss) * learned, count + learned
     finally:
         model.train()
-    total, count = processes.total(torch.tensor([total, count], dtype=torch.float64)).tolist()
+    total, count = workers.sum(torch.tensor([total, count], dtype=torch.float64)).tolist()
     return total / count
-
-
-def _own_batches(count: int, batch_size: int, processes: Processes) -> Iterator[tuple[Tensor, bool]]:
-    """Batches of row numbers in turn for the processes, and whether each counts: as many for all of them."""
-    batches = torch.arange(count).split(batch_size)
-    for start in range(0, len(batches), processes.size):
-        own = start + processes.rank
-        # Shards of a model come together for every forward, so that no process may be left out.
-        yield batches[min(own, len(batches) - 1)], own < len(batches)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.atomic import write_atomically, write_folder_atomically
-from ...engine.apply_update import full_precision
+from ...tensors import full_precision
 from ...errors import ArgumentError
 from ...ranks import require_rank, resolve_rank
 from .compare import compare

@@ -10,14 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.atomic import write_atomically, write_folder_atomically
+from ...checkpoint.atomic import write_atomically, write_folder_atomically, write_json
 from ...errors import ArgumentError, CheckpointError
 from ...report.summary import format_bytes
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock
-    fcntl = None
 
 
 class RunFolder:
@@ -33,8 +28,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, *, is_writer: bool = True) -> None:
-        self.path, self.checkpoint, self.model = path, path / "checkpoint.pt", path / "model"
-        self.shards = path / "checkpoints"
+        self.path, self.checkpoint, self.shards, self.model = path, path / "checkpoint.pt", path / "checkpoints", path / "model"
         self._settings, self._log = path / "run.json", path / "log.jsonl"
         self._lock: int | None = None
         self._is_writer = is_writer
@@ -49,38 +43,18 @@ class RunFolder:
 
         Raises:
             ArgumentError: the path is a file, holds other things or another run, cannot be written, or its disk is too full.
-            CheckpointError: the run's own notes cannot be read.
+            CheckpointError: the run's settings cannot be read.
         """
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"--out {self.path}: this is a file; give a folder")
-        if self.path.is_dir() and not self._settings.is_file():
-            # Killed at the very beginning, a run leaves a part of its settings.
-            names = [entry.name for entry in self.path.iterdir() if not entry.name.startswith(self._settings.name)]
-            if names:
-                raise ArgumentError(f"--out {self.path}: holds {names[0]!r} and no run of gradlr finetune: give another folder")
+        # Killed at the very beginning, a run leaves a part of its settings.
+        entries = self.path.iterdir() if self.path.is_dir() and not self._settings.is_file() else ()
+        if others := [entry.name for entry in entries if not entry.name.startswith(self._settings.name)]:
+            raise ArgumentError(f"--out {self.path}: holds {others[0]!r} and no run of gradlr finetune: give another folder")
         if self._settings.is_file() and not is_overwritten:
-            self._check_same(settings)
-        self._check_room(needed)
-
-    def _check_same(self, settings: dict[str, Any]) -> None:
-        try:
-            saved = json.loads(self._settings.read_text(encoding="utf-8"))
-            if not isinstance(saved, dict):
-                raise TypeError(f"it holds a {type(saved).__name__}")
-        except (OSError, ValueError, TypeError) as error:
-            raise CheckpointError(f"{self._settings}: cannot be read ({error}): --overwrite starts anew") from error
-        names = [*saved, *(name for name in settings if name not in saved)]
-        differences = [name for name in names if saved.get(name) != settings.get(name)]
-        if differences:
-            tale = "".join(f"\n  {name}: {saved.get(name)!r} there, {settings.get(name)!r} now" for name in differences)
-            raise ArgumentError(
-                f"--out {self.path} holds a run with other settings:{tale}\nGo on with its own, give another --out, or start "
-                "anew with --overwrite"
-            )
-
-    def _check_room(self, needed: int) -> None:
+            self._require_same(settings)
         parent = require_writable("--out", self.path)
-        own = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file()) if self.path.is_dir() else 0
+        own = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
         free = shutil.disk_usage(parent).free
         if needed > free + own:
             raise ArgumentError(
@@ -88,8 +62,23 @@ class RunFolder:
                 f"{format_bytes(free)} free: make room, or give a folder on another disk"
             )
 
+    def _require_same(self, settings: dict[str, Any]) -> None:
+        try:
+            saved = json.loads(self._settings.read_text(encoding="utf-8"))
+            if not isinstance(saved, dict):
+                raise TypeError(f"it holds a {type(saved).__name__}")
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{self._settings}: cannot be read ({error}): --overwrite starts anew") from error
+        names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
+        if names:
+            lines = "".join(f"\n  {name}: {saved.get(name)!r} there, {settings.get(name)!r} now" for name in names)
+            raise ArgumentError(
+                f"--out {self.path} holds a run with other settings:{lines}\nGo on with its own, give another --out, or start "
+                "anew with --overwrite"
+            )
+
     def open(self, settings: dict[str, Any], *, is_overwritten: bool) -> None:
-        """Make the folder, lock it against a second process, remove an earlier run if asked to, and note the settings.
+        """Make the folder, lock it against a second process, remove an earlier run if asked to, and write the settings.
 
         Raises:
             ArgumentError: another process trains here.
@@ -103,11 +92,12 @@ class RunFolder:
             for path in (self.checkpoint, self._log, self._settings):
                 path.unlink(missing_ok=True)
         if not self._settings.is_file():
-            text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-            write_atomically(self._settings, lambda file: file.write(text.encode()))
+            write_json(self._settings, settings)
 
     def _take_lock(self) -> None:
-        if fcntl is None:
+        try:
+            import fcntl
+        except ImportError:  # Windows has no flock
             return
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
@@ -126,10 +116,9 @@ class RunFolder:
 
     def log(self, **entry: Any) -> None:
         """Add a line to the log."""
-        if not self._is_writer:
-            return
-        with self._log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        if self._is_writer:
+            with self._log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
 
     def rewind_log(self, step: int) -> None:
         """Forget what was logged after `step`, which will be done again, and a line that was cut off."""
@@ -142,16 +131,14 @@ class RunFolder:
                     kept.append(line + "\n")
         write_atomically(self._log, lambda file: file.write("".join(kept).encode()))
 
-    def write_model(self, write: Callable[[Path], Any]) -> Any:
+    def write_model(self, write: Callable[[Path], str]) -> str:
         """Let `write` fill a folder, then give it the name `model`; returns what it returned."""
         return write_folder_atomically(self.model, write)
 
 
 def require_writable(option: str, path: Path) -> Path:
     """Raise an ArgumentError unless a folder can be made at `path`; returns the nearest folder that exists."""
-    parent = path.absolute()
-    while not parent.exists():
-        parent = parent.parent
+    parent = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise ArgumentError(f"{option} {path}: {parent} {'cannot be written' if parent.is_dir() else 'is a file'}")
     return parent

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor, distributed, nn
 
 from ..errors import ArgumentError, AttachError
 from ..optimizer import GradLR
-from ..params.kinds import is_sharded
+from ..tensors import is_sharded
 
 _OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
 
 
 def require_supported(accelerator: Accelerator) -> None:
     """Raise an AttachError where the accelerator trains in a way that gradlr does not know."""
-    if reason := _unknown_engine(accelerator) or (_lost_processes() if is_alone(accelerator) else _unsuited(accelerator)):
+    if reason := next(_obstacles(accelerator), None):
         raise AttachError(f"{reason}. {_OTHERWISE}")
 
 
@@ -56,8 +56,10 @@ def _clip(clip: Callable[..., Any], name: str, optimizer: GradLR, parameters: It
     given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     own = {id(record.plan.parameter) for record in optimizer.records}
     if any(id(parameter) in own for parameter in given):
-        tale = "would find no gradients and clip nothing: each process keeps its part of them until opt.step()"
-        raise ArgumentError(f"accelerator.{name} {tale}. Give max_grad_norm= to attach; opt.grad_norm is the norm before")
+        raise ArgumentError(
+            f"accelerator.{name} would find no gradients and clip nothing: each process keeps its part of them until opt.step(). "
+            "Give max_grad_norm= to attach; opt.grad_norm is the norm before"
+        )
     return clip(given, *args, **kw)
 
 
@@ -70,30 +72,26 @@ def _prepare(prepare: Callable[..., Any], optimizer: GradLR, *args: Any, **kwarg
     return prepared
 
 
-def _unknown_engine(accelerator: Accelerator) -> str | None:
-    kind = accelerator.distributed_type
-    if kind == DistributedType.FSDP:
-        return None if accelerator.is_fsdp2 else "FSDP1 makes flat parameters, of which gradlr sees no matrix: set fsdp_version=2"
-    is_known = is_alone(accelerator) or str(kind.value).startswith("MULTI_")
-    return None if is_known else f"the accelerator trains with {kind}; gradlr knows replicas and FSDP2"
-
-
-def _lost_processes() -> str | None:
-    count = os.environ.get("WORLD_SIZE", "1")
-    is_lost = count.isdecimal() and int(count) > 1
-    return f"{count} processes run, and the accelerator knows of one: on the CPU, say Accelerator(cpu=True)" if is_lost else None
-
-
-def _unsuited(accelerator: Accelerator) -> str | None:
-    plugin, config = getattr(accelerator.state, "fsdp_plugin", None), accelerator.parallelism_config
-    others = [name for name in ("tp", "cp", "sp") if getattr(config, f"{name}_enabled", False)]
+def _obstacles(accelerator: Accelerator) -> Iterator[str]:
+    """Why gradlr cannot train so, most fundamental reason first."""
+    kind, count = accelerator.distributed_type, os.environ.get("WORLD_SIZE", "1")
+    is_replicated = str(kind.value).startswith("MULTI_")
+    if kind == DistributedType.FSDP and not accelerator.is_fsdp2:
+        yield "FSDP1 makes flat parameters, of which gradlr sees no matrix: set fsdp_version=2"
+    if not (is_alone(accelerator) or is_replicated or kind == DistributedType.FSDP):
+        yield f"the accelerator trains with {kind}; gradlr knows replicas and FSDP2"
+    if is_alone(accelerator):
+        if count.isdecimal() and int(count) > 1:
+            yield f"{count} processes run, and the accelerator knows of one: on the CPU, say Accelerator(cpu=True)"
+        return
     if accelerator.scaler is not None:
-        return "a GradScaler scales each process' part alone: train in mixed_precision='bf16'"
+        yield "a GradScaler scales each process' part alone: train in mixed_precision='bf16'"
     if not accelerator.is_fsdp2 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        return "accelerate ignores FSDP on the CPU and makes replicas: leave it out"
-    if others:
-        return f"parallelism_config ({', '.join(others)}) replaces parameters after attaching"
+        yield "accelerate ignores FSDP on the CPU and makes replicas: leave it out"
+    plugin, config = getattr(accelerator.state, "fsdp_plugin", None), accelerator.parallelism_config
+    if others := [name for name in ("tp", "cp", "sp") if getattr(config, f"{name}_enabled", False)]:
+        yield f"parallelism_config ({', '.join(others)}) replaces parameters after attaching"
     if plugin is not None and plugin.activation_checkpointing:
-        return "FSDP's activation_checkpointing rebuilds the model after attaching: use the model's own"
-    is_compiled = accelerator.state.dynamo_plugin.backend != DynamoBackend.NO
-    return "dynamo_backend compiles a copy: compile block by block (block.compile())" if is_compiled else None
+        yield "FSDP's activation_checkpointing rebuilds the model after attaching: use the model's own"
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        yield "dynamo_backend compiles a copy: compile block by block (block.compile())"

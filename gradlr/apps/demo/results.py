@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ...checkpoint.atomic import write_json
 from ...report.summary import format_bytes
-from ..bench.command import write_json
 from ..bench.environment import environment
 from ..bench.memory import MIB
 from .training import Plan, Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COLORS = {"adamw": "#8c8c8c", "gradlr": "#0b6e4f"}
 
@@ -33,10 +37,9 @@ def print_table(records: list[Record]) -> None:
 
 def write_results(records: list[Record], plan: Plan, folder: Path) -> Path:
     """results.json: every number of the run, with its environment."""
-    path = folder / "results.json"
-    content = {"environment": environment(plan.device), "plan": asdict(plan), "records": [record.as_dict() for record in records]}
-    write_json(path, content)
-    return path
+    content = {"environment": environment(plan.device), "plan": asdict(plan), "records": [asdict(record) for record in records]}
+    write_json(folder / "results.json", content)
+    return folder / "results.json"
 
 
 def write_figure(records: list[Record], folder: Path) -> Path:
@@ -57,7 +60,7 @@ def write_figure(records: list[Record], folder: Path) -> Path:
     return path
 
 
-def _draw_losses(axes, records: list[Record]) -> None:
+def _draw_losses(axes: Axes, records: list[Record]) -> None:
     for record in records:
         color = COLORS[record.method]
         axes.plot(range(1, len(record.losses) + 1), record.losses, color=color, linewidth=0.6, alpha=0.35)
@@ -67,7 +70,7 @@ def _draw_losses(axes, records: list[Record]) -> None:
     axes.legend(frameon=False)
 
 
-def _draw_ranks(axes, records: list[Record]) -> None:
+def _draw_ranks(axes: Axes, records: list[Record]) -> None:
     for record in records:
         if record.ranks:
             axes.step(range(1, len(record.ranks) + 1), record.ranks, color=COLORS[record.method], where="mid")
@@ -75,10 +78,9 @@ def _draw_ranks(axes, records: list[Record]) -> None:
     axes.set(title="gradlr: the rank follows the loss", xlabel="step", ylabel="rank of gradient and update")
 
 
-def _draw_memory(axes, records: list[Record]) -> None:
-    bars = [("optimizer state", [record.state_bytes / MIB for record in records], 0.0)]
-    bars.append(("peak above the weights", [record.peak_bytes / MIB for record in records], 1.0))
-    for title, values, offset in bars:
+def _draw_memory(axes: Axes, records: list[Record]) -> None:
+    for offset, (title, name) in enumerate({"optimizer state": "state_bytes", "peak above the weights": "peak_bytes"}.items()):
+        values = [getattr(record, name) / MIB for record in records]
         for index, (record, value) in enumerate(zip(records, values, strict=True)):
             place = offset + 0.4 * (index - (len(records) - 1) / 2)
             axes.bar(place, value, width=0.36, color=COLORS[record.method], label=record.label if offset == 0 else None)
