@@ -195,7 +195,7 @@ class MemoryTracker(TorchDispatchMode):
 
     def _look_at_exchange(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         name = function._schema.name
-        if name == "fsdp::chunk_cat":
+        if name in ("fsdp::chunk_cat", "fsdp::chunk_cat_mixed_dtype"):  # the second one since torch 2.15
             self.move(args[0], GRADIENTS)
             self.move([kwargs["out"]], EXCHANGE)
         elif name == "c10d::_allgather_base_":
