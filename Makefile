@@ -17,11 +17,7 @@ FAST := tests/golden tests/linalg tests/rules $(wildcard tests/params tests/test
 export PIP_CONSTRAINT := $(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-<<<<<<< HEAD
-.PHONY: demo test test-all lint clean
-=======
-.PHONY: demo test check lint fast clean
->>>>>>> doc
+.PHONY: demo test test-all check lint fast clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -30,19 +26,14 @@ demo: $(INSTALLED)
 test: $(TESTABLE)
 	$(PYTEST)
 
-<<<<<<< HEAD
 # Those marked slow as well: whole products of parameters, long runs of faults, more processes.
 test-all: $(TESTABLE)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m ""
+	$(PYTEST) -m ""
 
-lint: $(INSTALLED)
-	$(VENV)/bin/python -m pip install --quiet ruff
-=======
 check: lint fast
 
 # What reads the code without running it.
 lint: $(CHECKABLE)
->>>>>>> doc
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
