@@ -142,5 +142,5 @@ def test_losses_of_a_step_are_those_of_the_workload():
 def test_the_command_compares_who_is_named_or_everybody(options, expected):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    found = command._contenders(parser.parse_args(["quality", *options]))
+    found = command.chosen(parser.parse_args(["quality", *options]))
     assert set(found) == expected and len(found) == len(expected)
