@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPTURE, BENCHMARKS, STUDY, MEMORY, DEVICES = (
     (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("capture", "benchmarks", "study", "memory", "devices")
 )
-RESULTS = ROOT / "gradlr" / "bench" / "results"
+RESULTS = ROOT / "gradlr" / "apps" / "bench" / "results"
 
 
 def results(name):
@@ -47,6 +47,7 @@ TABLES = {
     "quality-scratch": (BENCHMARKS, quality),
     "quality-minilm": (BENCHMARKS, quality),
     "quality-digits": (BENCHMARKS, quality),
+    "arithmetic": (BENCHMARKS, quality),
     "devices": (BENCHMARKS, devices),
     "study-pretrained": (STUDY, quality),
     "estimate": (MEMORY, estimate),

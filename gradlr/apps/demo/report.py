@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ...report.summary import format_bytes
-from ..bench.command import write_json
+from ..bench.bench_cli import write_json
 from ..bench.environment import environment
 from ..bench.memory import MIB
 from .training import Plan, Record
