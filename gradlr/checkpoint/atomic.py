@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -14,7 +15,7 @@ from typing import IO
 _SUFFIX = ".part"
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, then give it the name.
 
     Killed at any moment, it leaves the old file or the new one. What killed processes of this machine have left beside `path` is
@@ -40,6 +41,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], None]) -> None:
             part.unlink()
         raise
     _sync_folder(path.parent)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write an object as JSON in UTF-8, whole or not at all; as `write_atomically`."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def _prefix(path: Path, process: int | str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from ...checkpoint.atomic import write_atomically
+from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError
 from . import devices, estimate, figures, memory, quality, speed
 from .baselines import BASELINES, OWN_BASELINES, SPELLING, require_baselines
@@ -88,16 +87,6 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(arguments.out, {"bench": arguments.bench, **report})
 
 
-def write_json(path: Path, report: dict[str, Any]) -> None:
-    """Write a report as JSON, whole or not at all."""
-    text = json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-
-    def write(file: IO[bytes]) -> None:
-        file.write(text.encode())
-
-    write_atomically(path, write)
-
-
 def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bench, given = arguments.bench, vars(arguments)
     numbers = {key: given[key] for key in _NUMBERS[bench] if key in given}
@@ -157,11 +146,9 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _check_out(out: Path, *, is_picture: bool) -> None:
-    if not out.parent.is_dir():
-        raise ArgumentError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+    if not out.parent.is_dir() or not os.access(out.parent, os.W_OK | os.X_OK):
+        raise ArgumentError(f"--out {out}: the folder {out.parent} does not exist or cannot be written; make it first")
     if out.is_dir():
         raise ArgumentError(f"--out {out}: this is a folder; give a file")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise ArgumentError(f"--out {out}: the folder {out.parent} cannot be written")
     if is_picture and out.suffix not in ("", ".png", ".svg"):
         raise ArgumentError(f"--out {out}: the picture is a .png or .svg")

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from .text import module_files, module_name
+from .text import module_name, sources
 from .workloads import Workload
 
 Examples = tuple[Tensor, Tensor]
@@ -175,12 +175,8 @@ def _snippets(classes: int, training: int, validation: int, length: int) -> tupl
 
 def _lines_of_modules() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for path in sorted([*module_files(0), *module_files(1)]):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            continue
-        found.setdefault(module_name(path), []).extend(line for line in lines if len(line.strip()) > 3)
+    for path, source in (*sources(0), *sources(1)):
+        found.setdefault(module_name(path), []).extend(line for line in source.splitlines() if len(line.strip()) > 3)
     return found
 
 

@@ -75,13 +75,7 @@ def gradient_release(model: nn.Module, lr: float) -> TrainStep:
 
     optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0, gradient_release=True)
     prepare_for_gradient_release(model, optimizer)
-
-    def step(compute: Loss) -> Tensor:
-        loss = compute()
-        loss.backward()
-        return loss
-
-    return TrainStep(step, [optimizer])
+    return TrainStep(ordinary().step, [optimizer])  # backward does it all
 
 
 def adalomo(model: nn.Module, lr: float) -> TrainStep:

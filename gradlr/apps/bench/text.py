@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -86,6 +87,13 @@ def module_files(half: int) -> list[Path]:
     return sorted(path for path in files if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts))
 
 
+def sources(half: int) -> Iterator[tuple[Path, str]]:
+    """The files of one half with what they say, those left out that cannot be read."""
+    for path in module_files(half):
+        with contextlib.suppress(OSError, ValueError):
+            yield path, path.read_text(encoding="utf-8")
+
+
 def batches(
     data: Tensor, *, batch_size: int, length: int, steps: int, seed: int, start: int = 0
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -134,14 +142,11 @@ def _windows(data: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]
 
 def _corpus(name: str, half: int, extract: Callable[[str, ast.Module], str]) -> Corpus:
     documents = []
-    for path in module_files(half):
-        try:
-            source = path.read_text(encoding="utf-8")
-            tree = _parse(source)
-        except (OSError, ValueError, SyntaxError):
-            continue
-        if document := extract(source, tree):
-            documents.append(document.encode())
+    for _, source in sources(half):
+        # Of the library's own files, some are no Python on purpose.
+        with contextlib.suppress(ValueError, SyntaxError):
+            documents.append(extract(source, _parse(source)).encode())
+    documents = [document for document in documents if document]
     sizes = [len(document) for document in documents]
     if (total := sum(sizes)) < MINIMUM_BYTES:
         raise TextNotFoundError(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from ...checkpoint.atomic import write_json
 from ...report.summary import format_bytes
-from ..bench.bench_cli import write_json
 from ..bench.environment import environment
 from ..bench.memory import MIB
 from .training import Plan, Record
