@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, CheckpointError, LossError
-from .tensors import AsyncScalar
+from .tensors import AsyncScalar, is_async
 
 _HISTORY_LENGTH = 65_536
 
@@ -20,12 +20,15 @@ _HISTORY_LENGTH = 65_536
 class LossListener(Protocol):
     """What an optimizer implements to be told of every loss before its backward pass, and of the scale as it begins.
 
-    One that trains with other processes has a true `tells_mean`: it calls `record_mean` after each step.
+    One that trains with other processes has a true `tells_mean`: it calls `record_mean`.
     """
 
-    def before_backward(self, tracker: LossTracker) -> None: ...
+    @property
+    def tells_mean(self) -> bool: ...
 
-    def begin_backward(self, scale: Tensor) -> None: ...
+    def on_loss(self, tracker: LossTracker) -> None: ...
+
+    def on_backward(self, scale: Tensor) -> None: ...
 
 
 class LossTracker:
@@ -92,7 +95,7 @@ class LossTracker:
         """
         value = _as_scalar(loss)
         self._collect()
-        if isinstance(value, Tensor) and value.is_cuda:
+        if isinstance(value, Tensor) and is_async(value):
             self._in_flight = AsyncScalar(value)
         else:
             self._record(float(value))
@@ -100,7 +103,7 @@ class LossTracker:
         self.serial += 1
         try:
             for listener in list(self._listeners):
-                listener.before_backward(self)
+                listener.on_loss(self)
         finally:
             self._await_backward(loss)
         if self.has_graph:
@@ -140,7 +143,7 @@ class LossTracker:
         return [self._history[-1 - index] for index in range(min(count, len(self._history)))]
 
     def subscribe(self, listener: LossListener) -> None:
-        """Call `listener.before_backward(self)` at every loss, as long as the listener lives (held weakly)."""
+        """Call `listener.on_loss(self)` at every loss, as long as the listener lives (held weakly)."""
         self._listeners[listener] = None
 
     def unsubscribe(self, listener: LossListener) -> None:
@@ -228,7 +231,7 @@ class LossTracker:
     def _begin_backward(self, scale: Tensor, number: int) -> None:
         self.scale = scale.detach().reshape(())
         for listener in list(self._listeners):
-            listener.begin_backward(self.scale)
+            listener.on_backward(self.scale)
         self.has_begun = True
         self.begun_serial = self.serial
         self.watch_backward(number)

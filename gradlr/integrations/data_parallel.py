@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 
 from ..errors import ArgumentError, AttachError
 from ..optimizer import GradLR
-from ..params.kinds import is_sharded
+from ..tensors import is_sharded
 
 _OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
 

@@ -15,7 +15,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..engine import messages as guards
 from ..errors import ArgumentError, AttachError, GradlrWarning
 from ..tracker import LossTracker
 from .accelerate import attach, clip_grad_norm_, unwrap
@@ -68,14 +67,18 @@ class Trainer(transformers.Trainer):
             if self.args.learning_rate != transformers.TrainingArguments.learning_rate:
                 options["lr"] = self.args.learning_rate
             elif "lr" not in (self._options or {}):
-                warnings.warn(guards.foreign_default_rate(), GradlrWarning, stacklevel=2)
+                message = (
+                    "learning_rate is transformers' default of 5e-5, which is AdamW's: gradlr trains with its own default "
+                    'instead. Give TrainingArguments another one, or gradlr={"lr": ...}'
+                )
+                warnings.warn(message, GradlrWarning, stacklevel=2)
             options = {"loss_tracker": LossTracker(), **options, **(self._options or {})}
             self.optimizer = attach(self.accelerator, cast(nn.Module, self.model), **options)
         opt = unwrap(self.optimizer)
-        if self.args.max_grad_norm > 0 and opt.limit.max_norm is None:
+        if self.args.max_grad_norm > 0 and opt.clipper.max_norm is None:
             if opt.apply == "backward":
                 raise ArgumentError('apply="backward" cannot clip: use "step", or TrainingArguments(max_grad_norm=0)')
-            opt.limit.max_norm = self.args.max_grad_norm
+            opt.clipper.max_norm = self.args.max_grad_norm
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -176,7 +176,11 @@ def test_the_rate_follows_the_scheduler_and_the_loss_falls(tmp_path):
     rates = logged(trainer, "learning_rate")
     assert rates[0] == pytest.approx(5e-2) and rates[-1] == pytest.approx(5e-2 / 20)
     opt = unwrap(trainer.optimizer)
-    assert {group["kind"]: group["weight_decay"] for group in opt.param_groups} == {"matrix": 0.1, "table": 0.1, "vector": 0.0}
+    assert {group["kind"]: group["weight_decay"] for group in opt.param_groups} == {
+        "matrix": 0.1,
+        "embedding": 0.1,
+        "vector": 0.0,
+    }
     assert opt.skipped == 0
     losses = logged(trainer, "loss")
     assert losses[-1] < 0.9 * losses[0]
@@ -287,7 +291,7 @@ def test_an_optimizer_of_the_users_own(tmp_path):
     made = trainer_of(tmp_path)
     made.train()
     assert_same(weights(model), weights(made.model))
-    assert unwrap(trainer.optimizer) is opt and opt.limit.max_norm == 1.0 and len(tracker.history) == 4
+    assert unwrap(trainer.optimizer) is opt and opt.clipper.max_norm == 1.0 and len(tracker.history) == 4
     trainer.train()  # again, with the same optimizer
     assert len(tracker.history) == 8
 

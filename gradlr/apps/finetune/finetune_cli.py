@@ -11,7 +11,7 @@ import torch
 from ...errors import ArgumentError, GradlrError
 from ...report.summary import format_bytes
 from ..lora import export_lora
-from ..lora.folder import require_free
+from ..lora.export import require_free
 from .fits import RequiredMemory, available_bytes, peak_memory, require_fit, required_memory
 from .loop import Run, train
 from .run_folder import RunFolder, require_writable

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.atomic import write_atomically, write_json
+from ...checkpoint.atomic import write_atomically, write_folder_atomically, write_json
 from ...errors import ArgumentError, CheckpointError
 from ...report.summary import format_bytes
 
@@ -133,13 +133,7 @@ class RunFolder:
 
     def write_model(self, write: Callable[[Path], str]) -> str:
         """Let `write` fill a folder, then give it the name `model`; returns what it returned."""
-        fresh = self.path / ".model.part"
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir()
-        result = write(fresh)
-        shutil.rmtree(self.model, ignore_errors=True)
-        os.replace(fresh, self.model)
-        return result
+        return write_folder_atomically(self.model, write)
 
 
 def require_writable(option: str, path: Path) -> Path:

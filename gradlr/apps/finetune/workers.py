@@ -15,7 +15,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from ...checkpoint.file import save
 from ...checkpoint.folder import is_folder
-from ...distributed import Communicator, propagate_errors
+from ...distributed.communicator import Communicator, propagate_errors
 from ...errors import ArgumentError, ParallelError
 from ..bench.environment import require_device
 from ..sharding import shard_by_block
