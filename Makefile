@@ -17,7 +17,7 @@ FAST := tests/golden tests/linalg tests/rules $(wildcard tests/params tests/test
 export PIP_CONSTRAINT := $(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test check lint fast clean
+.PHONY: demo test test-all check lint fast clean
 .DELETE_ON_ERROR:
 
 demo: $(INSTALLED)
@@ -25,6 +25,10 @@ demo: $(INSTALLED)
 
 test: $(TESTABLE)
 	$(PYTEST)
+
+# Those marked slow as well: whole products of parameters, long runs of faults, more processes.
+test-all: $(TESTABLE)
+	$(PYTEST) -m ""
 
 check: lint fast
 

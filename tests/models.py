@@ -1,5 +1,7 @@
 """Small models and data that many tests share."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -57,3 +59,37 @@ def attached(model=None, **options):
     tracker = gradlr.LossTracker()
     options = {"lr": 1e-2, "rank": 4, "momentum_rank": 2} | options
     return model, tracker, gradlr.attach(model, tracker, **options)
+
+
+def loss_of(model):
+    """A regression loss of an `mlp()`, of any dtype."""
+    x, y = regression(16, count=16, dtype=next(model.parameters()).dtype)
+    return nn.functional.mse_loss(model(x), y)
+
+
+def weights(model):
+    """Copies of all parameters."""
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def is_unchanged(model, before):
+    """Whether all parameters are bit for bit those of `weights(model)` then."""
+    return all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
+def gpt2():
+    """transformers' GPT-2, of one block."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 16, "vocab_size": 11, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+
+
+def lora_gpt2():
+    """The same under peft's LoRA, whose factors alone are trained."""
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft asks transformers by an old name
+        return peft.get_peft_model(gpt2(), config)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..errors import GradlrError
 from . import demo, finetune
 from .bench import command as bench
-from .estimate import command as estimate
+from .estimate import estimate_cli as estimate
 
 COMMANDS = {
     "demo": (demo, "fine-tune a transformer on real text with AdamW and with gradlr"),

@@ -391,7 +391,7 @@ def test_a_file_with_any_entry_damaged_is_refused_whole_or_loaded(tmp_path):
 
     gradlr.save(path, **start(), epoch=3)
     content, things = torch.load(path, weights_only=True), start()
-    optimizer = content.pop("optimizer")  # its own entries: test_checkpoint.py
+    optimizer = content.pop("optimizer")  # its own entries: tests/engine/test_state_dict.py
     before = listed([thing.state_dict() for thing in things.values()])
     for where, index, spoiled in list(damaged(content))[::3]:  # a third: reading a file takes its time
         torch.save({"optimizer": optimizer, **spoiled}, path)

@@ -40,7 +40,8 @@ def shapes_of(rule, shapes=MATRIX_SHAPES):
 
 def over(rules, shapes=MATRIX_SHAPES):
     pairs = [(rule, shape) for rule in rules for shape in shapes_of(rule, shapes)]
-    return pytest.mark.parametrize(("rule", "shape"), pairs, ids=["-".join(pair) for pair in pairs])
+    parametrize = pytest.mark.parametrize(("rule", "shape"), pairs, ids=["-".join(pair) for pair in pairs])
+    return lambda test: pytest.mark.sampled(parametrize(test))
 
 
 def gradient_of(shape, dtype=torch.float64, seed=0):

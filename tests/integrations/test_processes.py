@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # spawned processes inherit it
 sys.path.insert(0, str(Path(__file__).parent))
 
 from processes import assert_passed, run_in_processes

@@ -9,10 +9,10 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError
-from gradlr.tensors import mixed_seed
 from gradlr.gradient import Dense
 from gradlr.linalg import svd_lowrank
 from gradlr.rules import FactorMoments
+from gradlr.tensors import mixed_seed
 
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
 COUNT = 20

@@ -9,11 +9,11 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError
-from gradlr.tensors import mixed_seed
 from gradlr.gradient import Dense, Sketched
 from gradlr.linalg import newton_schulz
 from gradlr.rules import TrackedMomentum
 from gradlr.rules.base import update_scale
+from gradlr.tensors import mixed_seed
 
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
 OPTIONS = {

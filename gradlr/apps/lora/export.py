@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint.atomic import write_atomically, write_folder_atomically
-from ...tensors import full_precision
 from ...errors import ArgumentError
 from ...ranks import require_rank, resolve_rank
+from ...tensors import full_precision
 from .compare import compare
 from .config import adapter_config
 from .factors import factorize

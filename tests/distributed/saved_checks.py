@@ -1,11 +1,11 @@
 """Distributed checkpoints of sharded models: what one, two and four processes save, the others load."""
 
 import os
-from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from processes import Checks
 from sharded_checks import Net, _parallelized, attach, attach_alone, loss_of, net, shard, share_of, tokens_of, train
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import (
@@ -22,6 +22,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 
 import gradlr
 
+check = Checks()
 FOLDER = "GRADLR_TEST_FOLDER"
 OPTIONS = {
     "rank": gradlr.ByLoss(3),
@@ -70,7 +71,7 @@ def begin(rank, size):
         torch.save({"model": result, "ratio": tracker.ratio}, folder(f"from{size}.expected"))
 
 
-def go_on(rank, size, *, source):
+def _go_on(rank, size, source):
     model = placed(rank, size)
     tracker, opt = attach(model, **OPTIONS) if size > 1 else attach_alone(model, **OPTIONS)
     state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, opt)}
@@ -90,7 +91,7 @@ def go_on(rank, size, *, source):
     assert tracker.ratio == pytest.approx(expected["ratio"], rel=1e-9)
 
 
-def go_on_with_another_rank(rank, size, *, source):
+def _go_on_with_another_rank(rank, size, source):
     """What `gradlr.save` has written, a file of one process or a folder of several; k and r are others now."""
     model = placed(rank, size)
     options = OPTIONS | {"momentum_rank": 2, "rank": 4}
@@ -108,14 +109,19 @@ def go_on_with_another_rank(rank, size, *, source):
     assert not any(map(torch.equal, weights, model.parameters()))
 
 
-another_rank_from_one = partial(go_on_with_another_rank, source=1)
-another_rank_from_two = partial(go_on_with_another_rank, source=2)
-another_rank_from_four = partial(go_on_with_another_rank, source=4)
-from_one = partial(go_on, source=1)
-from_two = partial(go_on, source=2)
-from_four = partial(go_on, source=4)
+@check(1, 2, 4)
+def training_goes_on_from_any_number_of_processes(rank, size):
+    for source in (1, 2, 4):
+        _go_on(rank, size, source)
 
 
+@check(1, 2, 4)
+def training_goes_on_with_another_rank(rank, size):
+    for source in (1, 2, 4):
+        _go_on_with_another_rank(rank, size, source)
+
+
+@check(2, 4)
 def whole_state_dicts_are_those_of_one_process(rank, size):
     """full_state_dict=True: what rank 0 writes is a checkpoint of one process."""
     model, reference = placed(rank, size), net(seed=9)
@@ -142,6 +148,7 @@ def whole_state_dicts_are_those_of_one_process(rank, size):
     assert all(int(opt.state[record.plan.parameter]["step"]) == 2 for record in opt.records)
 
 
+@check(2, 4)
 def folders_are_written_whole(rank, size):
     """A second save replaces the first; one that fails, or is cut off, leaves it."""
     model = placed(rank, size)
@@ -185,6 +192,7 @@ def folders_are_written_whole(rank, size):
             gradlr.load(path, model=model, optimizer=opt)
 
 
+@check(2, 4)
 def what_has_the_shape_of_a_shard_is_loaded_as_it_was(rank, size):
     """R, of n x k numbers, may look like the shard."""
     options = {"rank": gradlr.ByLoss(8), "momentum_rank": 8, "apply": "step"}
@@ -202,6 +210,7 @@ def what_has_the_shape_of_a_shard_is_loaded_as_it_was(rank, size):
     assert all(found[key].dtype == value.dtype and torch.equal(found[key], value) for key, value in expected.items())
 
 
+@check(2, 4)
 def what_is_trained_beside_frozen_shards_is_saved(rank, size):
     model, other = (torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)) for _ in range(2))
     for one in (model, other):
@@ -230,6 +239,7 @@ def _no_space(*_, **__):
     raise OSError("no space left on the disk")
 
 
+@check(2, 4)
 def whole_state_dicts_are_broadcast_to_a_fresh_optimizer(rank, size):
     """Torch's loader takes lists apart and drops what the other ranks' fresh optimizer lacks, such as losses."""
     model, other = placed(rank, size), placed(rank, size)
@@ -249,6 +259,7 @@ def distributed_from_first(value):
     return told[0]
 
 
+@check(2, 4)
 def a_checkpoint_without_a_parameter_changes_nothing(rank, size):
     model = placed(rank, size)
     tracker, opt = attach(model, **OPTIONS)

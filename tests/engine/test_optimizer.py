@@ -2,21 +2,12 @@
 
 import pytest
 import torch
-from models import Mixed, attached, mlp, regression, train
+from models import Mixed, attached, loss_of, mlp, regression, train, weights
 from torch import nn
 
 import gradlr
 from gradlr.gradient import Dense
 from gradlr.rules import TrackedMomentum
-
-
-def loss_of(model):
-    x, y = regression(16, count=16, dtype=model[0].weight.dtype)
-    return nn.functional.mse_loss(model(x), y)
-
-
-def weights(model):
-    return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def test_after_backward_every_weight_is_updated_and_no_gradient_is_left():

@@ -6,19 +6,26 @@ from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import gradlr
 from gradlr.apps.bench.memory import peak_bytes
-from gradlr.apps.estimate.shapes import Llama, Shape
 
-SHAPE = Shape(128, 344, 4, 4, 4, 500, 256, torch.float32)
+CONFIG = LlamaConfig(
+    hidden_size=128, intermediate_size=344, num_hidden_layers=4, num_attention_heads=4, vocab_size=500,
+    max_position_embeddings=256,
+)  # fmt: skip
 TOKENS, OPTIONS = 64, {"rank": 16, "momentum_rank": 4}
+
+
+def loss_of(model, ids):
+    return model(ids, labels=ids, use_cache=False).loss
 
 
 def sharded():
     torch.manual_seed(0)
-    model = Llama(SHAPE)
-    for block in model.blocks:
+    model = LlamaForCausalLM(CONFIG)
+    for block in model.model.layers:
         fully_shard(block)
     fully_shard(model)
     return model
@@ -26,13 +33,14 @@ def sharded():
 
 def trained(make):
     model = sharded()
-    tokens = torch.randint(SHAPE.vocabulary, (1, TOKENS))
+    tokens = torch.randint(CONFIG.vocab_size, (1, TOKENS))
     held = sum(parameter.to_local().nbytes for parameter in model.parameters()) + tokens.nbytes
+    held += sum(buffer.nbytes for buffer in model.buffers())
 
     def work():
         step = make(model)
         for _ in range(3):
-            step(lambda: model(tokens))
+            step(lambda: loss_of(model, tokens))
         return step
 
     return held + peak_bytes(work)

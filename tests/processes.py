@@ -21,7 +21,44 @@ from torch import distributed
 import gradlr
 
 
-def run_in_processes(size, module, names, path, *, patience=100, environment=None):
+class Checks:
+    """Collects functions that run alike in each process of a group; they run in the order in which they stand.
+
+    ```
+    check = Checks()
+
+    @check(2, 4, slow=4)
+    def weights_are_equal(rank, size): ...
+    ```
+    """
+
+    def __init__(self):
+        self._sizes, self._slow = {}, set()
+
+    def __call__(self, *sizes, slow=None):
+        """Decorates a check for groups of these sizes; the group of size `slow` is left to `make test-all`."""
+
+        def register(function):
+            self._sizes[function.__name__] = sizes
+            self._slow.add((slow, function.__name__))
+            return function
+
+        return register
+
+    def parametrize(self, *sizes):
+        """The test gets each size and each check's name."""
+        pairs = [(size, name) for size in sizes for name, own in self._sizes.items() if size in own]
+        cases = [pytest.param(*pair, marks=[pytest.mark.slow] if pair in self._slow else []) for pair in pairs]
+        return pytest.mark.parametrize(("size", "name"), cases)
+
+
+def selected(request, size):
+    """Names of the checks in groups of `size` that this run of pytest has selected among the tests of the fixture's module."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return [item.callspec.params["name"] for item in items if item.callspec.params.get("size") == size]
+
+
+def run_in_processes(size, module, names, path, *, patience=240, environment=None):
     """name of the check → what each rank reports: "passed", a traceback, or "nothing" where it has not come to its end.
 
     Args:
@@ -48,8 +85,10 @@ def run_in_processes(size, module, names, path, *, patience=100, environment=Non
     return {name: [one.get(name, "nothing") for one in told] for name in names}
 
 
-def assert_passed(reports):
-    assert all(report == "passed" for report in reports), "\n".join(f"rank {i}: {one}" for i, one in enumerate(reports))
+def assert_passed(reports, *, killed=None):
+    """In each process, or in each but the one that was killed on purpose."""
+    expected = ["nothing" if rank == killed else "passed" for rank in range(len(reports))]
+    assert reports == expected, "\n".join(f"rank {i}: {one}" for i, one in enumerate(reports))
 
 
 def run_documented_loop(number, folder):

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 
 import torch
 
-from ...errors import ArgumentError
+from ..byte_sizes import parse_bytes
 from .devices import SHARDS
 from .estimation import Estimate, estimate_all, kinds
 from .methods import METHODS
-from .shapes import SHAPES
+from .subject import CONFIGS
 
 # The others differ from these by what is known without an estimate.
-DEFAULT_METHODS = [name for name in METHODS if name not in ("no_optimizer", "sgd", "adamw_foreach")]
+DEFAULT_METHODS = [name for name in METHODS if name not in ("no_optimizer", "adamw_foreach")]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 MIB, GIB = 2**20, 2**30
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, its step, and what to print."""
-    parser.add_argument("model", help=f"{', '.join(SHAPES)}, or a path to a transformers config.json or its folder")
+    parser.add_argument("model", help=f"{', '.join(CONFIGS)}, or a path to a transformers config.json or its folder")
     parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"any of {', '.join(METHODS)}")
     parser.add_argument("--tokens", type=int, help="tokens of one sequence (default 2048, or the model's context)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step (default 1)")
@@ -35,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="what one of N devices takes and sends; needs --shard")
     parser.add_argument("--shard", choices=SHARDS, help="with --gpus: a replica on each (dp), FSDP2, or tensor parallel")
     parser.add_argument("--no-reshard", action="store_true", help="with --shard fsdp: keep each block whole until its backward")
-    parser.add_argument("--limit", metavar="24GiB", help="mark the methods that fit into this much memory")
+    parser.add_argument("--limit", type=parse_bytes, metavar="24GiB", help="mark the methods that fit into this much memory")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
 
@@ -45,7 +43,6 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ArgumentError: an option is unknown or out of range.
     """
-    limit = None if arguments.limit is None else bytes_of(arguments.limit)
     options = {} if arguments.momentum_rank is None else {"momentum_rank": arguments.momentum_rank}
     estimates = estimate_all(
         arguments.model, _methods(arguments), rank=arguments.rank, dtype=_DTYPES.get(arguments.dtype), tokens=arguments.tokens,
@@ -53,10 +50,11 @@ def run(arguments: argparse.Namespace) -> None:
         reshard=not arguments.no_reshard, **options,
     )  # fmt: skip
     if arguments.json:
+        limit = arguments.limit
         fits = [{} if limit is None else {"fits": one.peak <= limit} for one in estimates]
         print(json.dumps([one.to_dict() | extra for one, extra in zip(estimates, fits, strict=True)], indent=1))
     else:
-        print(table(estimates, limit))
+        print(table(estimates, arguments.limit))
         if arguments.shard is not None:
             print(f"\n{traffic_table(estimates)}")
 
@@ -93,16 +91,3 @@ def traffic_table(estimates: Sequence[Estimate]) -> str:
             cells = (one.label, part.operation, part.purpose, f"{part.calls:,}", *sizes)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def bytes_of(text: str) -> int:
-    """ "24GiB" as 25769803776.
-
-    Raises:
-        ArgumentError: it is no positive number with a unit.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
-    units = {unit.lower(): count for unit, count in _UNITS.items()}
-    if found is None or found[2].lower() not in units or float(found[1]) == 0:
-        raise ArgumentError(f"--limit {text}: give a number with one of {', '.join(_UNITS)}, such as 24GiB")
-    return int(float(found[1]) * units[found[2].lower()])

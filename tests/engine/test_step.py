@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import Mixed, attached, mlp, regression, train
+from models import Mixed, attached, mlp, regression, train, weights
 from torch import nn
 
 import gradlr
@@ -25,10 +25,6 @@ def loss_of(model, factor=1.0):
 def wide(depth=2):
     """Layers whose gradients wait as sketches."""
     return mlp(64, depth, dtype=torch.float64)
-
-
-def weights(model):
-    return [parameter.detach().clone() for parameter in model.parameters()]
 
 
 def assert_same(one, other, atol):
