@@ -59,7 +59,8 @@ class AsyncScalar:
     """
 
     def __init__(self, scalar: Tensor) -> None:
-        self._value, self._event = scalar.detach(), None
+        # A copy where it is read late: what it was taken from may be overwritten by then.
+        self._value, self._event = scalar.detach().clone() if is_async(scalar) else scalar.detach(), None
         if scalar.device.type == "cuda":
             self._value = torch.empty((), dtype=scalar.dtype, device="cpu", pin_memory=True)
             self._value.copy_(scalar.detach(), non_blocking=True)

@@ -204,7 +204,7 @@ class LossTracker:
     def _record(self, value: float) -> None:
         self._history.append(value)
         for listener in self._listeners:
-            if listener.tells_mean:
+            if getattr(listener, "tells_mean", False):
                 return
         self.record_mean(value)
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
 from ..linalg.normalize import widen
+from ..tensors import is_async
 from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
@@ -93,7 +94,7 @@ class RowSparse(GradientOperator):
         ordered = rows[order]
         is_first = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
         places = is_first.cumsum(0) - 1
-        kept = min(int(places[-1]) + 1, count) if rows.device.type == "cpu" else len(rows)
+        kept = min(int(places[-1]) + 1, count) if not is_async(rows) else len(rows)
         wide = widen(values)
         total = wide.new_zeros((kept, values.shape[-1])).index_add_(0, places, wide[order])
         # Unused places keep the first row's number, with zeros.
