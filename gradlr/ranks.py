@@ -28,7 +28,7 @@ def decide_rank(loss: float, max_loss: float | None = None, max_rank: int = 8, m
 
     Source: the notebook's rule; the notebook lets the rank pass `max_rank` when the loss passes `max_loss`, this does not.
     """
-    if not all(isinstance(rank, int) for rank in (min_rank, max_rank)):
+    if not (isinstance(min_rank, int) and isinstance(max_rank, int)):
         raise ArgumentError(f"decide_rank: min_rank={min_rank!r}, max_rank={max_rank!r}; both must be ints")
     loss = float(loss)
     max_loss = loss if max_loss is None else float(max_loss)

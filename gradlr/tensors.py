@@ -21,6 +21,7 @@ class DeviceTraits(NamedTuple):
 
 
 _SYNCHRONOUS = DeviceTraits(is_async=False, widest_float=torch.float64)
+_UNKNOWN = DeviceTraits(is_async=True, widest_float=torch.float32)
 _TRAITS = {
     "cpu": _SYNCHRONOUS,
     "meta": _SYNCHRONOUS,
@@ -37,13 +38,14 @@ def device_traits(device: torch.device) -> DeviceTraits:
 
     To support a new kind of device, add its line to the table above.
     """
-    kind = device.type
-    return _OVERRIDES.get(kind) or _TRAITS.get(kind) or DeviceTraits(is_async=True, widest_float=torch.float32)
+    return _OVERRIDES.get(device.type) or _TRAITS.get(device.type, _UNKNOWN)
 
 
 def is_async(tensor: Tensor) -> bool:
     """Whether reading the tensor would make the host wait for its device."""
-    return device_traits(tensor.device).is_async
+    # As `device_traits`, which is a call more: this is asked several times for each gradient.
+    kind = tensor.device.type
+    return (_OVERRIDES.get(kind) or _TRAITS.get(kind, _UNKNOWN)).is_async
 
 
 class AsyncScalar:

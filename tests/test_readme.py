@@ -72,6 +72,7 @@ TABLES = {
     "quality-scratch": (BENCHMARKS, quality),
     "quality-minilm": (BENCHMARKS, quality),
     "quality-digits": (BENCHMARKS, quality),
+    "arithmetic": (BENCHMARKS, quality),
     "devices": (BENCHMARKS, devices),
     "study-pretrained": (STUDY, quality),
     "estimate": (MEMORY, estimate),

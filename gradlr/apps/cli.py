@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import GradlrError
 from . import demo, finetune
-from .bench import command as bench
+from .bench import bench_cli as bench
 from .estimate import estimate_cli as estimate
 
 COMMANDS = {

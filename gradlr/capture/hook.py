@@ -159,7 +159,7 @@ def operator_of(parameter: Tensor, gradient: Tensor, view: View, layout: Layout)
     # autograd hands over a view of a buffer that may still wait in other nodes, as of a sum of two parameters. Two hold the
     # storage where nobody else does: the tensor, and the object that is asked here.
     is_shared = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2
-    matrix = view.of(gradient.detach())
+    matrix = gradient.detach() if view.pattern is None else view.of(gradient.detach())
     # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
     is_ours = not (is_shared or gradient.requires_grad) and len(parameter._post_accumulate_grad_hooks or ()) == 1
     return Dense(matrix, is_owned=is_ours or not share_memory(matrix, gradient), layout=layout)

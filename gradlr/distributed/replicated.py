@@ -16,7 +16,7 @@ from ..engine.pending import Pending, as_dense, without_activations
 from ..engine.record import ParamRecord
 from ..engine.skipped_steps import SkippedSteps
 from ..engine.state_store import StateStore
-from ..engine.sync import Alone, StepStatus, SyncResult, apply_sync_result
+from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result
 from ..errors import ArgumentError, ParallelError
 from ..gradient import Dense, GradientOperator, RowSparse, Sketched
 from ..params.kinds import EMBEDDING
@@ -25,7 +25,7 @@ from .communicator import Communicator, ranks_named
 from .fingerprint import checksum, fingerprint, state_fingerprint
 
 
-class Replicated(Alone):
+class Replicated(Sync):
     """The other processes of a group, each with a replica of the model.
 
     Args:

@@ -14,7 +14,7 @@ from ..engine.pending import Pending
 from ..engine.record import ParamRecord
 from ..engine.skipped_steps import SkippedSteps
 from ..engine.state_store import StateStore
-from ..engine.sync import Alone, StepStatus, SyncResult, apply_sync_result, not_finite_message
+from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result, not_finite_message
 from ..errors import AttachError, ParallelError
 from ..gradient import GradientOperator
 from ..params.kinds import ParameterPlan
@@ -27,7 +27,7 @@ from .replicated import ranks_with_trouble
 from .sharded_state import full_state, local_state, shard_of
 
 
-class Sharded(Alone):
+class Sharded(Sync):
     """The other processes of a device mesh.
 
     Args:

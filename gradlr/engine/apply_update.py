@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,10 +14,17 @@ from ..tensors import share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
+_NARROW = (torch.bfloat16, torch.float16)
 
 
 def apply_update(
-    parameter: Tensor, view: View, update: Update, *, lr: float, weight_decay: float | Tensor, generator: torch.Generator
+    parameter: Tensor,
+    view: View,
+    update: Update,
+    *,
+    lr: float,
+    weight_decay: float | Tensor,
+    generator: torch.Generator | None,
 ) -> None:
     """`W ← (1 − ηλ) W − η (diag(row_scale) left rightᵀ + dense)`, in place.
 
@@ -26,50 +35,47 @@ def apply_update(
         update: The direction; its `dense` part is overwritten.
         lr: η.
         weight_decay: λ, decoupled; a 0-dim tensor on W's device where only the device knows it.
-        generator: Random numbers for the rounding, on W's device.
+        generator: Random numbers for the rounding, on W's device; None where nothing is rounded.
     """
     decay = 1 - lr * weight_decay
-    weight = view.of(parameter)
+    weight = parameter if view.pattern is None else view.of(parameter)
     if update.rows is not None:
         _write_rows(weight, update, lr, decay, generator)
+    elif weight.dtype in _NARROW or update.row_scale is not None:
+        _write_in_blocks(weight, update, lr, decay, generator)
     else:
-        for rows in _row_blocks(weight, is_whole=not _is_narrow(weight) and update.row_scale is None):
-            _write_block(weight[rows], _block(update, rows), lr, decay, generator)
-    if not share_memory(weight, parameter):
+        _subtract(weight, update, lr, decay)
+    if view.pattern is not None and not share_memory(weight, parameter):
         parameter.copy_(view.back(weight, parameter.shape))
 
 
-def _is_narrow(weight: Tensor) -> bool:
-    return weight.dtype in (torch.bfloat16, torch.float16)
+def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
+    """A block of rows at a time, so that what is widened or scaled on the way never has the size of the weight."""
+    for rows in _row_blocks(weight):
+        left = None if update.left is None else update.left[rows]
+        if left is not None and update.row_scale is not None:
+            left = left * update.row_scale[rows]
+        block = weight[rows]
+        wide = block.float() if weight.dtype in _NARROW else block
+        _subtract(wide, Update(left, update.right, None if update.dense is None else update.dense[rows]), lr, decay)
+        if wide is not block:
+            block.copy_(stochastic_round(wide, weight.dtype, generator=generator))
 
 
-def _row_blocks(weight: Tensor, *, is_whole: bool) -> list[tuple]:
-    # Indices of blocks of rows, so that what is widened or scaled on the way never has the size of the weight.
-    if is_whole or weight.ndim < 2 or weight.numel() <= _BLOCK_NUMBERS:
+def _row_blocks(weight: Tensor) -> list[tuple[Any, ...]]:
+    if weight.ndim < 2 or weight.numel() <= _BLOCK_NUMBERS:
         return [(...,)]
     size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // weight.numel())
     return [(..., slice(start, start + size), slice(None)) for start in range(0, weight.shape[-2], size)]
 
 
-def _block(update: Update, rows: tuple) -> Update:
-    left, scale, dense = (None if part is None else part[rows] for part in (update.left, update.row_scale, update.dense))
-    if scale is not None:
-        left = left * scale
-    return Update(left=left, right=update.right, dense=dense)
-
-
-def _write_block(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator) -> None:
-    wide = weight.float() if _is_narrow(weight) else weight
-    _subtract(wide, update, lr, decay)
-    if wide is not weight:
-        weight.copy_(stochastic_round(wide, weight.dtype, generator=generator))
-
-
-def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator) -> None:
+def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
     if isinstance(decay, Tensor) or decay != 1:
-        for rows in _row_blocks(table, is_whole=not _is_narrow(table)):
-            _write_block(table[rows], Update(), lr, decay, generator)
-    if not _is_narrow(table) or not len(update.rows):
+        if table.dtype in _NARROW:
+            _write_in_blocks(table, Update(), lr, decay, generator)
+        else:
+            table.mul_(decay)
+    if table.dtype not in _NARROW or not len(update.rows):
         table.index_add_(0, update.rows, update.dense.to(table.dtype), alpha=-lr)
         return
     wide = table[update.rows].float().add_(update.dense, alpha=-lr)

@@ -70,7 +70,8 @@ class AtStep(CommitPolicy):
         pending.scale(factor)
         prepared: list[Prepared] = []
         for record in pending.records():
-            prepared.append(self.committer.compute(record, pending.pop(record)))
+            gradient = pending.pop(record)
+            prepared.append(self.committer.compute(record, gradient, gradient.is_finite()))
             self.skipped.look(prepared[-1].is_finite, lambda record=record: self.checks.bad_gradient_message(record))
         if not self.skipped.reason:
             self.grad_norm = norm

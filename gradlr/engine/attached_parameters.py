@@ -101,8 +101,12 @@ class AttachedParameters:
             self._warn_of_unattached(model)
 
     def _require_same(self) -> None:
-        moved = [(owner, parameter) for owner, name, parameter in self._owners if self._has_moved(owner(), name, parameter)]
-        lost = [self._plans[id(parameter)].name for owner, parameter in moved if self._is_lost(owner(), parameter)]
+        # At every loss: two loops over what was noted, without a call for each parameter.
+        lost = []
+        for owner, name, parameter in self._owners:
+            module = owner()
+            if module is not None and module._parameters.get(name) is not parameter and self._is_lost(module, parameter):
+                lost.append(self._plans[id(parameter)].name)
         if lost:
             raise AttachError(
                 f"{len(lost)} of {len(self._plans)} parameters were replaced since attach ({lost[0]!r} first), so their hooks "
@@ -118,12 +122,9 @@ class AttachedParameters:
                     "opt.detach() and attach again"
                 )
 
-    def _has_moved(self, owner: nn.Module | None, name: str, parameter: Tensor) -> bool:
-        return owner is not None and owner._parameters.get(name) is not parameter
-
-    def _is_lost(self, owner: nn.Module | None, parameter: Tensor) -> bool:
+    def _is_lost(self, owner: nn.Module, parameter: Tensor) -> bool:
         # A parametrized weight has moved into a submodule of its owner; a gathered one comes back.
-        held = [] if owner is None else list(owner.parameters())
+        held = list(owner.parameters())
         if any(one is parameter for one in held):
             return False
         is_gathered = any(not is_sharded(one) or one.device_mesh not in self._meshes for one in held)  # type: ignore[attr-defined]

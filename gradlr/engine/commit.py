@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,7 +31,7 @@ class Writer(Protocol):
         *,
         lr: float,
         weight_decay: float | Tensor,
-        generator: torch.Generator,
+        generator: torch.Generator | None,
     ) -> None: ...
 
 
@@ -74,9 +73,14 @@ class Committer:
         self.writer: Writer = apply_update
         self.changed: list[str] = []
 
-    def compute(self, record: ParamRecord, gradient: GradientOperator) -> Prepared:
-        """Let the rule make an update of a gradient, which may be consumed."""
-        is_finite = gradient.is_finite()  # asked for before the rule consumes it
+    def compute(self, record: ParamRecord, gradient: GradientOperator, is_finite: Tensor) -> Prepared:
+        """Let the rule make an update of a gradient, which may be consumed.
+
+        Args:
+            record: The parameter.
+            gradient: Its gradient.
+            is_finite: `gradient.is_finite()`, which the caller has asked for already.
+        """
         context, old_state, rule = self.store.context(record), self.store.read(record), record.rule
         if rule.is_elementwise and not rule.accepts_row_factors:
             gradient = as_dense(gradient)
@@ -85,7 +89,7 @@ class Committer:
             update, new_state = checked(rule, rule.update(gradient, old_state, context), gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
             return Prepared(record, context, torch.zeros_like(is_finite), Update(), old_state)
-        is_finite = is_finite & all_finite([*update.parts(), *new_state.values()])
+        is_finite = is_finite & all_finite(update, new_state)
         prepared = Prepared(record, context, is_finite, update, new_state)
         if record.observer is not None and kept is not None:
             prepared.metrics = record.observer.measure_gradient(record, kept, update, context.step)
@@ -94,16 +98,17 @@ class Committer:
     def commit(self, prepared: Prepared) -> None:
         """Write an update and its state, on an asynchronous device only where its flag says so. The only place that does."""
         record, update, is_finite = prepared.record, prepared.update, prepared.is_finite
-        parameter, group = record.plan.parameter, self.store.group(record)
+        parameter, group = record.plan.parameter, self.store.groups[record.group_index]
         new_state, generator = self.store.narrowed(record, prepared.new_state, prepared.context.step)
         lr, decay = float(group["lr"]), group["weight_decay"]
         if is_async(is_finite):
             update, new_state = keep_where(is_finite, update, new_state, self.store.of(record))
             decay = decay * is_finite.to(compute_dtype_and_device(parameter)["dtype"]) if decay else decay
         if record.observer is not None and prepared.metrics is not None:
-            weight = record.plan.view.of(parameter)
-            record.metrics = record.observer.measure_update(prepared.metrics, weight, update, lr=lr, weight_decay=decay)
-        self.writer(local(parameter), record.plan.view, update, lr=lr, weight_decay=decay, generator=generator)
+            matrix = record.plan.view.of(parameter)
+            record.metrics = record.observer.measure_update(prepared.metrics, matrix, update, lr=lr, weight_decay=decay)
+        weight = local(parameter) if record.is_dtensor else parameter
+        self.writer(weight, record.plan.view, update, lr=lr, weight_decay=decay, generator=generator)
         self.store.write(record, new_state)
         self.bases.forget(record)
         self.changed.append(record.plan.name)
@@ -136,9 +141,10 @@ def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tupl
     return result
 
 
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """0-dim boolean: whether the sums of all tensors are finite, and with them every entry. Never waits for a device."""
-    finite = [tensor.sum().isfinite() for tensor in tensors]
+def all_finite(update: Update, state: State) -> Tensor:
+    """0-dim boolean: whether the sums of all their tensors are finite, and with them every entry. Never waits for a device."""
+    parts = (update.left, update.right, update.row_scale, update.dense, *state.values())
+    finite = [part.sum().isfinite() for part in parts if part is not None]
     return torch.stack(finite).all() if finite else torch.tensor(True, device="cpu")
 
 

@@ -17,14 +17,18 @@ class InBackward(CommitPolicy):
         if self._dropped_serial == self.tracker.serial:
             self.bases.forget(record)
             return
-        layout = record.plan.layout
-        is_finite = gradient.is_finite()
-        if layout.is_whole and not is_async(is_finite):
-            self.checks.require_finite(record, is_finite)  # rules are promised finite gradients
-        prepared = self.committer.compute(record, gradient)
-        # Of a sharded parameter each process takes part in what the others compute, and all hear of what is not finite.
-        prepared.is_finite = ~layout.anywhere(~prepared.is_finite)
-        self.checks.require_finite(record, prepared.is_finite)
+        layout, is_finite = record.plan.layout, gradient.is_finite()
+        is_late = is_async(is_finite)
+        if layout.is_whole and not is_late and not is_finite:
+            raise self.checks.not_finite(record)  # rules are promised finite gradients
+        prepared = self.committer.compute(record, gradient, is_finite)
+        if not layout.is_whole:
+            # Each process takes part in what the others compute, and all hear of what is not finite.
+            prepared.is_finite = ~layout.anywhere(~prepared.is_finite)
+        if is_late:
+            self.checks.read_later(record, prepared.is_finite)
+        elif not prepared.is_finite:
+            raise self.checks.not_finite(record)
         self.committer.commit(prepared)
 
     def _on_bad_loss(self) -> None:

@@ -76,8 +76,9 @@ class LoopChecks:
         """
         tracker = self._tracker
         self._interrupted, self._broken = self.interrupted, ()
-        self.raise_unread()
-        if self._is_interrupted():
+        if self._unread_scales or self._unread_flags:
+            self.raise_unread()
+        if tracker.open_backwards and self._is_interrupted():
             self._discard_interrupted()
             self._warn(self._interrupted_message(self.changed, pending))
         elif tracker.has_begun and not tracker.has_gradient and not self._may_be_silent:
@@ -136,16 +137,13 @@ class LoopChecks:
         if self._last_serial != tracker.serial:
             self._loss_count, self._last_serial = self._loss_count + 1, tracker.serial
 
-    def require_finite(self, record: ParamRecord, is_finite: Tensor) -> None:
-        """Raise now where the flag can be read without waiting, at the next loss where the device runs behind the host.
+    def not_finite(self, record: ParamRecord) -> NonFiniteError:
+        """A gradient, or what a rule made of it, is not finite, and the host knows before anything is written."""
+        return NonFiniteError(f"{self.bad_gradient_message(record)}. {changed_message(self.changed)}. {_SKIP_ADVICE}")
 
-        Raises:
-            NonFiniteError: the flag is False.
-        """
-        if is_async(is_finite):
-            self._unread_flags.append((record.plan.name, self._tracker.count, AsyncScalar(is_finite)))
-        elif not is_finite:
-            raise NonFiniteError(f"{self.bad_gradient_message(record)}. {changed_message(self.changed)}. {_SKIP_ADVICE}")
+    def read_later(self, record: ParamRecord, is_finite: Tensor) -> None:
+        """Read a 0-dim flag at the next loss: its device runs behind the host."""
+        self._unread_flags.append((record.plan.name, self._tracker.count, AsyncScalar(is_finite)))
 
     def bad_gradient_message(self, record: ParamRecord) -> str:
         """Why a step is left out: a gradient, or what a rule made of it."""

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..errors import GradlrError
 from ..gradient import GradientOperator
-from ..tensors import full_precision
 from ..tracker import LossTracker
 from .attached_parameters import AttachedParameters
 from .bases import Bases
@@ -36,6 +35,7 @@ class CommitPolicy:
 
     Attributes:
         grad_norm: Global norm of the last step's gradients, 0-dim; None before the first, and where backward updates.
+        tells_mean: Whether the tracker hears of the mean loss of several processes from here.
     """
 
     grad_norm: Tensor | None = None
@@ -56,20 +56,16 @@ class CommitPolicy:
         self.tracker, self.store, self.committer, self.pending = tracker, store, committer, pending
         self.checks, self.attached, self.skipped, self.bases, self.sync = checks, attached, skipped, bases, sync
         self._followers = [record for record in store.records if not record.rule.is_elementwise]
+        self.tells_mean = sync.tells_mean
         self._bad_loss: str | None = None
         # Number of autograd's graph task whose gradients are to be left out, and why.
         self._bad_backward: tuple[int, str] | None = None
-
-    @property
-    def tells_mean(self) -> bool:
-        """Whether the tracker hears of the mean loss of several processes from here."""
-        return self.sync.tells_mean
 
     @torch.no_grad()
     def on_loss(self, tracker: LossTracker) -> None:
         """A loss was shown: tell what went wrong since the last one, then fix the ranks."""
         self.read_skipped()
-        self.checks.on_loss(pending=len(self.pending))
+        self.checks.on_loss(pending=len(self.pending.gradients))
         if tracker.open_backwards:
             self.reset()
         self.attached.check()
@@ -101,7 +97,7 @@ class CommitPolicy:
             self.checks.on_gradient(record)
             if self._bad_backward is not None:
                 self._leave_out_bad_backward()
-            with full_precision(gradient.device):
+            with torch.autocast(gradient.device.type, enabled=False):  # the rule computes in float32 or wider
                 self._take(record, gradient)
         except GradlrError:
             self.reset()

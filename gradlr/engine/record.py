@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
@@ -13,7 +14,7 @@ from ..params.groups import ParameterGroup
 from ..params.kinds import ParameterPlan
 from ..ranks import RankInputs, RankSchedule, resolve_rank
 from ..rules import Rule, UpdateContext
-from ..tensors import compute_dtype_and_device
+from ..tensors import compute_dtype_and_device, is_sharded
 
 
 class UpdateObserver(Protocol):
@@ -43,6 +44,8 @@ class ParamRecord:
         capture: "hook", or how its layer hands the gradient over: "adaptor", "one_sided", "rows".
         observer: Wants the numbers of the next updates; None where nobody does.
         metrics: Those of the last update that was observed.
+        is_dtensor: Whether the parameter is spread over the processes of a device mesh.
+        is_narrow: Whether its weights are rounded stochastically.
     """
 
     index: int
@@ -57,6 +60,10 @@ class ParamRecord:
     capture: str = "hook"
     observer: UpdateObserver | None = None
     metrics: Any = None
+
+    def __post_init__(self) -> None:
+        self.is_dtensor = is_sharded(self.plan.parameter)
+        self.is_narrow = self.plan.parameter.dtype in (torch.bfloat16, torch.float16)
 
     def follow_loss(self, ratio: float) -> None:
         """Set the rank to what the schedule gives for loss over maximal loss.

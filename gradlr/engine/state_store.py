@@ -67,25 +67,30 @@ class StateStore:
 
     def read(self, record: ParamRecord) -> State:
         """The rule's state, in the dtype that it computes in."""
-        entries = self.of(record).items()
-        return {key: value.float() if value.dtype == self.dtype else value for key, value in entries if key != "step"}
+        entries = self._states[record.plan.parameter].copy()
+        del entries["step"]
+        if self.dtype != torch.float32:
+            entries |= {key: value.float() for key, value in entries.items() if value.dtype == self.dtype}
+        return entries
 
     def write(self, record: ParamRecord, entries: State) -> None:
         """Keep the state after an update, which was narrowed, and count it."""
-        state = self.of(record)
+        state = self._states[record.plan.parameter]
         state.update(entries, step=state["step"] + 1)
 
     def uncount(self, record: ParamRecord) -> None:
         """The device has left the last update out."""
         self.of(record)["step"] -= 1
 
-    def narrowed(self, record: ParamRecord, entries: State, step: int) -> tuple[State, torch.Generator]:
-        """Entries in the dtype in which they are kept, and the random numbers that the weight is to be rounded with.
+    def narrowed(self, record: ParamRecord, entries: State, step: int) -> tuple[State, torch.Generator | None]:
+        """Entries in the dtype in which they are kept, and the random numbers that a narrow weight is to be rounded with.
 
         Where a parameter is sharded, what several processes hold alike is rounded alike, so that their bases stay the same: by
         random numbers that depend on the part which an entry is, not on the process.
         """
         layout, device = record.plan.layout, record.plan.parameter.device
+        if self.dtype == torch.float32 and not record.is_narrow:  # nothing is rounded
+            return entries, None
         if self.dtype != torch.float32 and not layout.is_whole:
             for place, (key, value) in enumerate(list(entries.items()), 1):
                 seed = self.seed

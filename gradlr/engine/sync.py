@@ -73,8 +73,8 @@ class OneProcess:
         """There is nobody who waits."""
 
 
-class Sync(Protocol):
-    """What the engine asks about the other processes; every implementation answers all of it.
+class Sync:
+    """What the engine asks about the other processes. As it stands: there are none, and this one trains alone.
 
     Attributes:
         comm: Talks to them.
@@ -87,25 +87,31 @@ class Sync(Protocol):
         hooks_only: Whether no layer can hand over its gradient unformed.
     """
 
-    comm: Comm
-    tells_mean: bool
-    ranks_follow: str
-    shares_bases: bool
-    may_be_silent: bool
-    norm_in_groups: bool
-    hooks_only: bool
+    comm: Comm = OneProcess()
+    tells_mean = False
+    ranks_follow = "loss"
+    shares_bases = False
+    may_be_silent = False
+    norm_in_groups = True
+    hooks_only = False
 
     def join(self, model: nn.Module, store: StateStore, options: Mapping[str, Any]) -> None:
         """See that all processes train the same; the engine is complete."""
 
     def on_loss(self, tracker: LossTracker, store: StateStore) -> str | None:
         """A loss was shown: why everything that its backward brings is to be left out; None where nothing speaks against it."""
+        value = tracker.value
+        if value is None or math.isfinite(value) or not tracker.is_current:
+            return None
+        return f"loss number {tracker.count} is {value}"
 
     def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator:
         """The form in which a step's first gradient of a parameter waits; further ones are added with `add_`."""
+        return pending.sketched(record, gradient)
 
     def energy(self, record: ParamRecord, energy: Tensor | None, held: GradientOperator) -> Tensor:
         """What the waiting gradient adds to the squared norm shown here, 0-dim float64; `energy` where it is known already."""
+        return held.squared_norm() if energy is None else energy
 
     def check(self, pending: Pending) -> None:
         """Raise where something was done to what waits that each process would do to its own part of it."""
@@ -120,68 +126,30 @@ class Sync(Protocol):
         Raises:
             ParallelError: another process came with an error, or is missing.
         """
+        return SyncResult()
 
     def all_finite(self, skipped: SkippedSteps) -> Tensor | None:
         """Whether every process may write its updates: a 0-dim flag on the device; None where the host knows."""
+        return skipped.verdict()
 
     def full_state(self, record: ParamRecord, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state of all shards of a parameter, for a checkpoint; collective where it is sharded."""
+        return dict(state)
 
     def local_state(self, record: ParamRecord, saved: dict[str, Any]) -> Any:
         """Of a checkpoint's state of a parameter what belongs here."""
+        return saved_entries(record, saved)
 
     def shard_of(self, record: ParamRecord, key: str, value: Tensor) -> tuple[int, ...]:
         """Which part of a state entry lies here: equal where several processes hold the same one."""
+        return ()
 
     def assert_same_state(self, store: StateStore, options: Mapping[str, Any]) -> None:
         """See that all processes have loaded the same checkpoint."""
 
 
-class Alone:
+class Alone(Sync):
     """One process trains the model."""
-
-    comm: Comm = OneProcess()
-    tells_mean = False
-    ranks_follow = "loss"
-    shares_bases = False
-    may_be_silent = False
-    norm_in_groups = True
-    hooks_only = False
-
-    def join(self, model: nn.Module, store: StateStore, options: Mapping[str, Any]) -> None:
-        return None
-
-    def on_loss(self, tracker: LossTracker, store: StateStore) -> str | None:
-        return bad_loss_message(tracker)
-
-    def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator:
-        return pending.sketched(record, gradient)
-
-    def energy(self, record: ParamRecord, energy: Tensor | None, held: GradientOperator) -> Tensor:
-        return held.squared_norm() if energy is None else energy
-
-    def check(self, pending: Pending) -> None:
-        return None
-
-    def exchange(
-        self, pending: Pending, losses: Sequence[float], skipped: SkippedSteps, *, has_failed: bool = False
-    ) -> SyncResult:
-        return SyncResult()
-
-    def all_finite(self, skipped: SkippedSteps) -> Tensor | None:
-        return skipped.verdict()
-
-    def full_state(self, record: ParamRecord, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return dict(state)
-
-    def local_state(self, record: ParamRecord, saved: dict[str, Any]) -> Any:
-        return saved_entries(record, saved)
-
-    def shard_of(self, record: ParamRecord, key: str, value: Tensor) -> tuple[int, ...]:
-        return ()
-
-    def assert_same_state(self, store: StateStore, options: Mapping[str, Any]) -> None:
-        return None
 
 
 def saved_entries(record: ParamRecord, saved: dict[str, Any]) -> Any:
@@ -193,13 +161,6 @@ def saved_entries(record: ParamRecord, saved: dict[str, Any]) -> Any:
     if not isinstance(entries, dict):
         return entries
     return {key: value.full_tensor() if hasattr(value, "full_tensor") else value for key, value in entries.items()}
-
-
-def bad_loss_message(tracker: LossTracker) -> str | None:
-    """Why a loss is left out; None where it is finite, or still on its way from the device."""
-    if not tracker.is_current or tracker.value is None or math.isfinite(tracker.value):
-        return None
-    return f"loss number {tracker.count} is {tracker.value}"
 
 
 def not_finite_message(ranks: Sequence[int], own_rank: int, own_reason: str) -> str:

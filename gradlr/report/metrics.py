@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -95,7 +96,7 @@ class Observer:
         return replace(metrics, update_norm=norm, relative_update=norm / energy_of(weight.detach()).sqrt())
 
 
-class Observation:
+class Observation(AbstractContextManager["Observation"]):
     """Observes parameters from now on, until `stop()` or the end of a `with` block. The numbers seen last stay.
 
     Args:
@@ -127,9 +128,6 @@ class Observation:
             if not record.observer.observations:
                 record.observer = None
         self._records = {}
-
-    def __enter__(self) -> Observation:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         self.stop()

@@ -61,8 +61,12 @@ class Report:
 
     @property
     def totals(self) -> dict[str, float]:
-        """Over all parameters: "weights", "state_bytes", "state_share" of what AdamW would keep, "rank_mean" of those that have a
-        rank, "gradient_norm" and "update_norm" of the observed ones, and their captured "energy", where each is known."""
+        """Over all parameters, by name; what nothing is known of is left out.
+
+        Returns:
+            "weights", "state_bytes", "state_share" of what AdamW would keep, and "rank_mean" of those that have a rank; of the
+            observed ones "gradient_norm", "update_norm", and "energy", the captured share of all their squared gradients.
+        """
         weights, size = sum(math.prod(row.shape) for row in self.rows), sum(_known(self.rows, "state_bytes"))
         share = {"state_share": size / (ADAMW_BYTES_PER_WEIGHT * weights)} if weights else {}
         ranks = _known(self.rows, "rank")
@@ -119,7 +123,10 @@ def report(records: Iterable[ParamRecord], state: Mapping[Tensor, dict[str, Tens
 
 
 def describe(
-    records: Sequence[ParamRecord], groups: Sequence[dict[str, Any]], state: Mapping[Tensor, dict[str, Tensor]], **options: object
+    records: Sequence[ParamRecord],
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    **options: str | float | None,
 ) -> str:
     """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, capture, lr, bytes of state.
 
@@ -136,10 +143,9 @@ def describe(
         what = (plan.name, _format_shape(plan.parameter.shape), plan.kind, view, record.rule.name)
         rows.append((*what, *ranks, record.capture, *rates, format_bytes(size)))
     header = ("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "decay", "state")
-    texts = {
-        name: f'"{value}"' if isinstance(value, str) else f"{value:g}" for name, value in options.items() if value is not None
-    }
-    title = f"GradLR({', '.join(f'{name}={text}' for name, text in texts.items())})"
+    given = {name: value for name, value in options.items() if value is not None}
+    texts = [f'{name}="{value}"' if isinstance(value, str) else f"{name}={value:g}" for name, value in given.items()]
+    title = f"GradLR({', '.join(texts)})"
     totals = _state_message(len(records), sum(record.plan.here.numel() for record in records), sum(sizes))
     totals += "" if all(record.plan.layout.is_whole for record in records) else " (in this process)"
     return "\n  ".join([title, *aligned(header, rows), totals])

@@ -122,16 +122,18 @@ class TrackedMomentum(Rule):
         is_moving, (_, scale, scale_ahead) = peaks[..., :1] > 0, peaks.clamp(min=tiny).split(1, dim=-1)
         direction = newton_schulz_by_gram(ahead / scale_ahead, axis=columns)
         rotation = self._leading(averaged / scale, overlap, context)
-        length = update_scale(layout.whole(gradient.shape))
+        whole = layout.whole(gradient.shape)
+        length, open_directions = update_scale(whole), min(whole[-2:]) - context.rank
         update = Update(left=basis * length, right=direction * is_moving)
-        if self.residual and isinstance(gradient, Dense):
-            update.dense = self._residual(gradient, basis, seen, length, layout)
+        if self.residual and open_directions > 0 and isinstance(gradient, Dense):
+            size = self.residual * length * open_directions**0.5
+            update.dense = _residual(gradient, basis, seen, size, layout)
         return update, {"P": basis @ rotation, "R": averaged @ rotation}
 
     def _test_matrix(
         self, state: State, context: UpdateContext, covariance_matmul: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
-        """The momentum's directions, of unit length, and Gaussian columns behind them and where there is none: (..., n, r)."""
+        """The momentum's directions, and Gaussian columns behind them and where there is none: (..., n, r)."""
         # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
         right, rank, columns = state["R"], context.rank, context.layout.columns
         tiny = torch.finfo(right.dtype).tiny
@@ -140,8 +142,8 @@ class TrackedMomentum(Rule):
             fresh = normalize_columns(covariance_matmul(fresh))
         peaks = columns.column_peaks(right)
         is_known = peaks > _MOMENTUM_RTOL * peaks.amax(dim=-1, keepdim=True)
+        # Of ordinary size; lengths do not matter, since what is made of these columns is orthonormalized.
         known = right[..., :rank] / peaks[..., :rank].clamp(min=tiny)
-        known = known * columns.all_reduce_sum(known.square().sum(dim=-2, keepdim=True)).clamp_(min=tiny).rsqrt_()
         return _filled(known, is_known[..., :rank], fresh)
 
     def _leading(self, averaged: Tensor, overlap: Tensor, context: UpdateContext) -> Tensor:
@@ -159,22 +161,19 @@ class TrackedMomentum(Rule):
             start = cholesky_qr(products @ start)
         return pad(start, (0, k - start.shape[-1]))
 
-    def _residual(self, gradient: Dense, basis: Tensor, seen: Tensor, length: float, layout: Layout) -> Tensor | None:
-        """α · (G − B zᵀ), spread over all directions, with the Frobenius norm of as many unit ones as the basis leaves open."""
-        open_directions = min(layout.whole(gradient.shape)[-2:]) - basis.shape[-1]
-        if open_directions <= 0:
-            return None
-        rest = gradient.consume()
-        before = largest_entry(rest)
-        if rest.ndim == 2:
-            rest.addmm_(basis, seen.mT, alpha=-1)
-        else:
-            rest -= basis @ seen.mT
-        before, peak = layout.all_reduce_max(torch.cat([before, largest_entry(rest)], dim=-1)).split(1, dim=-1)
-        spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
-        energy = layout.all_reduce_sum(torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True) ** 2)
-        scale = self.residual * length * open_directions**0.5 * energy.rsqrt()
-        return spread.mul_(torch.where((peak > _RESIDUAL_RTOL * before) & (energy > 0), scale, 0.0))
+
+def _residual(gradient: Dense, basis: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
+    """G − B zᵀ, spread over all directions by normalizing rows and columns, with Frobenius norm `size`."""
+    rest = gradient.consume()
+    before = largest_entry(rest)
+    if rest.ndim == 2:
+        rest.addmm_(basis, seen.mT, alpha=-1)
+    else:
+        rest -= basis @ seen.mT
+    before, peak = layout.all_reduce_max(torch.cat([before, largest_entry(rest)], dim=-1)).split(1, dim=-1)
+    spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
+    energy = layout.all_reduce_sum(torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True) ** 2)
+    return spread.mul_(torch.where((peak > _RESIDUAL_RTOL * before) & (energy > 0), size * energy.rsqrt(), 0.0))
 
 
 def _filled(columns: Tensor, is_known: Tensor, fresh: Tensor) -> Tensor:

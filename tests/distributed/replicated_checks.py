@@ -103,7 +103,7 @@ def hooks_equal_one_process(rank, size):
 
 @check(2)
 def accumulation_equals_one_process(rank, size):
-    compare_with_one_process(rank, size, micro=2, max_grad_norm=0.5, max_norm_growth=1.5)
+    compare_with_one_process(rank, size, micro=2, max_grad_norm=0.5)
 
 
 @check(2, 4)

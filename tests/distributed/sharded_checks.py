@@ -166,7 +166,7 @@ def forms_seen():
 @check(2, 4)
 def fsdp_at_step_equals_one_process(rank, size):
     with forms_seen() as seen:
-        compare_with_one_process(rank, size, apply="step", max_grad_norm=0.5, max_norm_growth=1.5)
+        compare_with_one_process(rank, size, apply="step", max_grad_norm=0.5)
     assert seen == {"Sketched"}
 
 
@@ -550,7 +550,7 @@ def wrapping_after_attaching_is_told(rank, size):
     model = net()
     tracker, opt = attach_alone(model)
     ddp = nn.parallel.DistributedDataParallel(model)
-    with pytest.raises(gradlr.AttachError, match=r"wrapped in DistributedDataParallel.* capture=\"ddp\" before"):
+    with pytest.raises(gradlr.AttachError, match="wrapped in DistributedDataParallel.*process_group="):
         tracker(loss_of(ddp, tokens_of(0)))
     assert opt is not None
 

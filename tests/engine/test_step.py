@@ -11,7 +11,8 @@ import gradlr
 from gradlr import ArgumentError, GradlrWarning
 from gradlr.rules import TrackedMomentum
 
-pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+pytestmark = [pytest.mark.also_asynchronous, pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")]
+LATE = pytest.mark.synchronous("told one loss late there: test_asynchronous.py")
 
 PLAIN = {"rule": TrackedMomentum(residual=0), "apply": "step"}
 CAPTURES = pytest.mark.parametrize("capture", ["hook", "adaptor"])
@@ -127,6 +128,7 @@ def test_clipping_between_micro_batches_scales_what_has_come_so_far():
         torch.testing.assert_close(opt.pending.gradients.get(record.index).matrix, expected, rtol=1e-12, atol=0)
 
 
+@LATE
 @pytest.mark.parametrize("is_between", [False, True])
 def test_clipping_by_value_is_refused_whole(is_between):
     model = wide()
@@ -171,36 +173,11 @@ def test_a_layer_used_twice_in_one_backward_enters_with_its_sketch_where_its_use
     assert (opt.grad_norm < 0.99 * gradient.norm().item()) is (capture == "adaptor")
 
 
-def test_the_growth_of_the_norm_is_limited_and_resumes(tmp_path):
-    def run(model, factors, state=None):
-        _, tracker, opt = attached(model, max_norm_growth=1.5, **PLAIN)
-        if state is not None:
-            opt.load_state_dict(state)
-        norms = []
-        for factor in factors:
-            tracker(loss_of(model, factor)).backward()
-            opt.step()
-            norms.append(opt.limit.last.item())
-        return norms, opt
-
-    model = wide()
-    norms, opt = run(model, (1.0, 100.0, 100.0))
-    assert norms[1] == pytest.approx(1.5 * norms[0]) and norms[2] == pytest.approx(1.5 * norms[1])
-    torch.save(opt.state_dict(), tmp_path / "opt.pt")
-    saved, opt_weights = torch.load(tmp_path / "opt.pt", weights_only=True), copy.deepcopy(model.state_dict())
-    opt.detach()
-    resumed = wide()
-    resumed.load_state_dict(opt_weights)
-    norms_after, _ = run(resumed, (100.0,), saved)
-    assert norms_after[0] == pytest.approx(1.5 * norms[2])
-
-
-@pytest.mark.parametrize("option", ["max_grad_norm", "max_norm_growth"])
-def test_a_limit_needs_step(option):
+def test_a_limit_needs_step():
     with pytest.raises(ArgumentError, match='apply="step"'):
-        attached(**{option: 2.0})
-    with pytest.raises(ArgumentError, match=option):
-        attached(**{option: 0.0}, apply="step")
+        attached(max_grad_norm=2.0)
+    with pytest.raises(ArgumentError, match="max_grad_norm"):
+        attached(max_grad_norm=0.0, apply="step")
 
 
 # -- skipping ----------------------------------------------------------------------------------------------------------
@@ -211,6 +188,7 @@ def spoiled(model, name, bad=float("nan")):
     return dict(model.named_parameters())[name].register_hook(lambda gradient: gradient * bad)
 
 
+@LATE
 @pytest.mark.parametrize("name", ["0.weight", "2.bias"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_gradient_that_is_not_finite_leaves_the_whole_step_out(name, bad):
@@ -239,6 +217,7 @@ def test_one_gradient_that_is_not_finite_leaves_the_whole_step_out(name, bad):
     assert_same(weights(undisturbed), weights(model), atol=0)  # no generator has moved either
 
 
+@LATE
 def test_a_norm_that_is_not_finite_leaves_the_step_out():
     model = mlp(16, 1)
     _, tracker, opt = attached(model, apply="step", max_grad_norm=1.0)

@@ -9,8 +9,8 @@ import gradlr
 from gradlr import ArgumentError
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.apps.finetune import fits
-from gradlr.apps.finetune.losses import cross_entropy
 from gradlr.apps.finetune.model import BuiltinModel, enable_checkpointing
+from gradlr.apps.finetune.packing import cross_entropy
 from gradlr.apps.finetune.pretrained import PretrainedModel
 
 OPTIONS = {"apply": "backward", "capture": "hook"}

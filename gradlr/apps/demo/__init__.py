@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import ArgumentError
 from ..bench.environment import require_device
 from .results import print_table, write_figure, write_results
-from .training import METHODS, Plan, model_path, resume_path, train
+from .training import METHODS, Plan, resume_path, train
 
 INTERRUPTED_STATUS = 130
 
@@ -47,5 +47,5 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"wrote {write_figure(records, out)}\nwrote {write_results(records, plan, out)}")
     for record in records:  # once everything is written, the next call starts anew
         resume_path(out, record.method).unlink(missing_ok=True)
-    print(f"wrote {model_path(out, 'gradlr')}: load it with gradlr.apps.bench.pretrain.load_pretrained(path)")
+    print(f"wrote {out / 'gradlr-fine-tuned.pt'}: load it with gradlr.apps.bench.pretrain.load_pretrained(path)")
     return 0

@@ -49,15 +49,12 @@ def write_figure(records: list[Record], folder: Path) -> Path:
 
     figure = Figure(figsize=(13, 3.9), layout="constrained")
     FigureCanvasAgg(figure)
-    loss_axes, rank_axes, memory_axes = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
-    _draw_losses(loss_axes, records)
-    _draw_ranks(rank_axes, records)
-    _draw_memory(memory_axes, records)
-    for axes in (loss_axes, rank_axes, memory_axes):
+    panels = figure.subplots(1, 3, width_ratios=(1.25, 1, 1))
+    for draw, axes in zip((_draw_losses, _draw_ranks, _draw_memory), panels, strict=True):
+        draw(axes, records)
         axes.spines[["top", "right"]].set_visible(False)
-    path = folder / "report.png"
-    figure.savefig(path, dpi=120)
-    return path
+    figure.savefig(folder / "report.png", dpi=120)
+    return folder / "report.png"
 
 
 def _draw_losses(axes: Axes, records: list[Record]) -> None:

@@ -23,7 +23,6 @@ from ...report.summary import format_bytes
 from ..bench.language import FineTuning
 from ..bench.memory import peak_bytes
 from ..bench.train_steps import Baseline, TrainStep, adamw, gradlr
-from ..bench.transformer import ByteTransformer
 from ..progress import Progress
 from ..signals import deferred_signals
 
@@ -77,11 +76,6 @@ def resume_path(folder: Path, method: str) -> Path:
     return folder / f"{method}-resume.pt"
 
 
-def model_path(folder: Path, method: str) -> Path:
-    """Where the fine-tuned model is left."""
-    return folder / f"{method}-fine-tuned.pt"
-
-
 def train(method: Baseline, plan: Plan, folder: Path, *, is_fresh: bool) -> Record:
     """Fine-tune the shipped transformer by one method, or go on where it was interrupted.
 
@@ -100,7 +94,7 @@ def train(method: Baseline, plan: Plan, folder: Path, *, is_fresh: bool) -> Reco
     path, record = resume_path(folder, method.name), Record(method.name, method.label)
     saved = None if is_fresh else _load_resume_point(path, plan)
     if saved is None:
-        record.peak_bytes = _measure_peak(method, model, workload, plan.seed)
+        record.peak_bytes = _measure_peak(method, model, workload, plan)
     train_step = method.make(model, method.rates[0])
     if saved is not None:
         record = Record(**saved["record"])
@@ -112,7 +106,7 @@ def train(method: Baseline, plan: Plan, folder: Path, *, is_fresh: bool) -> Reco
     record.weights = sum(parameter.numel() for parameter in parameters)
     record.state_numbers, record.state_bytes = train_step.state_numbers(parameters), train_step.state_bytes()
     fine_tuned = {"config": model.config, "model": model.state_dict(), "validation_loss": record.validation[-1][1]}
-    write_atomically(model_path(folder, method.name), partial(torch.save, fine_tuned))
+    write_atomically(folder / f"{method.name}-fine-tuned.pt", partial(torch.save, fine_tuned))
     return record
 
 
@@ -149,10 +143,10 @@ def _step(train_step: TrainStep, record: Record, compute: Callable[[], Tensor]) 
             record.ranks.append(max(one.rank for one in optimizer.records if one.plan.kind == MATRIX))
 
 
-def _measure_peak(method: Baseline, model: ByteTransformer, workload: FineTuning, seed: int) -> int:
+def _measure_peak(method: Baseline, model: nn.Module, workload: FineTuning, plan: Plan) -> int:
     """Bytes above the weights at the worst moment of two steps on a copy of the model, state included."""
     copied = copy.deepcopy(model)
-    compute = next(workload.losses(copied, seed))
+    compute = next(workload.losses(copied, plan.seed))
 
     def work() -> TrainStep:
         train_step = method.make(copied, method.rates[0])
@@ -160,7 +154,7 @@ def _measure_peak(method: Baseline, model: ByteTransformer, workload: FineTuning
             train_step.step(compute)
         return train_step
 
-    return peak_bytes(work, next(model.parameters()).device)
+    return peak_bytes(work, plan.device)
 
 
 def _load_resume_point(path: Path, plan: Plan) -> dict[str, Any] | None:

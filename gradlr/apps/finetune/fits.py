@@ -16,8 +16,8 @@ from ...errors import ArgumentError
 from ...report.summary import format_bytes
 from ..estimate import Estimate, estimate
 from ..sharding import blocks_of
-from .losses import cross_entropy
 from .model import BuiltinModel, enable_checkpointing
+from .packing import cross_entropy
 
 if TYPE_CHECKING:
     from .pretrained import PretrainedModel

@@ -196,7 +196,14 @@ def join(shard: str | None, device: str) -> Iterator[Workers]:
     own = _own_device(device)
     require_device(own)
     try:
-        _init_process_group("nccl" if own.startswith("cuda") else "gloo")
+        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+        # torchrun keeps its store when it starts processes again, and gloo would look for the dead in it.
+        own_store = distributed.PrefixStore(f"gradlr attempt {_restarts()}", store)
+        backend = "nccl" if own.startswith("cuda") else "gloo"
+        distributed.init_process_group(backend, store=own_store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except RuntimeError as error:
+        raise ParallelError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
+    try:
         yield (ReplicaWorkers if shard == "dp" else ShardWorkers)(own)
     except distributed.DistError as error:
         reason = str(error).splitlines()[0]
@@ -204,16 +211,6 @@ def join(shard: str | None, device: str) -> Iterator[Workers]:
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
-
-
-def _init_process_group(backend: str) -> None:
-    try:
-        store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
-        # torchrun keeps its store when it starts processes again, and gloo would look for the dead in it.
-        own = distributed.PrefixStore(f"gradlr attempt {_restarts()}", store)
-        distributed.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
-    except RuntimeError as error:
-        raise ParallelError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
 
 
 def _own_device(device: str) -> str:

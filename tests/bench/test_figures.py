@@ -1,10 +1,10 @@
-"""The picture shows every row of a report, and tells what it cannot draw."""
+"""The pictures show every row of a report, and tell what they cannot draw."""
 
 import json
 
 import pytest
 
-from gradlr.apps.bench import pareto, study
+from gradlr.apps.bench import figures
 from gradlr.apps.cli import main
 from gradlr.errors import ArgumentError
 
@@ -19,7 +19,7 @@ def report(**more):
 
 
 def test_each_panel_holds_every_row_that_did_not_diverge():
-    figure = pareto.draw([report(), report()])
+    figure = figures.draw("pareto", [report(), report()])
     assert len(figure.axes) == 4
     for axes in figure.axes:
         assert sorted(text.get_text() for text in axes.texts if text.get_text()) == ["AdamW", "k4 r64"]
@@ -33,9 +33,9 @@ def test_each_panel_holds_every_row_that_did_not_diverge():
 
 def test_the_front_holds_what_nothing_beats_in_both():
     points = [(1, 5), (2, 6), (2, 4), (3, 4), (4, 1), (0, 9)]
-    assert pareto.front(points) == [(0, 9), (1, 5), (2, 4), (4, 1)]
+    assert figures.front(points) == [(0, 9), (1, 5), (2, 4), (4, 1)]
     dominated = {p for p in points if any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
-    assert set(points) - dominated == set(pareto.front(points))
+    assert set(points) - dominated == set(figures.front(points))
 
 
 def test_the_command_writes_a_picture(tmp_path):
@@ -57,17 +57,17 @@ def test_what_is_no_result_is_named(content, tmp_path):
     path = tmp_path / "x.json"
     path.write_text(content)
     with pytest.raises(ArgumentError, match=r"x\.json.*bench quality"):
-        pareto.write([path], tmp_path / "out.png")
+        figures.write("pareto", [path], tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
 
 
 def test_a_report_of_nothing_but_divergence_is_told():
     with pytest.raises(ArgumentError, match="nothing to draw"):
-        pareto.draw([report(results=report()["results"][2:])])
+        figures.draw("pareto", [report(results=report()["results"][2:])])
 
 
 def grid_report():
-    names = {"k1_r16": 1.95, "k1_r64": 1.9, "k4_r64": 1.8, "k4_r16": 1.85, "k4_r64_no_residual": 1.81, "k4_energy90": 1.83}
+    names = {"k1_r16": 1.95, "k1_r64": 1.9, "k4_r64": 1.8, "k4_r16": 1.85, "k4_r64_no_residual": 1.81, "k4_loss90": 1.83}
     rows = [
         {"name": name, "label": name, "mean": mean, "spread": None, "state_bytes": 1, "step_ms": 1.0, "mean_rank": 40.0}
         for name, mean in names.items()
@@ -76,16 +76,16 @@ def grid_report():
 
 
 def test_the_grid_of_ranks_is_read_from_the_names():
-    assert study.grid(grid_report()) == {1: [(16, 1.95), (64, 1.9)], 4: [(16, 1.85), (64, 1.8)]}
+    assert figures.grid(grid_report()["results"]) == {1: [(16, 1.95), (64, 1.9)], 4: [(16, 1.85), (64, 1.8)]}
     with pytest.raises(ArgumentError, match="k4_r64"):
-        study.grid({"results": []})
+        figures.grid([])
 
 
 def test_the_study_draws_a_line_per_momentum_rank_and_a_point_per_schedule(tmp_path):
-    figure = study.draw([grid_report()])
+    figure = figures.draw("study", [grid_report()])
     lines, schedules = figure.axes
     assert [line.get_label() for line in lines.lines] == ["k = 1", "k = 4"]
-    assert [text.get_text() for text in schedules.texts] == [" k4_energy90"]
+    assert [text.get_text() for text in schedules.texts] == [" k4_loss90"]
     assert schedules.lines[-1].get_xydata().tolist() == [[40.0, 1.83]]
     source = tmp_path / "study.json"
     source.write_text(json.dumps(grid_report()))
@@ -96,6 +96,6 @@ def test_the_study_draws_a_line_per_momentum_rank_and_a_point_per_schedule(tmp_p
 def test_reports_of_one_workload_are_drawn_together():
     one, other = grid_report(), grid_report()
     one["results"], other["results"] = one["results"][:3], other["results"][2:]
-    (merged,) = study.propagate_errors([one, other])
+    (merged,) = figures.joined([one, other])
     assert [row["name"] for row in merged["results"]] == [row["name"] for row in grid_report()["results"]]
-    assert len(study.propagate_errors([one, {**other, "seeds": [0]}])) == 2
+    assert len(figures.joined([one, {**other, "seeds": [0]}])) == 2
