@@ -5,12 +5,37 @@ from collections import defaultdict
 import pytest
 import torch
 
+from gradlr import tensors
+
 torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def asynchronous(monkeypatch):
+    """CPU tensors count as those of a device that the host runs ahead of, so that what only a GPU would take is run."""
+    if not hasattr(tensors, "device_traits"):
+        pytest.skip("gradlr.tensors.device_traits is not there yet")
+    traits = tensors.DeviceTraits(is_async=True, widest_float=torch.float64)
+    monkeypatch.setitem(tensors._OVERRIDES, "cpu", traits)
+
+
+@pytest.fixture(autouse=True)
+def _device_is(request):
+    if getattr(request, "param", None) == "asynchronous":
+        if only := request.node.get_closest_marker("synchronous"):  # of one of the test's parameters
+            pytest.skip(only.args[0])
+        request.getfixturevalue("asynchronous")
+
+
+def pytest_generate_tests(metafunc):
+    """Tests marked `also_asynchronous` are run in both modes, but for those marked `synchronous`."""
+    if metafunc.definition.get_closest_marker("also_asynchronous") and not metafunc.definition.get_closest_marker("synchronous"):
+        metafunc.parametrize("_device_is", ["synchronous", "asynchronous"], indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)

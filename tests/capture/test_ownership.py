@@ -8,6 +8,8 @@ from torch import nn
 from gradlr import BackwardError
 from gradlr.gradient import Dense
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 class SparseEntries(torch.autograd.Function):
     """The identity, whose gradient is sparse by entries."""

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.rules import TrackedMomentum
 
-pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+pytestmark = [pytest.mark.also_asynchronous, pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")]
 CAPTURES = pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 WIDTH = 64  # wide enough for sketches of rank 4 to wait instead of gradients
 

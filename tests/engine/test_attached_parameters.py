@@ -11,6 +11,8 @@ from torch import nn
 import gradlr
 from gradlr import AttachError, GradlrWarning
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 @pytest.mark.parametrize("replace", ["assign", "new"])
 def test_parameters_replaced_since_attaching(replace):

@@ -9,6 +9,8 @@ from torch import nn
 
 import gradlr
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 def test_an_error_in_a_rule_leaves_the_weight_and_its_state():
     class Broken(gradlr.rules.TrackedMomentum):

@@ -12,6 +12,8 @@ from torch import nn
 import gradlr
 from gradlr import AttachError, BackwardError
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 def test_a_lost_optimizer_is_told_in_the_next_backward():
     model, tracker, opt = attached()

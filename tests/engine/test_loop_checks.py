@@ -11,6 +11,9 @@ from torch import nn
 import gradlr
 from gradlr import AttachError, BackwardError, GradlrWarning, LossError
 
+pytestmark = pytest.mark.also_asynchronous
+LATE = pytest.mark.synchronous("told one loss late there: test_asynchronous.py")
+
 
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_a_tracker_that_was_never_shown_a_loss(apply):
@@ -31,6 +34,7 @@ def test_a_second_gradient_before_the_next_loss():
     tracker(loss_of(model)).backward()  # and the next shown loss goes on
 
 
+@LATE
 @pytest.mark.parametrize("scale", [65536.0, 0.25])
 def test_a_scaled_loss_is_refused_in_backward_mode_before_anything_changes(scale):
     model, tracker, _ = attached()
@@ -99,6 +103,7 @@ def test_the_update_never_goes_round_the_version_counter():
         tracker(second).backward()
 
 
+@pytest.mark.synchronous("torch warns once in a process")
 def test_create_graph_does_not_spoil_the_graph():
     model, tracker, opt = attached(nn.Linear(6, 6, bias=False))
     x = torch.randn(4, 6, requires_grad=True)

@@ -11,7 +11,11 @@ import gradlr
 from gradlr import GradlrWarning, NonFiniteError
 from gradlr.gradient import Dense
 
+pytestmark = pytest.mark.also_asynchronous
+LATE = pytest.mark.synchronous("told one loss late there: test_asynchronous.py")
 
+
+@LATE
 @pytest.mark.parametrize("capture", ["hook", "adaptor"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -34,6 +38,7 @@ def test_a_loss_that_is_not_finite_leaves_the_whole_step_out(apply, bad, capture
     assert opt.skipped == 1
 
 
+@LATE
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_a_bad_loss_leaves_out_the_step_of_those_only_that_its_backward_reaches(apply):
     encoder, decoder, tracker = mlp(), mlp(seed=1), gradlr.LossTracker()
@@ -52,6 +57,7 @@ def test_a_bad_loss_leaves_out_the_step_of_those_only_that_its_backward_reaches(
     assert is_unchanged(encoder, before) and not any(torch.equal(a, b) for a, b in zip(kept, weights(decoder), strict=True))
 
 
+@LATE
 @pytest.mark.parametrize("capture", ["hook", "adaptor"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_is_an_error_where_backward_updates(bad, capture):
@@ -66,6 +72,7 @@ def test_a_gradient_that_is_not_finite_is_an_error_where_backward_updates(bad, c
     assert not is_unchanged(model, before)
 
 
+@LATE
 def test_a_gradient_that_explodes_on_its_way_names_what_was_changed():
     model, tracker, opt = attached()
     before = weights(model)
@@ -85,6 +92,7 @@ def test_huge_finite_gradients_are_no_error():
     assert not is_unchanged(model, before)
 
 
+@LATE
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_a_gradient_too_large_to_be_squared_does_not_silence_adam_for_ever(apply):
     """Adam's second moment would be infinite from here on, and every later update zero."""
@@ -104,6 +112,7 @@ def test_a_gradient_too_large_to_be_squared_does_not_silence_adam_for_ever(apply
     train(model, opt, tracker, 1)
 
 
+@LATE
 def test_an_update_that_is_not_finite_is_refused():
     class Dividing(gradlr.rules.Rule):
         name, is_elementwise = "dividing", True
@@ -121,6 +130,7 @@ def test_an_update_that_is_not_finite_is_refused():
     assert is_unchanged(model, before)
 
 
+@LATE
 def test_entries_whose_products_overflow_are_an_error_of_ours():
     model, tracker, opt = attached(nn.Linear(16, 16, bias=False))
     tracker(1.0)

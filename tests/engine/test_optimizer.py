@@ -9,6 +9,8 @@ import gradlr
 from gradlr.gradient import Dense
 from gradlr.rules import TrackedMomentum
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 def test_after_backward_every_weight_is_updated_and_no_gradient_is_left():
     model, tracker, opt = attached(Mixed())

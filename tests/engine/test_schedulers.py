@@ -7,6 +7,8 @@ from torch.optim import lr_scheduler, swa_utils
 
 import gradlr
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 class Constant(gradlr.rules.Rule):
     """A direction of ones: the weight shows the rate of each step."""

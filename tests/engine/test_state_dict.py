@@ -11,6 +11,8 @@ from torch import nn
 import gradlr
 from gradlr import CheckpointError
 
+pytestmark = pytest.mark.also_asynchronous
+
 
 def snapshot(model, opt, path):
     torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, path)

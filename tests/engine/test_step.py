@@ -11,7 +11,8 @@ import gradlr
 from gradlr import ArgumentError, GradlrWarning
 from gradlr.rules import TrackedMomentum
 
-pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+pytestmark = [pytest.mark.also_asynchronous, pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")]
+LATE = pytest.mark.synchronous("told one loss late there: test_asynchronous.py")
 
 PLAIN = {"rule": TrackedMomentum(residual=0), "apply": "step"}
 CAPTURES = pytest.mark.parametrize("capture", ["hook", "adaptor"])
@@ -127,6 +128,7 @@ def test_clipping_between_micro_batches_scales_what_has_come_so_far():
         torch.testing.assert_close(opt.pending.gradients.get(record.index).matrix, expected, rtol=1e-12, atol=0)
 
 
+@LATE
 @pytest.mark.parametrize("is_between", [False, True])
 def test_clipping_by_value_is_refused_whole(is_between):
     model = wide()
@@ -186,6 +188,7 @@ def spoiled(model, name, bad=float("nan")):
     return dict(model.named_parameters())[name].register_hook(lambda gradient: gradient * bad)
 
 
+@LATE
 @pytest.mark.parametrize("name", ["0.weight", "2.bias"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_one_gradient_that_is_not_finite_leaves_the_whole_step_out(name, bad):
@@ -214,6 +217,7 @@ def test_one_gradient_that_is_not_finite_leaves_the_whole_step_out(name, bad):
     assert_same(weights(undisturbed), weights(model), atol=0)  # no generator has moved either
 
 
+@LATE
 def test_a_norm_that_is_not_finite_leaves_the_step_out():
     model = mlp(16, 1)
     _, tracker, opt = attached(model, apply="step", max_grad_norm=1.0)

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
+pytestmark = pytest.mark.also_asynchronous
+
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
 
