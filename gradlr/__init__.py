@@ -20,7 +20,7 @@ from .errors import (
     ShapeError,
 )
 from .optimizer import GradLR
-from .ranks import ByEnergy, ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
+from .ranks import ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
 from .tracker import LossTracker
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ __all__ = [
     "ArgumentError",
     "AttachError",
     "BackwardError",
-    "ByEnergy",
     "ByLoss",
     "CheckpointError",
     "Estimate",

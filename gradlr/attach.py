@@ -4,46 +4,32 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import distributed, nn
 
 from .capture.layer_swap import release_abandoned
-from .distributed import Communicator, propagate_errors, warn_of_processes
-from .distributed.setup import join, shards_of, spread
-from .engine import messages as guards
-from .engine.attached_parameters import is_compiled_whole, require_plain_model, require_trainable
-from .engine.grad_norm import GradClipper
-from .engine.record import ParameterGroup
+from .distributed.communicator import propagate_errors
+from .distributed.setup import spread_groups, sync_for
+from .engine.attached_parameters import COMPILED_WHOLE, is_compiled_whole, require_plain_model, require_trainable
 from .errors import ArgumentError, GradlrWarning
 from .optimizer import GradLR
-from .params.kinds import KINDS, MATRIX, TABLE, VECTOR, ParameterPlan, guesses_message, plan_parameters, with_kind, with_views
-from .ranks import ByLoss, RankSchedule, as_schedule, require_rank
-from .rules import Rule, resolve
-from .rules.base import require_fraction, require_number, require_positive
+from .params.groups import parameter_groups
+from .params.kinds import guesses_message, plan_parameters
+from .params.views import with_views
+from .ranks import ByLoss, RankSchedule
+from .rules import Rule
+from .rules.base import require_positive
 from .tracker import LossTracker
 
 # Measured by `python -m gradlr bench quality` (results/quality.json of the bench; width 128, so r = 64 is half of full rank).
 # lr: the best of the sweep. r is what quality needs: halving 64 costs 0.03 nats, doubling it gains 0.02 for twice the
 # arithmetic and memory in waiting. k makes no difference there; 4 keeps the state of matrices below 0.05 numbers per weight
-# and some momentum for small batches. One learning rate is tuned, the other two follow it, since tables want a far smaller one.
+# and some momentum for small batches. One learning rate is tuned; params/kinds.py says how those of the other kinds follow it.
 DEFAULT_LR = 1.6e-2
 DEFAULT_RANK = ByLoss(max_rank=64)
 DEFAULT_MOMENTUM_RANK = 4
-VECTOR_LR_SHARE = 1 / 10
-TABLE_LR_SHARE = 1 / 50
-
-_OPTIONS = (
-    "lr", "vector_lr", "table_lr", "rank", "momentum_rank", "beta", "weight_decay", "rule", "vector_rule", "table_rule", "kind",
-)  # fmt: skip
-
-_USED_BY = {
-    MATRIX: {"lr", "beta", "weight_decay", "rule", "rank", "momentum_rank"},
-    TABLE: {"lr", "table_lr", "beta", "weight_decay", "table_rule", "rank", "momentum_rank"},
-    VECTOR: {"lr", "vector_lr", "beta", "vector_rule"},
-}
 
 
 def attach(
@@ -51,21 +37,17 @@ def attach(
     loss_tracker: LossTracker,
     *,
     lr: float = DEFAULT_LR,
-    vector_lr: float | None = None,
-    table_lr: float | None = None,
     rank: int | float | RankSchedule = DEFAULT_RANK,
     momentum_rank: int | float = DEFAULT_MOMENTUM_RANK,
     beta: float = 0.9,
     weight_decay: float = 0.0,
     rule: str | Rule = "tracked_momentum",
-    vector_rule: str | Rule = "adam",
-    table_rule: str | Rule = "rowwise_rmsprop",
+    kinds: Mapping[str, Mapping[str, Any]] | None = None,
     groups: Sequence[dict[str, Any]] = (),
     views: Mapping[str, str | tuple[str, Mapping[str, int]]] | None = None,
     apply: str = "backward",
     capture: str = "hook",
     max_grad_norm: float | None = None,
-    max_norm_growth: float | None = None,
     state_dtype: torch.dtype = torch.float32,
     seed: int = 0,
     process_group: distributed.ProcessGroup | None = None,
@@ -73,28 +55,28 @@ def attach(
     """Update every trainable weight of `model` inside backward; no gradient is left over.
 
     Args:
-        model: Any module; move, wrap, freeze and load it before attaching. Each trainable parameter becomes a matrix, a table
-            (embedding or head) or a vector (bias, norm); `print(opt)` shows which.
+        model: Any module; move, wrap, freeze and load it before attaching. Each trainable parameter becomes a matrix, an
+            embedding (a head with as many rows included) or a vector (bias, norm); `print(opt)` shows which.
         loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
         lr: Learning rate η of the matrices. Scaled so that an update of full rank has the size of AdamW's at the same rate; with
-            little momentum the best rate was eight times AdamW's.
-        vector_lr: Learning rate of the vectors; `lr / 10` where None.
-        table_lr: Learning rate of the tables; `lr / 50` where None.
+            little momentum the best rate was eight times AdamW's. Vectors take `lr / 10`, embeddings `lr / 50`.
         rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
         momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state.
         beta: Momentum β in [0, 1), for every rule that has one.
-        weight_decay: Decoupled weight decay λ of matrices and tables; vectors have none.
+        weight_decay: Decoupled weight decay λ of matrices and embeddings; vectors have none.
         rule: For matrices: a name or an object of `gradlr.rules`.
-        vector_rule: For vectors, elementwise.
-        table_rule: For tables.
+        kinds: What should differ for all parameters of a kind: its own "lr", which no share is taken of, "rule" (elementwise for
+            vectors; row-wise RMSprop for embeddings and Adam for vectors where none is given) or "weight_decay":
+            `{"embedding": {"lr": 1e-4}, "vector": {"rule": "adam"}}`.
         groups: Dicts of "match" (a glob on parameter names, or a list of them) and any of the options above that should differ
-            there, or "kind" ("matrix", "table", "vector") to overrule what was found. The first match wins.
+            there, "kinds" included, or "kind" ("matrix", "embedding", "vector") to overrule what was found. The first match
+            wins; a group's own options are nearer than what `kinds` says for the whole model.
         views: Glob on parameter names → einops expression "parameter axes -> [batch axes] m n": what matches becomes a matrix,
             or a batch of them, seen so: `{"*.qkv.weight": "(three o) i -> three o i"}`. Axes named two, three and four have that
             size; others that the shape leaves open come in a pair: `("(heads d) i -> heads d i", {"heads": 8})`. The first match
             wins. What has a view of yours is captured by hooks.
         apply: "backward" updates inside backward. "step" keeps a sketch of (2r + k)(m + n) numbers per matrix until
-            `opt.step()` (the gradient itself where that is smaller, and for tables and vectors), which makes accumulation,
+            `opt.step()` (the gradient itself where that is smaller, and for embeddings and vectors), which makes accumulation,
             several backwards and scaled losses right.
         capture: "hook" takes each gradient when it is complete. "adaptor" never forms the weight gradient of a Linear,
             transformers' Conv1D or ungrouped convolution: its backward hands over input and output gradient, from which the
@@ -105,7 +87,6 @@ def attach(
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
             norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
             no layer may be used twice), that of the projected gradients otherwise and with "one_sided" capture.
-        max_norm_growth: Largest ratio of that norm to the last step's, above 1 (Fira: 1.01), against spikes.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
         process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
@@ -128,138 +109,52 @@ def attach(
             three with one in front, or names that speak of a table or of logarithms ("emb...", "pos...", "table", "log..."):
             what was assumed, and how to overrule it.
     """
-    shards = shards_of(model, process_group, capture)
-    if process_group is None and shards is None:
-        warn_of_processes()
-    replicas = None if process_group is None else Communicator(process_group)
-    comm = replicas if shards is None else shards.comm
-    with propagate_errors(comm):
+    sync = sync_for(model, process_group, capture)
+    with propagate_errors(sync.comm):
         require_plain_model(model)
-        if not isinstance(loss_tracker, LossTracker):
-            raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
-        if apply not in ("backward", "step"):
-            raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
-        if replicas is not None and apply == "backward":
+        _require_arguments(loss_tracker, apply, max_grad_norm, state_dtype, seed)
+        if sync.shares_bases and apply == "backward":
             raise ArgumentError('process_group= needs apply="step": what processes exchange waits for opt.step()')
-        if state_dtype not in (torch.float32, torch.bfloat16):
-            raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")
-        defaults = {
-            "lr": lr, "vector_lr": vector_lr, "table_lr": table_lr, "rank": rank, "momentum_rank": momentum_rank, "beta": beta,
-            "weight_decay": weight_decay, "rule": rule, "vector_rule": vector_rule, "table_rule": table_rule,
-        }  # fmt: skip
         release_abandoned(model)
         plans = plan_parameters(model)
         require_trainable(model, plans)
         if is_compiled_whole(model):
-            warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=2)
-        matched = _match(with_views(plans, {} if views is None else views), groups)
-        parameter_groups = [
-            group
-            for (label, options), members in matched
-            for group in _by_kind(label, _merged(defaults, options), members, given=options)
-        ]  # fmt: skip
-        if shards is not None:
-            spread(parameter_groups, shards)
-        limit = _norm_limit(max_grad_norm, max_norm_growth, apply)
-        if guesses := [plan for group in parameter_groups for plan in group.plans if plan.is_guess]:
+            warnings.warn(COMPILED_WHOLE, GradlrWarning, stacklevel=2)
+        members = parameter_groups(
+            with_views(plans, {} if views is None else views), groups, kinds,
+            lr=lr, rank=rank, momentum_rank=momentum_rank, beta=beta, weight_decay=weight_decay, rule=rule,
+        )  # fmt: skip
+        spread_groups(members, sync)
+        if guesses := [plan for group in members for plan in group.plans if plan.is_guess]:
             warnings.warn(guesses_message(guesses), GradlrWarning, stacklevel=2)
         optimizer = GradLR(
-            model, parameter_groups, loss_tracker, apply=apply, seed=seed, limit=limit, state_dtype=state_dtype,
-            capture="hook" if shards is not None else capture, replicas=replicas, shards=shards,
+            model, members, loss_tracker, apply=apply, capture="hook" if sync.hooks_only else capture,
+            max_grad_norm=max_grad_norm, state_dtype=state_dtype, seed=seed, sync=sync,
         )  # fmt: skip
-    if comm is not None:
-        join(optimizer, model, comm, shards)
+    try:
+        same = {"max_grad_norm": max_grad_norm, "loss ratio": loss_tracker.ratio, "max_loss": loss_tracker.max_loss}
+        sync.join(model, optimizer.store, same)
+    except BaseException:
+        optimizer.detach()
+        raise
     return optimizer
 
 
-def _norm_limit(max_norm: float | None, max_growth: float | None, apply: str) -> GradClipper:
-    if max_norm is not None:
-        max_norm = require_positive("max_grad_norm", max_norm)
-    if max_growth is not None and require_number("max_norm_growth", max_growth) <= 1:
-        raise ArgumentError(f"max_norm_growth={max_growth!r}: it must be above 1, such as 1.01")
-    limit = GradClipper(max_norm, max_growth)
-    if limit.is_active and apply == "backward":
-        raise ArgumentError(
-            'a limit on the global norm needs all gradients before the first update: attach with apply="step", call opt.step()'
-        )
-    return limit
-
-
-def _match(plans: list[ParameterPlan], groups: Sequence[dict[str, Any]]):
-    """Pairs of (label, options) and the plans they apply to; what no group matched comes last."""
-    if not isinstance(groups, list | tuple) or not all(isinstance(group, dict) for group in groups):
-        raise ArgumentError(f'groups={groups!r}: give a list of dicts, such as [{{"match": "encoder.*", "lr": 1e-3}}]')
-    rest, matched = list(plans), []
-    for index, group in enumerate(groups):
-        patterns = _patterns(index, group)
-        members = [plan for plan in rest if any(fnmatchcase(plan.name, pattern) for pattern in patterns)]
-        if not members:
+def _require_arguments(
+    loss_tracker: LossTracker, apply: str, max_grad_norm: float | None, state_dtype: torch.dtype, seed: int
+) -> None:
+    if not isinstance(loss_tracker, LossTracker):
+        raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
+    if apply not in ("backward", "step"):
+        raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
+    if max_grad_norm is not None:
+        require_positive("max_grad_norm", max_grad_norm)
+        if apply == "backward":
             raise ArgumentError(
-                f"groups[{index}]: {' or '.join(map(repr, patterns))} matches no trainable parameter that an earlier group left; "
-                f"names look like {plans[0].name!r}"
+                'a limit on the global norm needs all gradients before the first update: attach with apply="step", call '
+                "opt.step()"
             )
-        rest = [plan for plan in rest if plan not in members]
-        matched.append(((patterns[0], {key: value for key, value in group.items() if key != "match"}), members))
-    return [*matched, (("", {}), rest)]
-
-
-def _merged(defaults: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    # A group's own lr is nearer than a global vector_lr or table_lr.
-    nearer = {"vector_lr": None, "table_lr": None} if "lr" in options else {}
-    return {**defaults, **nearer, **options}
-
-
-def _patterns(index: int, group: dict[str, Any]) -> list[str]:
-    unknown = sorted(set(group) - {"match", *_OPTIONS})
-    if unknown or "match" not in group:
-        what = f"unknown option {unknown[0]!r}" if unknown else 'no "match"'
-        raise ArgumentError(f'groups[{index}] has {what}; give "match" and any of {", ".join(_OPTIONS)}')
-    given = group["match"]
-    patterns = list(given) if isinstance(given, list | tuple) else [given]
-    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ArgumentError(f'groups[{index}]: "match" is {group["match"]!r}; give a glob such as "encoder.*", or a list of them')
-    return patterns
-
-
-def _by_kind(label: str, options: dict[str, Any], plans: list[ParameterPlan], *, given: dict[str, Any]) -> list[ParameterGroup]:
-    if "kind" in options:
-        plans = [with_kind(plan, options["kind"]) for plan in plans]
-    _require_used(label, given, {plan.kind for plan in plans})
-    groups = []
-    for kind in KINDS:
-        members = [plan for plan in plans if plan.kind == kind]
-        group = _group(f"{label} {kind}".strip(), kind, options, members)
-        if members:
-            groups.append(group)
-    return groups
-
-
-def _require_used(label: str, given: dict[str, Any], kinds: set[str]) -> None:
-    used = {"kind"}.union(*(_USED_BY[kind] for kind in kinds))
-    idle = sorted(given.keys() - used)
-    if idle:
-        raise ArgumentError(
-            f"group {label!r}: {idle[0]!r} does nothing for its parameters, each a {' or '.join(sorted(kinds))}; "
-            f"options that do are {', '.join(sorted(used))}"
-        )
-
-
-def _group(label: str, kind: str, options: dict[str, Any], members: list[ParameterPlan]) -> ParameterGroup:
-    rule_option = {MATRIX: "rule", TABLE: "table_rule", VECTOR: "vector_rule"}[kind]
-    rate_option = {MATRIX: "lr", TABLE: "table_lr", VECTOR: "vector_lr"}[kind]
-    rule = resolve(options[rule_option])
-    if kind == VECTOR and not rule.is_elementwise:
-        raise ArgumentError(f"vector_rule={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
-    rate = options[rate_option]
-    if rate is None:
-        share = {VECTOR: VECTOR_LR_SHARE, TABLE: TABLE_LR_SHARE}[kind]
-        rate = share * require_number("lr", options["lr"])
-    require_rank("momentum_rank", options["momentum_rank"])
-    decay = require_number("weight_decay", options["weight_decay"])
-    return ParameterGroup(
-        label, kind, members, rule, as_schedule(options["rank"]), options["momentum_rank"],
-        lr=require_number(rate_option, rate), beta=require_fraction("beta", options["beta"]),
-        weight_decay=0.0 if kind == VECTOR else decay,
-    )  # fmt: skip
+    if state_dtype not in (torch.float32, torch.bfloat16):
+        raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")

@@ -1,8 +1,7 @@
-"""GradLR: the optimizer behind `attach`. It owns the captures, hears the tracker, and says what belongs together."""
+"""GradLR: the optimizer behind `attach`, a facade over the parts of the engine."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,24 +10,32 @@ import torch
 from torch import Tensor, nn
 
 from .capture.adaptor import AdaptorCapture
-from .capture.hook import HookCapture, ParameterLock
-from .capture.layer_swap import CapturedLayer, LayerCapture
-from .capture.select import captured_layers, operator_of
-from .distributed import Communicator, Shards, propagate_errors, state_fingerprint
-from .engine import messages as guards
-from .engine.apply_update import full_precision
+from .capture.hook import HookCapture
+from .capture.one_sided import FittedBases, SharedBases
+from .capture.select import captured_layers
+from .distributed.communicator import propagate_errors
+from .engine.at_step import AtStep
 from .engine.attached_parameters import AttachedParameters
-from .engine.commit import Updates
+from .engine.bases import Bases
+from .engine.commit import Committer
 from .engine.grad_norm import GradClipper
-from .engine.record import ParameterGroup, compute_dtype_and_device, follow_loss
+from .engine.in_backward import InBackward
+from .engine.loop_checks import LoopChecks
+from .engine.pending import Pending
+from .engine.policy import CommitPolicy
+from .engine.record import ParamRecord, make_records, state_bytes
+from .engine.skipped_steps import SkippedSteps
 from .engine.state_dict import extra_of
-from .errors import ArgumentError, AttachError, GradlrError, GradlrWarning, ParallelError
+from .engine.state_store import StateStore
+from .engine.sync import Sync
+from .errors import ArgumentError, AttachError, CheckpointError, GradlrWarning, ParallelError
 from .gradient import GradientOperator
-from .report.summary import describe
+from .params.groups import ParameterGroup
+from .report import Observation, Report, describe, report
 from .tracker import LossTracker
 
 
-class GradLR(Updates):
+class GradLR(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose parameters are updated by hooks in backward, or by `step()` from sketches.
 
     Made by `gradlr.attach`, which documents the arguments. `param_groups` hold lr, beta and weight_decay, which any scheduler
@@ -39,9 +46,12 @@ class GradLR(Updates):
     Attributes:
         tracker: The tracker that shows it the losses.
         apply: "backward" or "step".
-        seed: Seed of all random numbers, with each parameter's index and step count.
-        limit: The largest norm of a step's gradients, and growth of that norm; may be changed between steps.
+        records: One entry per attached parameter, in the order of `param_groups`.
+        clipper: The largest norm of a step's gradients; may be changed between steps.
+        store, committer, pending, policy, sync: The parts of the engine, for tools that look into it.
     """
+
+    _is_built = False
 
     def __init__(
         self,
@@ -50,29 +60,34 @@ class GradLR(Updates):
         tracker: LossTracker,
         *,
         apply: str,
-        seed: int,
         capture: str,
-        limit: GradClipper,
+        max_grad_norm: float | None,
         state_dtype: torch.dtype,
-        replicas: Communicator | None = None,
-        shards: Shards | None = None,
+        seed: int,
+        sync: Sync,
     ) -> None:
-        is_immediate = apply == "backward"
-        how = {"is_immediate": is_immediate, "limit": limit, "replicas": replicas, "shards": shards}
-        super().__init__(groups, tracker, seed=seed, state_dtype=state_dtype, **how)
-        self.apply = apply
-        self._dropped_serial: int | None = None
-        self._bad_backward: tuple[int, str] | None = None
-        self._bad_loss: str | None = None
-        layers = captured_layers(model, self.records, capture, is_immediate=is_immediate)
-        self._membership = AttachedParameters(model, [record.plan for record in self.records], is_alone=self.comm is None)
-        self._capture, self._adaptors = self._captured(layers)
-        self._is_detached = False
-        tracker.subscribe(self)
-
-    def _captured(self, layers: list[CapturedLayer]) -> tuple[ParameterLock, LayerCapture]:
-        named = [(record.plan.name, record.plan.parameter) for record in self.records]
-        return HookCapture(named, self._take), AdaptorCapture(layers, self)
+        super().__init__([group.for_torch() for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
+        self.tracker, self.apply, self.sync, self.clipper = tracker, apply, sync, GradClipper(max_grad_norm)
+        self.records = make_records(groups)
+        self.store = StateStore(self, self.records, sync, seed=seed, dtype=state_dtype)
+        self.bases: Bases = SharedBases(self.store) if sync.shares_bases else FittedBases(self.store, tracker)
+        skipped, self.committer = SkippedSteps(), Committer(self.store, self.bases)
+        self.pending = Pending(self.store, self.bases, sync, skipped, self.clipper)
+        layers = captured_layers(model, self.records, capture, is_immediate=apply == "backward")
+        self._checks = LoopChecks(
+            tracker, self.committer.changed, len(self.records),
+            is_immediate=apply == "backward", may_be_silent=sync.may_be_silent,
+        )  # fmt: skip
+        self.policy: CommitPolicy = (AtStep if apply == "step" else InBackward)(
+            tracker, store=self.store, committer=self.committer, pending=self.pending, checks=self._checks, skipped=skipped,
+            attached=AttachedParameters(model, [record.plan for record in self.records], may_be_wrapped=sync.comm.size == 1),
+            bases=self.bases, sync=sync,
+        )  # fmt: skip
+        if apply == "step" and sync.norm_in_groups:
+            self.param_groups[-1]["params"].append(self.pending.norm_proxy.parameter)
+        self._captures = [HookCapture([record.plan for record in self.records], self), AdaptorCapture(layers, self)]
+        self._is_built, self._is_detached = True, False
+        tracker.subscribe(self.policy)
 
     @property
     def grad_norm(self) -> float | None:
@@ -82,60 +97,22 @@ class GradLR(Updates):
         several did. Layers that "adaptor" captures are exact only under a limit, and where that backward used them once; with
         "one_sided" never.
         """
-        return None if self._grad_norm is None else float(self._grad_norm)
+        norm = self.policy.grad_norm
+        return None if norm is None else float(norm)
 
     @property
     def skipped(self) -> int:
-        """Number of steps left out whole because a loss, a gradient or a norm was not finite. On CUDA known one loss late, and
-        with `apply="backward"` not counted there: each gradient is a NonFiniteError of its own."""
-        return self._skips.count
+        """Number of steps left out whole because a loss, a gradient or a norm was not finite.
+
+        On an asynchronous device known one loss late, and with `apply="backward"` not counted there: each gradient is a
+        NonFiniteError of its own.
+        """
+        return self.policy.skipped.count
 
     @property
     def interrupted(self) -> tuple[str, ...]:
         """Names of the parameters that the last backward or step has updated, where it did not come to its end; else empty."""
-        return self._watch.interrupted
-
-    @torch.no_grad()
-    def before_backward(self, tracker: LossTracker) -> None:
-        """Called by the tracker at each loss: tell what went wrong since the last one, then fix the ranks."""
-        self._skips.read()
-        self._watch.loss_shown(pending=len(self._waiting()))
-        if tracker.open_backwards:
-            self._give_up()
-        self._membership.check()
-        if self._shards is not None:
-            self._bad_loss = self._hear_losses()
-        for record in self._records.values():
-            # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
-            # Processes that train together set it in step(), from what they all know.
-            is_free = record.pending is None and record.basis is None and self._replicas is None
-            if is_free and not record.rule.is_elementwise:
-                follow_loss(record, tracker.ratio, self.state[record.plan.parameter])
-
-    def begin_backward(self, scale: Tensor) -> None:
-        """Called by the tracker as backward reaches the loss; `scale` is d(total)/d(loss)."""
-        self._watch.backward_begins(scale)
-        reason = self._bad_loss
-        if self._shards is None and self.tracker.is_current and not math.isfinite(self.tracker.value):
-            reason = guards.bad_loss(self.tracker.count, self.tracker.value)
-        if reason is not None:
-            # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
-            self._bad_backward = torch._C._current_graph_task_id(), reason
-
-    def _look_at_loss(self) -> None:
-        if self._bad_backward is None or self._bad_backward[0] not in self.tracker.open_backwards:
-            return
-        self._skips.reason, self._bad_backward = self._bad_backward[1], None
-        if self.apply == "backward":
-            self._dropped_serial = self.tracker.serial
-            self._skips.skip(is_quiet=False)
-
-    def _take(self, parameter: Tensor, gradient: Tensor) -> None:
-        plan = self._records[id(parameter)].plan
-        operator = operator_of(plan, gradient)
-        if operator is None:
-            raise guards.unsupported_gradient(plan.name, gradient.layout, gradient.dtype, self._watch.changed)
-        self.receive(parameter, operator)
+        return self._checks.interrupted
 
     @torch.no_grad()
     def receive(self, parameter: Tensor, gradient: GradientOperator) -> None:
@@ -149,29 +126,18 @@ class GradLR(Updates):
             ArgumentError: the parameter is not attached.
             LossError: the tracker was never shown a loss.
             BackwardError: a second gradient for one loss, with `apply="backward"`.
-            NonFiniteError: NaN or infinity, with `apply="backward"` and a finite loss. On CUDA told at the next loss; the
-                parameter keeps value and state, its count aside.
+            NonFiniteError: NaN or infinity, with `apply="backward"` and a finite loss. On an asynchronous device told at the next
+                loss; the parameter keeps value and state, its count aside.
         """
-        record = self._records.get(id(parameter))
+        record = self.store.by_id.get(id(parameter))
         if record is None:
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
-        try:
-            self._watch.gradient_arrives(record.plan.name, record.last_loss)
-            self._look_at_loss()
-            with full_precision(gradient.device):
-                if self.apply == "step":
-                    self._accumulate(record, gradient)
-                elif self._dropped_serial != self.tracker.serial:
-                    self._update(record, gradient)
-                else:
-                    record.basis = None
-        except GradlrError:
-            self._give_up()
-            raise
-        record.last_loss = self.tracker.serial
+        self.policy.receive(record, gradient)
+        # Schedulers warn where no step came before theirs; an update in backward is one.
+        self._opt_called = getattr(self, "_opt_called", False) or self.apply == "backward"
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it
         """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
 
         A step is taken whole or not at all: where a loss, a gradient or an update is not finite, nothing changes, what was
@@ -197,16 +163,11 @@ class GradLR(Updates):
         if self._is_detached:
             raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
         try:
-            self._begin_step()
-            if self.apply == "step":
-                with full_precision(self._gauge.parameter.device):
-                    self._take_step()
-            if self._replicas is not None:
-                self._follow_group()
+            self.policy.step()
         except BaseException:  # out of memory, Ctrl-C: nothing of this step may join the next one
-            changed = tuple(self._watch.changed)
-            self._give_up()
-            self._watch.step_broke(changed)
+            changed = tuple(self.committer.changed)
+            self.policy.reset()
+            self._checks.step_broke(changed)
             raise
         return result
 
@@ -215,14 +176,9 @@ class GradLR(Updates):
 
         Where a gradient was not finite, the step that this ends counts as skipped: so it is after `GradScaler.step`.
         """
-        if self._skips.reason:
-            self._skips.skip(is_quiet=True)
-            self._forget_bases()
-        self._drop_waiting()
-        for record in self._records.values():
+        self.policy.drop()
+        for record in self.records:
             record.plan.parameter.grad = None
-        if self.apply == "step":
-            self._watch.gradients_dropped()
 
     def detach(self) -> None:
         """Remove all hooks: the parameters are ordinary ones again, the state stays. Calling it again does nothing.
@@ -230,12 +186,13 @@ class GradLR(Updates):
         Warns:
             GradlrWarning: gradients wait for `step()`; they are dropped.
         """
-        if waiting := self._waiting():
-            warnings.warn(guards.detached_early(len(waiting)), GradlrWarning, stacklevel=2)
-        self._drop_waiting()
-        self._capture.remove()
-        self._adaptors.remove()
-        self.tracker.unsubscribe(self)
+        if count := len(self.pending):
+            message = f"opt.detach() drops the gradients of {count} parameters that waited for step()"
+            warnings.warn(f"{message}: call opt.step() or opt.zero_grad() before", GradlrWarning, stacklevel=2)
+        self.pending.clear()
+        for capture in self._captures:
+            capture.remove()
+        self.tracker.unsubscribe(self.policy)
         self._is_detached = True
 
     def __enter__(self) -> GradLR:
@@ -243,60 +200,113 @@ class GradLR(Updates):
 
     def __exit__(self, *exception: object) -> None:
         if exception[0] is not None:
-            self._drop_waiting()
+            self.pending.clear()
         self.detach()
 
     def __repr__(self) -> str:
-        return describe(self) if self._is_built else object.__repr__(self)
+        if not self._is_built:
+            return object.__repr__(self)
+        processes = self.processes if self.processes > 1 else None
+        options = {"apply": self.apply, "processes": processes, "max_grad_norm": self.clipper.max_norm}
+        return describe(self.records, self.param_groups, self.state, **options)
 
     def state_dict(self) -> dict[str, Any]:
         """Torch's layout plus "gradlr": ranks, seed and the tracker. Plain tensors and numbers: loads with `weights_only=True`.
 
         Raises:
             CheckpointError: gradients are pending; call `step()` or `zero_grad()` first.
-            NonFiniteError, BackwardError: on CUDA, what the last backward has left to tell.
+            NonFiniteError, BackwardError: on an asynchronous device, what the last backward has left to tell.
         """
-        if waiting := self._waiting():
-            raise guards.unfinished_step([record.plan.name for record in waiting])
-        self._skips.read()
-        self._watch.raise_unread()
-        last = None if self.limit.last is None else float(self.limit.last)
-        return self._saved({"skipped": self.skipped, "last_norm": last})
+        if waiting := self.pending.records():
+            first = waiting[0].plan.name
+            raise CheckpointError(
+                f"{len(waiting)} gradients wait for step() ({first!r} first): save after opt.step() or opt.zero_grad()"
+            )
+        self.policy.read_skipped()
+        self._checks.raise_unread()
+        return self.store.to_dict(super().state_dict(), {"tracker": self.tracker.state_dict(), "skipped": self.skipped})
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from a `state_dict`; momentum rank and rank may differ from the saved ones. State keeps its own dtype.
 
-        With a process group, every process loads the same one at the same time.
+        Where several processes train, every one loads the same checkpoint at the same time.
 
         Raises:
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
             ParallelError: the processes have loaded different ones, or one has failed to load; what was there is put back.
         """
-        before = self._remembered()
-        with propagate_errors(self.comm):
+        snapshot, losses = self.store.snapshot(), self.tracker.state_dict()
+        with propagate_errors(self.sync.comm):
             self._load(state_dict)
-        if self.comm is None:
-            return
-        options = {"seed": self.seed, "ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss}
         try:
-            self.comm.assert_same_on_all_ranks(state_fingerprint(self.records, self.state, self.param_groups, options))
+            self.sync.assert_same_state(self.store, {"ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss})
         except ParallelError:
-            self._put_back(before)
+            self.store.restore(snapshot)
+            self.tracker.load_state_dict(losses)
             raise
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        self._restore(state_dict)
+        self.store.from_dict(state_dict, self)
         extra = extra_of(state_dict)
-        last = extra.get("last_norm")
-        self.limit.last = None if last is None else torch.tensor(last, **compute_dtype_and_device(self._gauge.parameter))
-        self._skips.count = extra.get("skipped", 0)
-        self._gauge.clear()
-        self._skips.clear()
-        self._watch.forget()
+        self.tracker.load_state_dict(extra["tracker"])
+        self.policy.restart(extra.get("skipped", 0))
 
-    def _give_up(self) -> None:
-        # The error or warning at hand says what happened; the next loss begins afresh.
-        self._skips.clear()
-        self.zero_grad()
-        self._watch.gradients_dropped()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Groups are fixed once attached.
+
+        Raises:
+            ArgumentError: always, after construction.
+        """
+        if self._is_built:
+            raise ArgumentError("groups are fixed once attached: call opt.detach() and attach again with groups=[...]")
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise AttachError("an optimizer with hooks cannot be copied or pickled: save opt.state_dict() instead")
+
+    @property
+    def processes(self) -> int:
+        """Number of processes that train the model together."""
+        return self.sync.comm.size
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors, step counters left out."""
+        return sum(state_bytes(self.store.of(record)) for record in self.records)
+
+    def observe(self, *match: str) -> Observation:
+        """From now on, each update leaves its norms and the gradient's captured share for `report()`; no weight differs for it.
+
+        Takes a second copy of one gradient at a time; with `apply="step"` the observed gradients themselves, until the step.
+
+        Args:
+            match: Globs on parameter names; all parameters where none is given.
+
+        Returns:
+            Ends the observation: by `stop()`, or as `with opt.observe(): ...`.
+
+        Raises:
+            ArgumentError: a glob matches no parameter, or the model is sharded.
+        """
+        _require_whole("observe", self.records)
+        return Observation(self.records, match or ("*",))
+
+    @torch.no_grad()
+    def report(self) -> Report:
+        """What each parameter's update is made of now, and what it costs beside AdamW: print, show, plot or log it.
+
+        Captured energy, gradient and update are those of the last update inside `observe()`.
+
+        Raises:
+            ArgumentError: the model is sharded.
+        """
+        _require_whole("report", self.records)
+        return report(self.records, self.state)
+
+
+def _require_whole(method: str, records: list[ParamRecord]) -> None:
+    if sharded := [record.plan.name for record in records if not record.plan.layout.is_whole]:
+        raise ArgumentError(
+            f"opt.{method}() looks at whole matrices, and {sharded[0]!r} is sharded: load the checkpoint into a model of one "
+            f"process, attach, and call {method} there"
+        )

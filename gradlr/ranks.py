@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from .errors import ArgumentError, LossError
 
@@ -30,7 +28,7 @@ def decide_rank(loss: float, max_loss: float | None = None, max_rank: int = 8, m
 
     Source: the notebook's rule; the notebook lets the rank pass `max_rank` when the loss passes `max_loss`, this does not.
     """
-    if not all(isinstance(rank, int) for rank in (min_rank, max_rank)):
+    if not (isinstance(min_rank, int) and isinstance(max_rank, int)):
         raise ArgumentError(f"decide_rank: min_rank={min_rank!r}, max_rank={max_rank!r}; both must be ints")
     loss = float(loss)
     max_loss = loss if max_loss is None else float(max_loss)
@@ -60,27 +58,22 @@ class RankInputs:
         ratio: Loss over maximal loss, in [0, 1].
         current: The parameter's rank so far.
         limit: min(m, n) of the parameter's view.
-        spectrum: Squared singular values of the parameter's momentum, (r,) descending; None where unknown or not asked for.
     """
 
     ratio: float
     current: int
     limit: int
-    spectrum: Tensor | None = None
 
 
 class RankSchedule:
-    """A rank schedule: `schedule(inputs)` gives a rank in [1, limit], `schedule.ceiling(limit)` the largest it will ever give.
-
-    Set `needs_spectrum` where `RankInputs.spectrum` is read. On CUDA that costs one synchronization per parameter and step.
-    """
-
-    needs_spectrum = False
+    """A rank schedule; a subclass with these two methods is one of your own."""
 
     def __call__(self, inputs: RankInputs) -> int:
+        """The rank of the next update, in [1, `ceiling(inputs.limit)`]."""
         raise NotImplementedError
 
     def ceiling(self, limit: int) -> int:
+        """The largest rank that the schedule will ever give where min(m, n) is `limit`."""
         raise NotImplementedError
 
 
@@ -127,46 +120,6 @@ class ByLoss(RankSchedule):
 
     def ceiling(self, limit: int) -> int:
         return resolve_rank(self.max_rank, limit)
-
-
-@dataclass(frozen=True)
-class ByEnergy(RankSchedule):
-    """Per parameter: the smallest rank that holds `share` of the momentum's energy; one step more where all of it is needed.
-
-    Args:
-        share: Share of the squared singular values, in (0, 1).
-        max_rank: Largest rank, int or fraction of min(m, n).
-        min_rank: Smallest rank, likewise.
-    """
-
-    share: float = 0.95
-    max_rank: int | float = 1.0
-    min_rank: int | float = 1
-    needs_spectrum: bool = field(default=True, init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise ArgumentError(f"share={self.share!r}: it must lie strictly between 0 and 1")
-        require_rank("max_rank", self.max_rank)
-        require_rank("min_rank", self.min_rank)
-
-    def __call__(self, inputs: RankInputs) -> int:
-        highest = self.ceiling(inputs.limit)
-        lowest = min(resolve_rank(self.min_rank, inputs.limit), highest)
-        if inputs.spectrum is None:
-            return min(max(inputs.current, lowest), highest)
-        return min(max(self._needed(inputs.spectrum), lowest), highest)
-
-    def ceiling(self, limit: int) -> int:
-        return resolve_rank(self.max_rank, limit)
-
-    def _needed(self, spectrum: Tensor) -> int:
-        held = spectrum.double().cumsum(-1)
-        # A batch of matrices shares one rank: that of the neediest.
-        short = (held < self.share * held[..., -1:]).sum(dim=-1).amax()
-        needed, rank = int(short) + 1, spectrum.shape[-1]
-        is_growing = needed > rank - (1 if rank <= _STEP else _STEP)
-        return rank + (1 if rank < _STEP else _STEP) if is_growing else round_rank(needed, rank)
 
 
 def resolve_rank(rank: int | float, limit: int) -> int:

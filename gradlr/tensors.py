@@ -1,16 +1,58 @@
-"""A scalar that may still be on its way from the device: read later, without making the device wait."""
+"""What the device of a tensor means to whoever asks it something, and where a tensor's numbers lie."""
 
 from __future__ import annotations
+
+from typing import NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 
+class DeviceTraits(NamedTuple):
+    """What gradlr has to know about a kind of device.
+
+    Attributes:
+        is_async: Whether the host runs ahead of it, so that reading a number makes the host wait.
+        widest_float: The widest floating dtype that it computes in.
+    """
+
+    is_async: bool
+    widest_float: torch.dtype
+
+
+_SYNCHRONOUS = DeviceTraits(is_async=False, widest_float=torch.float64)
+_UNKNOWN = DeviceTraits(is_async=True, widest_float=torch.float32)
+_TRAITS = {
+    "cpu": _SYNCHRONOUS,
+    "meta": _SYNCHRONOUS,
+    "cuda": DeviceTraits(is_async=True, widest_float=torch.float64),  # ROCm's devices are called cuda as well
+    "xpu": DeviceTraits(is_async=True, widest_float=torch.float64),
+    "mps": DeviceTraits(is_async=True, widest_float=torch.float32),
+}
+# Kind of device → traits that count instead of its own: tests let the CPU count as asynchronous.
+_OVERRIDES: dict[str, DeviceTraits] = {}
+
+
+def device_traits(device: torch.device) -> DeviceTraits:
+    """The traits of a device; one that nobody has described counts as asynchronous and computes in float32 at most.
+
+    To support a new kind of device, add its line to the table above.
+    """
+    return _OVERRIDES.get(device.type) or _TRAITS.get(device.type, _UNKNOWN)
+
+
+def is_async(tensor: Tensor) -> bool:
+    """Whether reading the tensor would make the host wait for its device."""
+    # As `device_traits`, which is a call more: this is asked several times for each gradient.
+    kind = tensor.device.type
+    return (_OVERRIDES.get(kind) or _TRAITS.get(kind, _UNKNOWN)).is_async
+
+
 class AsyncScalar:
     """Starts to copy a scalar to the host at once and hands it out when asked.
 
-    On CUDA the copy goes to pinned memory behind what the stream has been given so far, and `read` waits for just that; on
-    other devices there is nothing to wait for.
+    On an asynchronous device the copy goes to pinned memory behind what the stream has been given so far, and `read` waits for
+    just that; on other devices there is nothing to wait for.
 
     Args:
         scalar: 0-dim tensor of any real dtype; not kept.
@@ -18,7 +60,7 @@ class AsyncScalar:
 
     def __init__(self, scalar: Tensor) -> None:
         self._value, self._event = scalar.detach(), None
-        if scalar.is_cuda:
+        if scalar.device.type == "cuda":
             self._value = torch.empty((), dtype=scalar.dtype, device="cpu", pin_memory=True)
             self._value.copy_(scalar.detach(), non_blocking=True)
             self._event = torch.cuda.current_stream(scalar.device).record_event()
@@ -28,3 +70,62 @@ class AsyncScalar:
         if self._event is not None:
             self._event.synchronize()
         return float(self._value)
+
+
+class DtypeAndDevice(TypedDict):
+    """Where numbers are made, as the keyword arguments of torch's factories."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def compute_dtype_and_device(parameter: Tensor) -> DtypeAndDevice:
+    """Dtype and device of state and arithmetic: float32 or the parameter's own float64, where the parameter lies."""
+    return {"dtype": torch.float64 if parameter.dtype == torch.float64 else torch.float32, "device": parameter.device}
+
+
+class RandomStreams:
+    """One random generator per device, set anew for every seed, parameter and step: what is drawn depends on nothing else."""
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def at(self, device: torch.device, *numbers: int) -> torch.Generator:
+        """The device's generator, at the beginning of the stream that the numbers (seed, parameter, step) name."""
+        generator = self._generators.get(device)
+        if generator is None:
+            generator = self._generators[device] = torch.Generator(device)
+        return generator.manual_seed(mixed_seed(*numbers))
+
+
+def mixed_seed(seed: int, index: int, step: int) -> int:
+    """One 63-bit seed from three numbers (splitmix64), so that neighbouring steps and parameters draw unrelated numbers."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + index * 0xBF58476D1CE4E5B9 + step * 0x94D049BB133111EB) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return (z ^ (z >> 31)) >> 1
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast: products of sketches stay in float32 or wider, wherever the user calls backward or step."""
+    return torch.autocast(device.type, enabled=False)
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie in one storage; works for tensors without values too, which have no address."""
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a DTensor, spread over the processes of a device mesh."""
+    # By what it can do: importing DTensor takes half a second.
+    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies in this process; the tensor itself where all of it does."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        return tensor.to_local()  # type: ignore[attr-defined]  # a DTensor, see is_sharded

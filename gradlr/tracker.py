@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import ArgumentError, CheckpointError, LossError
-from .tensors import AsyncScalar
+from .tensors import AsyncScalar, is_async
 
 _HISTORY_LENGTH = 65_536
 
@@ -20,12 +20,14 @@ _HISTORY_LENGTH = 65_536
 class LossListener(Protocol):
     """What an optimizer implements to be told of every loss before its backward pass, and of the scale as it begins.
 
-    One that trains with other processes has a true `tells_mean`: it calls `record_mean` after each step.
+    One that trains with other processes has a true `tells_mean`: it calls `record_mean`.
     """
 
-    def before_backward(self, tracker: LossTracker) -> None: ...
+    tells_mean: bool
 
-    def begin_backward(self, scale: Tensor) -> None: ...
+    def on_loss(self, tracker: LossTracker) -> None: ...
+
+    def on_backward(self, scale: Tensor) -> None: ...
 
 
 class LossTracker:
@@ -91,8 +93,9 @@ class LossTracker:
             LossError: `loss` has more than one element, is complex, or is no number at all.
         """
         value = _as_scalar(loss)
-        self._collect()
-        if isinstance(value, Tensor) and value.is_cuda:
+        if self._in_flight is not None:
+            self._collect()
+        if isinstance(value, Tensor) and is_async(value):
             self._in_flight = AsyncScalar(value)
         else:
             self._record(float(value))
@@ -100,21 +103,23 @@ class LossTracker:
         self.serial += 1
         try:
             for listener in list(self._listeners):
-                listener.before_backward(self)
+                listener.on_loss(self)
         finally:
-            self._await_backward(loss)
-        if self.has_graph:
+            self.scale, self.is_shown, self.open_backwards = None, True, {}
+            self.has_begun = self.has_gradient = False
+            self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
+        if isinstance(loss, Tensor) and loss.requires_grad:
             loss.register_hook(_make_loss_hook(weakref.ref(self), self.count))
         return loss
 
     @property
     def value(self) -> float | None:
-        """The latest loss that was read, NaN and infinity included; None before the first. On CUDA one call late."""
+        """The latest loss that was read, NaN and infinity included; None before the first. On an asynchronous device one call late."""
         return self._history[-1] if self._history else None
 
     @property
     def is_current(self) -> bool:
-        """Whether `value` is the latest loss shown: always, but for CUDA, where that one is still on its way."""
+        """Whether `value` is the latest loss shown: not where that one is still on its way from an asynchronous device."""
         return self._in_flight is None and bool(self._history)
 
     @property
@@ -125,9 +130,10 @@ class LossTracker:
     @property
     def ratio(self) -> float:
         """Latest finite loss over `max_loss`, clamped to [0, 1]; 1 before the first, and where the maximum is not positive."""
-        if self._latest is None or self.max_loss is None or self.max_loss <= 0:
+        latest, largest = self._latest, self.max_loss
+        if latest is None or largest is None or largest <= 0:
             return 1.0
-        return min(max(self._latest / self.max_loss, 0.0), 1.0)
+        return min(max(latest / largest, 0.0), 1.0)
 
     @property
     def history(self) -> list[float]:
@@ -140,7 +146,7 @@ class LossTracker:
         return [self._history[-1 - index] for index in range(min(count, len(self._history)))]
 
     def subscribe(self, listener: LossListener) -> None:
-        """Call `listener.before_backward(self)` at every loss, as long as the listener lives (held weakly)."""
+        """Call `listener.on_loss(self)` at every loss, as long as the listener lives (held weakly)."""
         self._listeners[listener] = None
 
     def unsubscribe(self, listener: LossListener) -> None:
@@ -197,20 +203,16 @@ class LossTracker:
 
     def _record(self, value: float) -> None:
         self._history.append(value)
-        if not any(getattr(listener, "tells_mean", False) for listener in self._listeners):
-            self.record_mean(value)
+        for listener in self._listeners:
+            if listener.tells_mean:
+                return
+        self.record_mean(value)
 
     def record_mean(self, value: float) -> None:
         """Let ratio and maximum follow this loss; those that are not finite are passed over."""
         if math.isfinite(value):
             self._latest = value
             self._running_max = value if self._running_max is None else max(self._running_max, value)
-
-    def _await_backward(self, loss: float | Tensor) -> None:
-        self.scale, self.is_shown = None, True
-        self.has_graph = isinstance(loss, Tensor) and loss.requires_grad
-        self.has_begun = self.has_gradient = False
-        self.open_backwards = {}
 
     def watch_backward(self, number: int | None = None) -> None:
         """Called inside a backward: it is open until it comes to its end, which no other backward's end may stand for.
@@ -228,7 +230,7 @@ class LossTracker:
     def _begin_backward(self, scale: Tensor, number: int) -> None:
         self.scale = scale.detach().reshape(())
         for listener in list(self._listeners):
-            listener.begin_backward(self.scale)
+            listener.on_backward(self.scale)
         self.has_begun = True
         self.begun_serial = self.serial
         self.watch_backward(number)

@@ -19,14 +19,14 @@ def kinds(opt):
 def test_every_parameter_becomes_what_its_module_says():
     _, _, opt = attached(Mixed())
     assert kinds(opt) == {
-        "embedding.weight": "table",
+        "embedding.weight": "embedding",
         "norm.weight": "vector",
         "norm.bias": "vector",
         "conv.weight": "matrix",
         "conv.bias": "vector",
         "mix.weight": "matrix",
         "mix.bias": "vector",
-        "head.weight": "table",
+        "head.weight": "embedding",
     }
 
 
@@ -56,7 +56,7 @@ def test_tied_weights_are_one_parameter_and_frozen_ones_are_left_out():
     model.head.weight = model.embedding.weight
     model.mix.weight.requires_grad_(False)
     names = kinds(attached(model)[2])
-    assert names["embedding.weight"] == "table"
+    assert names["embedding.weight"] == "embedding"
     assert not {"head.weight", "mix.weight"} & names.keys()
 
 
@@ -70,9 +70,12 @@ def test_it_is_a_torch_optimizer_over_the_real_parameters():
 
 def test_rates_follow_lr_unless_given():
     rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2)[2].param_groups}
-    assert rates == pytest.approx({"matrix": 1e-2, "table": 2e-4, "vector": 1e-3})
-    rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2, vector_lr=0.5, table_lr=0.25)[2].param_groups}
-    assert rates == {"matrix": 1e-2, "table": 0.25, "vector": 0.5}
+    assert rates == pytest.approx({"matrix": 1e-2, "embedding": 2e-4, "vector": 1e-3})
+    rates = {
+        group["kind"]: group["lr"]
+        for group in attached(Mixed(), lr=1e-2, kinds={"vector": {"lr": 0.5}, "table": {"lr": 0.25}})[2].param_groups
+    }
+    assert rates == {"matrix": 1e-2, "embedding": 0.25, "vector": 0.5}
 
 
 def test_the_first_matching_group_wins_and_takes_every_option():
@@ -91,8 +94,8 @@ def test_the_first_matching_group_wins_and_takes_every_option():
     assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(1e-3)
 
 
-def test_a_groups_own_lr_is_nearer_than_a_global_vector_lr():
-    _, _, opt = attached(Mixed(), vector_lr=1.0, groups=[{"match": "mix.*", "lr": 0.5}])
+def test_a_groups_own_lr_is_nearer_than_a_global_one_of_a_kind():
+    _, _, opt = attached(Mixed(), kinds={"vector": {"lr": 1.0}}, groups=[{"match": "mix.*", "lr": 0.5}])
     records = {record.plan.name: record for record in opt.records}
     assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(0.05)
     assert opt.param_groups[records["conv.bias"].group_index]["lr"] == 1.0
@@ -112,23 +115,23 @@ def test_rank_takes_an_int_a_fraction_and_a_schedule():
     def largest(rank):
         return attached(mlp(16, 1), rank=rank)[2].records[0].largest_rank
 
-    assert [largest(rank) for rank in (5, 0.5, Fixed(3), gradlr.ByLoss(0.25), gradlr.ByEnergy(0.9))] == [5, 8, 3, 4, 16]
+    assert [largest(rank) for rank in (5, 0.5, Fixed(3), gradlr.ByLoss(0.25))] == [5, 8, 3, 4]
     assert attached(mlp(16, 1), momentum_rank=0.25)[2].records[0].momentum_rank == 4
 
 
 def test_rules_are_names_or_objects():
     rule = TrackedMomentum(residual=0)
-    _, _, opt = attached(Mixed(), rule=rule, vector_rule=Adam(beta2=0.9), table_rule="adam")
+    _, _, opt = attached(Mixed(), rule=rule, kinds={"vector": {"rule": Adam(beta2=0.9)}, "embedding": {"rule": "adam"}})
     by_kind = {record.plan.kind: record.rule for record in opt.records}
     assert by_kind["matrix"] is rule
     assert by_kind["vector"].beta2 == 0.9
-    assert by_kind["table"].name == "adam"
+    assert by_kind["embedding"].name == "adam"
 
 
 def test_repr_shows_what_each_parameter_became():
     _, _, opt = attached(Mixed(), groups=[{"match": "mix.weight", "rank": 2}])
     lines = {line.split()[0]: line for line in repr(opt).splitlines() if line.startswith("  ")}
-    assert all(word in lines["embedding.weight"] for word in ("table", "rowwise_rmsprop", "44 B"))
+    assert all(word in lines["embedding.weight"] for word in ("embedding", "rowwise_rmsprop", "44 B"))
     assert all(word in lines["conv.weight"] for word in ("12 x 24", "4/4", "288 B"))  # 2(12 + 24) floats
     assert "2/2" in lines["mix.weight"]
     assert "adam" in lines["norm.bias"]
@@ -141,8 +144,8 @@ BAD_ARGUMENTS = [
     ({"lr": math.nan}, "lr"),
     ({"lr": math.inf}, "lr"),
     ({"lr": "fast"}, "lr"),
-    ({"vector_lr": -1.0}, "vector_lr"),
-    ({"table_lr": -1.0}, "table_lr"),
+    ({"kinds": {"vector": {"lr": -1.0}}}, r"kinds\['vector'\]\['lr'\]"),
+    ({"kinds": {"table": {"lr": -1.0}}}, r"kinds\['embedding'\]\['lr'\]"),
     ({"beta": 1.0}, "beta"),
     ({"beta": -0.1}, "beta"),
     ({"weight_decay": -0.1}, "weight_decay"),
@@ -154,8 +157,13 @@ BAD_ARGUMENTS = [
     ({"momentum_rank": gradlr.ByLoss(8)}, "momentum_rank"),
     ({"rule": "sgd"}, "tracked_momentum"),
     ({"rule": TrackedMomentum}, "object"),
-    ({"vector_rule": "tracked_momentum"}, "works on matrices"),
-    ({"vector_rule": "rowwise_rmsprop"}, r"'0.bias', a vector.*needs a table"),
+    ({"kinds": {"vector": {"rule": "tracked_momentum"}}}, "works on matrices"),
+    ({"kinds": {"vector": {"rule": "rowwise_rmsprop"}}}, r"'0.bias', a vector.*needs a table"),
+    ({"kinds": ["vector"]}, "dict of dicts"),
+    ({"kinds": {"bias": {"lr": 1.0}}}, "kind='bias': use one of matrix, embedding, vector"),
+    ({"kinds": {"vector": {"weight_decay": 0.1}}}, "'weight_decay'; options of a kind vector are lr, rule"),
+    ({"kinds": {"matrix": {"rank": 4}}}, "'rank'; options of a kind matrix are lr, rule, weight_decay"),
+    ({"kinds": {"table": {}, "embedding": {}}}, "two words for one kind"),
     ({"rank": lambda inputs: 3}, "RankSchedule"),
     ({"groups": None}, "list of dicts"),
     ({"groups": {"match": "*"}}, "list of dicts"),
@@ -171,7 +179,7 @@ BAD_ARGUMENTS = [
     ({"groups": [{"match": "*", "learning_rate": 1.0}]}, "learning_rate"),
     ({"groups": [{"match": "*", "lr": -1.0}]}, "lr"),
     ({"groups": [{"match": "*.bias", "weight_decay": 0.1}]}, "'weight_decay' does nothing.*vector"),
-    ({"groups": [{"match": "*.weight", "vector_rule": "adam"}]}, "'vector_rule' does nothing.*matrix"),
+    ({"groups": [{"match": "*.weight", "kinds": {"vector": {"rule": "adam"}}}]}, r"kinds\['vector'\] does nothing.*matrix"),
     ({"groups": [{"match": "*.weight", "kind": "tensor"}]}, "kind"),
     ({"groups": [{"match": "*.bias", "kind": "matrix"}]}, "cannot be a matrix"),
 ]
@@ -192,9 +200,6 @@ def test_arguments_out_of_range_leave_the_model_unattached(options, message):
 def test_options_of_rules_are_checked():
     for make in (
         lambda: TrackedMomentum(residual=-1),
-        lambda: TrackedMomentum(arithmetic="fast"),
-        lambda: TrackedMomentum(is_weighed=True, arithmetic="products"),
-        lambda: TrackedMomentum(beta2=1.0),
         lambda: gradlr.rules.FactorMoments(scale=-1.0),
         lambda: Adam(eps=-1e-8),
         lambda: Adam(eps=0),

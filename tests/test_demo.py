@@ -1,5 +1,7 @@
 """The demo: what it leaves behind, and that an interrupted run ends where an uninterrupted one does."""
 
+import contextlib
+import io
 import json
 import signal
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import gradlr
+import gradlr.apps.demo
 from gradlr.apps.bench.language import FineTuning
 from gradlr.apps.bench.pretrain import load_pretrained
 from gradlr.apps.bench.transformer import evaluate
@@ -14,20 +17,37 @@ from gradlr.apps.cli import main
 from gradlr.apps.demo import training
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def _short():
     """Validate on one batch and save every other step."""
     few = FineTuning().validation()[:1]
-    monkeypatch.setattr(FineTuning, "validation", lambda workload: few)
-    monkeypatch.setattr(training, "SAVE_EVERY", 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTuning, "validation", lambda workload: few)
+        patch.setattr(training, "SAVE_EVERY", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of a run that nothing has interrupted, and what it has printed."""
+    folder, printed = tmp_path_factory.mktemp("straight"), io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert demo(folder) == 0
+    return folder, printed.getvalue()
 
 
 def demo(folder, *options):
     return main(["demo", "--steps", "5", "--out", str(folder), *options])
 
 
-def models(folder):
-    return [load_pretrained(folder / f"{name}-fine-tuned.pt").state_dict() for name in ("adamw", "gradlr")]
+def only(monkeypatch, index):
+    """One method instead of both."""
+    monkeypatch.setattr(gradlr.apps.demo, "METHODS", training.METHODS[index : index + 1])
+
+
+def assert_same_model(one, other, name):
+    left, right = (load_pretrained(folder / f"{name}-fine-tuned.pt").state_dict() for folder in (one, other))
+    assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def ratios(losses):
@@ -42,19 +62,19 @@ def interrupt_at(monkeypatch, method, step):
     """Ctrl-C, as the terminal sends it, in the middle of the run of one method."""
     real = training._step
 
-    def step_and_interrupt(model, train_step, record, inputs, targets):
+    def step_and_interrupt(train_step, record, compute):
         if record.method == method and len(record.losses) == step:
             monkeypatch.setattr(training, "_step", real)
             signal.raise_signal(signal.SIGINT)
-        real(model, train_step, record, inputs, targets)
+        real(train_step, record, compute)
 
     monkeypatch.setattr(training, "_step", step_and_interrupt)
 
 
-def test_it_leaves_report_results_and_models(tmp_path, capsys):
-    assert demo(tmp_path) == 0
-    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "results.json").read_text())
+def test_it_leaves_report_results_and_models(straight):
+    folder, printed = straight
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((folder / "results.json").read_text())
     adamw, ours = results["records"]
     assert (len(adamw["losses"]), len(ours["losses"]), len(ours["ranks"])) == (5, 5, 5)
     assert adamw["losses"][0] == pytest.approx(ours["losses"][0], abs=1e-6)  # same model, same first batch
@@ -64,24 +84,22 @@ def test_it_leaves_report_results_and_models(tmp_path, capsys):
     assert adamw["state_numbers"] == 2 * adamw["weights"]
     assert 40 * ours["state_numbers"] < adamw["state_numbers"]  # a fortieth
     assert ours["peak_bytes"] < adamw["peak_bytes"]
-    model = load_pretrained(tmp_path / "gradlr-fine-tuned.pt")
+    model = load_pretrained(folder / "gradlr-fine-tuned.pt")
     assert evaluate(model, FineTuning().validation()) == pytest.approx(ours["validation"][-1][1], abs=1e-6)
-    assert "1/44 of its state" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
+    assert "1/44 of its state" in printed
+    assert sorted(path.name for path in folder.iterdir()) == [
         "adamw-fine-tuned.pt", "gradlr-fine-tuned.pt", "report.png", "results.json",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "step"), [("adamw", 1), ("gradlr", 3)])
-def test_an_interrupted_run_goes_on_and_ends_bit_for_bit_the_same(tmp_path, monkeypatch, capsys, method, step):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    demo(straight)
-    interrupt_at(monkeypatch, method, step)
-    assert demo(broken) == 130
-    assert f"after {step + 1} of 5 steps" in capsys.readouterr().out
-    assert demo(broken) == 0
-    for one, other in zip(models(straight), models(broken), strict=True):
-        assert all(torch.equal(one[key], other[key]) for key in one)
+def test_an_interrupted_run_goes_on_and_ends_bit_for_bit_the_same(straight, tmp_path, monkeypatch, capsys):
+    for method, step in (("adamw", 1), ("gradlr", 3)):
+        interrupt_at(monkeypatch, method, step)
+        assert demo(tmp_path) == 130
+        assert f"after {step + 1} of 5 steps" in capsys.readouterr().out
+    assert demo(tmp_path) == 0
+    for name in ("adamw", "gradlr"):
+        assert_same_model(straight[0], tmp_path, name)
 
 
 def test_ctrl_c_outside_the_steps_is_told_without_a_traceback(tmp_path, monkeypatch, capsys):
@@ -93,26 +111,25 @@ def test_ctrl_c_outside_the_steps_is_told_without_a_traceback(tmp_path, monkeypa
     assert "The same command continues" in capsys.readouterr().out
 
 
-def test_a_crash_goes_on_from_the_last_saved_step(tmp_path, monkeypatch):
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    demo(straight)
+def test_a_crash_goes_on_from_the_last_saved_step(straight, tmp_path, monkeypatch):
+    only(monkeypatch, 1)
     real = training._step
 
-    def crash(model, train_step, record, inputs, targets):
-        if record.method == "gradlr" and len(record.losses) == 3:
+    def crash(train_step, record, compute):
+        if len(record.losses) == 3:
             raise MemoryError
-        real(model, train_step, record, inputs, targets)
+        real(train_step, record, compute)
 
     monkeypatch.setattr(training, "_step", crash)
     with pytest.raises(MemoryError):
-        demo(broken)
+        demo(tmp_path)
     monkeypatch.setattr(training, "_step", real)
-    assert demo(broken) == 0
-    one, other = models(straight)[1], models(broken)[1]
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert demo(tmp_path) == 0
+    assert_same_model(straight[0], tmp_path, "gradlr")
 
 
 def test_fresh_and_other_settings_start_anew(tmp_path, monkeypatch, capsys):
+    only(monkeypatch, 0)
     interrupt_at(monkeypatch, "adamw", 2)
     demo(tmp_path)
     assert demo(tmp_path, "--seed", "1") == 0

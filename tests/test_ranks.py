@@ -3,9 +3,8 @@
 import math
 
 import pytest
-import torch
 
-from gradlr import ArgumentError, ByEnergy, ByLoss, Fixed, LossError, RankInputs, decide_rank
+from gradlr import ArgumentError, ByLoss, Fixed, LossError, RankInputs, decide_rank
 from gradlr.ranks import round_rank
 
 
@@ -61,31 +60,8 @@ def test_fractions_are_of_the_shorter_side():
     assert Fixed(0.001)(RankInputs(1.0, 1, limit=10)) == 1
 
 
-def test_by_energy_takes_the_smallest_rank_that_holds_the_share():
-    spectrum = torch.tensor([90.0, 8.0, 1.0] + [0.001] * 29)
-    assert ByEnergy(0.95)(RankInputs(1.0, 32, 64, spectrum)) == 2
-    assert ByEnergy(0.5)(RankInputs(1.0, 32, 64, spectrum)) == 1
-    assert ByEnergy(0.5, min_rank=4)(RankInputs(1.0, 32, 64, spectrum)) == 4
-
-
-def test_by_energy_grows_by_a_step_while_all_directions_are_needed():
-    assert ByEnergy(0.95)(RankInputs(1.0, 16, 64, torch.ones(16))) == 24
-    assert ByEnergy(0.95)(RankInputs(1.0, 4, 64, torch.ones(4))) == 5
-    assert ByEnergy(0.95, max_rank=20)(RankInputs(1.0, 16, 64, torch.ones(16))) == 20
-
-
-def test_by_energy_keeps_the_rank_while_nothing_is_known():
-    assert ByEnergy(0.95)(RankInputs(1.0, 12, 64, None)) == 12
-
-
 @pytest.mark.parametrize("rank", [0, -3, 0.0, 1.5, True, "8", None])
-@pytest.mark.parametrize("schedule", [Fixed, ByLoss, lambda rank: ByEnergy(0.9, rank)])
+@pytest.mark.parametrize("schedule", [Fixed, ByLoss])
 def test_ranks_out_of_range_are_refused(schedule, rank):
     with pytest.raises(ArgumentError, match="rank"):
         schedule(rank)
-
-
-@pytest.mark.parametrize("share", [0.0, 1.0, -1, 2])
-def test_share_out_of_range(share):
-    with pytest.raises(ArgumentError, match="share"):
-        ByEnergy(share)

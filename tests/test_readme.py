@@ -1,4 +1,4 @@
-"""The README is a contract: its code runs, its tables are the committed results."""
+"""README and docs are a contract: their code runs, their numbers and tables are the committed results."""
 
 import json
 import re
@@ -11,25 +11,50 @@ from gradlr.apps.bench import devices, estimate, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-CAPTURE, BENCHMARKS, STUDY, MEMORY, DEVICES = (
-    (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("capture", "benchmarks", "study", "memory", "devices")
-)
-RESULTS = ROOT / "gradlr" / "bench" / "results"
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")}
+CAPTURE, BENCHMARKS, STUDY, MEMORY, DEVICES = map(DOCS.get, ("capture", "benchmarks", "study", "memory", "devices"))
+RESULTS = ROOT / "gradlr" / "apps" / "bench" / "results"
 
 
 def results(name):
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-LOOPS = (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("text", [README, LOOPS], ids=["README.md", "loops.md"])
+@pytest.mark.parametrize("text", [README, DOCS["quickstart"], DOCS["loops"]], ids=["README.md", "quickstart.md", "loops.md"])
 def test_its_python_runs_from_top_to_bottom(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) >= 2
+    assert blocks
     exec("\n".join(blocks), {})
+
+
+def test_it_is_read_in_three_minutes():
+    assert len(README.splitlines()) <= 120
+
+
+def test_its_three_numbers_are_those_of_the_committed_results():
+    rows = {
+        name: {row["name"]: row for row in results(name)["results"]} for name in ("quality", "memory", "speed-transformer-1024")
+    }
+    ours, adamw = (rows["quality"][name] for name in ("default", "adamw"))
+    state = [row["state_bytes"] / 2**20 for row in (ours, adamw)]
+    assert f"**{ours['mean']:.3f} nats per byte, AdamW {adamw['mean']:.3f}**" in README
+    assert f"with {state[0]:.2f} MiB of state, AdamW {state[1]:.2f}" in README
+    peaks = [rows["memory"][name]["peak_mib"] for name in ("backward", "adamw_fused")]
+    assert f"**{peaks[0]:.1f} MiB above 100 MiB of weights**, AdamW {peaks[1]:.1f}" in README
+    assert f"**{rows['speed-transformer-1024']['adaptor']['ratio']:.2f} of the time of SGD's step**" in README
+
+
+def test_what_it_costs_is_in_the_committed_results():
+    rows = {row["name"]: row for name in ("quality", "quality-group") for row in results(name)["results"]}
+    for name in ("muon", "k32_r64"):
+        assert f"({rows[name]['mean']:.3f})" in README
+    four, many = (rows[f"{name}_group"]["mean"] - rows[name]["mean"] for name in ("k4_r64", "k32_r64"))
+    assert f"{four:.3f} nats at k = 4, {many:.3f} at k = 32" in README
+    ways = {row["name"]: row["mean"] for row in results("quality-capture")["results"]}
+    assert f"costs {ways['k4_r64_one_sided'] - ways['k4_r64_adaptor']:.3f} nats" in README
+    (hooks,) = (row["ratio"] for row in results("speed-transformer-1024")["results"] if row["name"] == "hook")
+    assert f"{hooks:.2f} of SGD's step at width 1024" in README
 
 
 def test_the_transfer_rule_is_what_the_sweeps_found():
@@ -42,16 +67,17 @@ def test_the_transfer_rule_is_what_the_sweeps_found():
 
 
 TABLES = {
-    "quality": (README, quality),
+    "quality": (BENCHMARKS, quality),
     "quality-small-batches": (BENCHMARKS, quality),
     "quality-scratch": (BENCHMARKS, quality),
     "quality-minilm": (BENCHMARKS, quality),
     "quality-digits": (BENCHMARKS, quality),
+    "arithmetic": (BENCHMARKS, quality),
     "devices": (BENCHMARKS, devices),
     "study-pretrained": (STUDY, quality),
     "estimate": (MEMORY, estimate),
-    "memory": (README, memory),
-    "speed": (README, speed),
+    "memory": (BENCHMARKS, memory),
+    "speed": (BENCHMARKS, speed),
     "memory-512": (CAPTURE, memory),
     "speed-transformer-1024": (CAPTURE, speed),
     "speed-transformer-512": (CAPTURE, speed),

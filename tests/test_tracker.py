@@ -15,10 +15,10 @@ class Listener:
     def __init__(self):
         self.counts, self.scales = [], []
 
-    def before_backward(self, tracker):
+    def on_loss(self, tracker):
         self.counts.append(tracker.count)
 
-    def begin_backward(self, scale):
+    def on_backward(self, scale):
         self.scales.append(float(scale))
 
 
@@ -114,7 +114,7 @@ def test_listeners_are_told_in_the_order_in_which_they_came():
     tracker, told = LossTracker(), []
 
     class Noting(Listener):
-        def before_backward(self, tracker):
+        def on_loss(self, tracker):
             told.append(self)
 
     listeners = [Noting() for _ in range(20)]

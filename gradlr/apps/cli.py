@@ -8,26 +8,26 @@ from collections.abc import Sequence
 
 from ..errors import GradlrError
 from . import demo, finetune
-from .bench import command as bench
-from .estimate import command as estimate
+from .bench import bench_cli as bench
+from .estimate import estimate_cli as estimate
+
+COMMANDS = {
+    "demo": (demo, "fine-tune a transformer on real text with AdamW and with gradlr"),
+    "estimate": (estimate, "memory that training a model takes, for every method"),
+    "finetune": (finetune, "fine-tune a local language model on your own data"),
+    "bench": (bench, "quality, memory and speed, side by side"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; errors of gradlr are printed without a traceback and give exit status 2."""
-    parser = argparse.ArgumentParser(prog="gradlr", description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo|estimate|finetune|bench")
-    demo.add_arguments(commands.add_parser("demo", help="fine-tune a transformer on real text with AdamW and with gradlr"))
-    estimate.add_arguments(commands.add_parser("estimate", help="memory that training a model takes, for every method"))
-    finetune.add_arguments(commands.add_parser("finetune", help="fine-tune a local language model on your own data"))
-    bench.add_arguments(commands.add_parser("bench", help="quality, memory and speed, side by side"))
+    parser = argparse.ArgumentParser(prog="gradlr", description=(__doc__ or "").split("\n")[0])
+    parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
+    for name, (module, text) in COMMANDS.items():
+        module.add_arguments(parsers.add_parser(name, help=text))
     parsed = parser.parse_args(arguments)
-    runs = {"demo": demo.run, "estimate": estimate.run, "finetune": finetune.run, "bench": bench.run}
     try:
-        return runs[parsed.command](parsed) or 0
+        return COMMANDS[parsed.command][0].run(parsed) or 0
     except GradlrError as error:
         print(f"gradlr: {error}", file=sys.stderr)
         return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main())

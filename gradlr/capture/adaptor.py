@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import BackwardError
 from ..gradient.factors import OuterProduct
 from ..gradient.operator import GradientOperator, Sketched
-from ..layers.linear_maps import LayerOp, layer_op
+from ..layers import LayerOp, layer_op
+from ..layers.embedding import is_plain_embedding
 from ..linalg.normalize import widen
+from .hook import Receiver
 from .layer_swap import (
     AdaptedLayer,
     Capture,
@@ -27,14 +28,6 @@ from .layer_swap import (
     captures,
     unseen_by_checkpoints,
 )
-
-
-class Receiver(Protocol):
-    """Who takes the gradients, and says in which basis they are wanted."""
-
-    def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
-
-    def right_basis(self, parameter: Tensor, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ class _AdaptorLayer(AdaptedLayer):
             return self._look_up(x) if is_plain_embedding(self) else None
         # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
         found = layer_op(self)
-        if found is None or found.pattern != capture.layer_op.pattern or not found.accepts(x):
+        if found is None or found.view != capture.layer_op.view or not found.accepts(x):
             return None
         x = autocasted(x)
         basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
@@ -65,18 +58,14 @@ class _AdaptorLayer(AdaptedLayer):
         return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), captures[self.weight], padding_index)
 
 
-def is_plain_embedding(module: nn.Embedding) -> bool:
-    """Whether the rows that were looked up are all there is to its gradient, and looking changes none of them."""
-    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
-
-
 def _basis(capture: _Adaptor, found: LayerOp, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
     # Fitted to the inputs at hand: it stands for them until the weight's next update.
     def covariance_matmul(right: Tensor) -> Tensor:
         return found.covariance_matmul(widen(x.detach()), right)
 
+    optimizer = capture.living_receiver()
     with unseen_by_checkpoints():
-        return capture.living_receiver().right_basis(weight, covariance_matmul, is_training=is_training)
+        return optimizer.bases.right(optimizer.store.by_id[id(weight)], covariance_matmul, is_training=is_training)
 
 
 def _is_ordinary_backward() -> bool:
@@ -185,8 +174,8 @@ class AdaptorCapture(LayerCapture):
 
     Args:
         layers: What to capture; none of them captured already.
-        receiver: Called as `receive(weight, operator)` inside backward, and `right_basis(weight, covariance_matmul,
-            is_training=...)` in the forward of one-sided layers; held weakly.
+        receiver: Its `receive(weight, operator)` is called inside backward, and its bases are asked in the forward of one-sided
+            layers; held weakly.
     """
 
     def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:

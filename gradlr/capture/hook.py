@@ -5,41 +5,62 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
+import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..errors import AttachError
+from ..engine.bases import Bases
+from ..engine.commit import Committer
+from ..engine.loop_checks import changed_message
+from ..engine.state_store import StateStore
+from ..errors import AttachError, BackwardError
+from ..gradient import Dense, GradientOperator, RowSparse
+from ..layers import View
+from ..linalg import Layout
+from ..params.kinds import ParameterPlan
+from ..tensors import is_sharded, local, share_memory
 
-# parameter -> the claim that holds it, and its hook. Weak on both sides: neither a dropped model nor a dropped optimizer is kept
+# parameter -> the lock that holds it, and its hook. Weak on both sides: neither a dropped model nor a dropped optimizer is kept
 # alive.
-_captures: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_locks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+class Receiver(Protocol):
+    """Who takes the gradients, and keeps the bases in which one-sided layers want them: the optimizer."""
+
+    bases: Bases
+    committer: Committer
+    store: StateStore
+
+    def receive(self, parameter: Tensor, gradient: GradientOperator) -> None: ...
 
 
 class ParameterLock:
     """Holds parameters for one optimizer, as long as it lives: no other may attach to them.
 
     Args:
-        named_parameters: Pairs of name and parameter.
+        plans: Of the parameters.
 
     Raises:
-        AttachError: a parameter is held by another claim that is still alive.
+        AttachError: a parameter is held by another lock that is still alive.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        named_parameters = list(named_parameters)
-        for name, parameter in named_parameters:
-            _release_dead(parameter)
-            if parameter in _captures:
+    def __init__(self, plans: Iterable[ParameterPlan]) -> None:
+        plans = list(plans)
+        for plan in plans:
+            _release_dead(plan.parameter)
+            if plan.parameter in _locks:
                 raise AttachError(
-                    f"parameter {name!r} is attached already: two optimizers would both update it in one backward. "
+                    f"parameter {plan.name!r} is attached already: two optimizers would both update it in one backward. "
                     "Call opt.detach() on the first one, or attach under `with gradlr.attach(...) as opt:`"
                 )
         self._handles: list[RemovableHandle] = []
-        self._parameters = [weakref.ref(parameter) for _, parameter in named_parameters]
-        for _, parameter in named_parameters:
-            _captures[parameter] = (weakref.ref(self), None)
+        self._parameters = [weakref.ref(plan.parameter) for plan in plans]
+        for plan in plans:
+            _locks[plan.parameter] = (weakref.ref(self), None)
 
     def remove(self) -> None:
         """Give the parameters free, and remove all hooks. Calling it again does nothing."""
@@ -48,36 +69,34 @@ class ParameterLock:
         for reference in self._parameters:
             parameter = reference()
             if parameter is not None:
-                _captures.pop(parameter, None)
+                _locks.pop(parameter, None)
         self._handles, self._parameters = [], []
 
 
 class HookCapture(ParameterLock):
-    """Registers one hook per parameter and hands each gradient to `receive`; owns the handles.
+    """Registers one hook per parameter and hands each gradient on; owns the handles.
 
     Args:
-        named_parameters: Pairs of name and parameter.
-        receive: Bound method called as `receive(parameter, gradient)`, held weakly; `parameter.grad` is None by then.
+        plans: Of the parameters.
+        receiver: Its `receive(parameter, operator)` is called inside backward; held weakly. `parameter.grad` is None by then.
 
     Raises:
-        AttachError: a parameter is held by another claim that is still alive.
+        AttachError: a parameter is held by another lock that is still alive.
     """
 
-    def __init__(self, named_parameters: Iterable[tuple[str, Tensor]], receive: Callable[[Tensor, Tensor], None]) -> None:
-        named_parameters = list(named_parameters)
-        super().__init__(named_parameters)
-        hook = _make_hook(weakref.WeakMethod(receive))
+    def __init__(self, plans: Iterable[ParameterPlan], receiver: Receiver) -> None:
+        plans = list(plans)
+        super().__init__(plans)
+        reference = weakref.ref(receiver)
         try:
-            for _, parameter in named_parameters:
-                self._register(parameter, hook)
+            for plan in plans:
+                parameter = plan.parameter
+                handle = parameter.register_post_accumulate_grad_hook(_make_hook(plan, reference))
+                self._handles.append(handle)
+                _locks[parameter] = (weakref.ref(self), handle)
         except RuntimeError:  # a parameter that requires no gradient
             self.remove()
             raise
-
-    def _register(self, parameter: Tensor, hook: Callable[[Tensor], None]) -> None:
-        handle = parameter.register_post_accumulate_grad_hook(hook)
-        self._handles.append(handle)
-        _captures[parameter] = (weakref.ref(self), handle)
 
 
 def lost_optimizer() -> AttachError:
@@ -90,21 +109,68 @@ def lost_optimizer() -> AttachError:
 
 
 def _release_dead(parameter: Tensor) -> None:
-    if parameter in _captures and _captures[parameter][0]() is not None:
+    if parameter in _locks and _locks[parameter][0]() is not None:
         gc.collect()  # a scheduler makes its optimizer part of a reference cycle
-    if parameter in _captures and _captures[parameter][0]() is None:
-        _, handle = _captures.pop(parameter)
+    if parameter in _locks and _locks[parameter][0]() is None:
+        _, handle = _locks.pop(parameter)
         if handle is not None:
             handle.remove()
 
 
-def _make_hook(receiver: weakref.WeakMethod) -> Callable[[Tensor], None]:
+def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver]) -> Callable[[Tensor], None]:
+    # Not the plan, which holds the parameter: the parameter holds this, and would never be free without a collection.
+    name, view, layout = plan.name, plan.view, plan.layout
+
     def take_gradient(parameter: Tensor) -> None:
-        receive = receiver()
-        if receive is None:
+        optimizer = receiver()
+        if optimizer is None:
             raise lost_optimizer()
         gradient, parameter.grad = parameter.grad, None
-        if gradient is not None:
-            receive(parameter, gradient)
+        if gradient is None:
+            return
+        operator = operator_of(parameter, gradient, view, layout)
+        if operator is None:
+            raise BackwardError(
+                f"the gradient of {name!r} is {gradient.layout}, {gradient.dtype}; gradlr takes real gradients, dense or, as of "
+                "embeddings with sparse=True, by rows. Make it dense, or leave the parameter out. "
+                f"{changed_message(optimizer.committer.changed)}"
+            )
+        optimizer.receive(parameter, operator)
 
     return take_gradient
+
+
+def operator_of(parameter: Tensor, gradient: Tensor, view: View, layout: Layout) -> GradientOperator | None:
+    """A gradient in memory as an operator; None where it is complex, or sparse in another way than by rows.
+
+    Args:
+        parameter: Whose it is.
+        gradient: As autograd has accumulated it, or its shard.
+        view: How the parameter is seen as (a batch of) matrices.
+        layout: Which block of them lies here.
+    """
+    if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1 and view.pattern is None and gradient.ndim == 2:
+        gradient = gradient.detach()
+        return RowSparse.summed(gradient._indices()[0], gradient._values(), gradient.shape[0])
+    if gradient.layout != torch.strided or gradient.is_complex():
+        return None
+    if is_sharded(gradient):
+        gradient = _shard(gradient.detach(), parameter)
+    # autograd hands over a view of a buffer that may still wait in other nodes, as of a sum of two parameters. Two hold the
+    # storage where nobody else does: the tensor, and the object that is asked here.
+    is_shared = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2
+    matrix = gradient.detach() if view.pattern is None else view.of(gradient.detach())
+    # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
+    is_ours = not (is_shared or gradient.requires_grad) and len(parameter._post_accumulate_grad_hooks or ()) == 1
+    return Dense(matrix, is_owned=is_ours or not share_memory(matrix, gradient), layout=layout)
+
+
+def _shard(gradient: Tensor, parameter: Tensor) -> Tensor:
+    """Of a sharded gradient what belongs to the parameter's part in this process."""
+    if gradient.placements != parameter.placements:  # partial sums, as of a norm under sequence parallelism
+        gradient = gradient.redistribute(placements=parameter.placements)
+    shard = local(gradient)
+    shard = shard.wait() if hasattr(shard, "wait") else shard  # a redistribution may be under way
+    if shard.device.type == "cpu" and torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # offloaded: older versions of torch have not waited for the copy
+    return shard

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..layers.linear_maps import LayerOp
+from ..layers import LayerOp
 from .hook import lost_optimizer
 
 _SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
@@ -69,7 +69,6 @@ class AdaptedLayer:
     _gradlr_original: type[nn.Module]
     _gradlr_input: str
 
-    @torch.compiler.disable  # the backward changes weights, which no compiler may move
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
         # By position, or by the name that the layer's own forward gives it.
         x = inputs[0] if len(inputs) == 1 and not named else None if inputs or len(named) != 1 else named.get(self._gradlr_input)
@@ -100,7 +99,9 @@ class AdaptedLayer:
 def adapted_class(original: type[nn.Module], over: type[AdaptedLayer]) -> type[nn.Module]:
     """The layer's class with another one put over it."""
     input_name = list(inspect.signature(original.forward).parameters)[1]
-    contents = {"_gradlr_original": original, "_gradlr_input": input_name, "__doc__": over.__doc__}
+    # The backward changes weights, which no compiler may move. Not as a decorator: it would import torch._dynamo with gradlr.
+    forward = torch.compiler.disable(over.forward)
+    contents = {"_gradlr_original": original, "_gradlr_input": input_name, "__doc__": over.__doc__, "forward": forward}
     return type(f"Adapted{original.__name__}", (over, original), contents)
 
 

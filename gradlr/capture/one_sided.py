@@ -2,117 +2,152 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..distributed import Communicator, Shards
-from ..engine import messages as guards
-from ..engine.apply_update import full_precision
-from ..engine.record import ParameterGroup, ParamRecord, compute_dtype_and_device, follow_loss
-from ..engine.state_store import KeptState
+from ..engine.record import ParamRecord
+from ..engine.state_store import StateStore
+from ..tensors import AsyncScalar, compute_dtype_and_device, full_precision
 from ..tracker import LossTracker
 
 
-class Projections(KeptState):
-    """Makes each weight's basis in the first forward after its update, and keeps it until the next one.
+@dataclass
+class _Kept:
+    basis: weakref.ref[Tensor]
+    # Whether further forwards may use it: its inputs may have been zeros, or NaN. None where they may.
+    is_sound: AsyncScalar | None
+    is_for_training: bool
+
+
+class FittedBases:
+    """Bases fitted to the inputs of the first forward after each update, and kept until the next one.
+
+    They are held weakly: a graph, or a sketch that waits, keeps its own alive.
 
     Args:
-        groups, tracker, seed, state_dtype: As for `KeptState`.
-        replicas: The processes that train together; None where this one trains alone.
-        shards: The processes that each hold a part of the model; None where it is not sharded.
+        store: State of the parameters, whose momentum a basis starts from.
+        tracker: Its loss decides the rank, and its open backwards tell of failed ones.
     """
 
-    def __init__(
-        self,
-        groups: list[ParameterGroup],
-        tracker: LossTracker,
-        seed: int,
-        state_dtype: torch.dtype,
-        replicas: Communicator | None = None,
-        shards: Shards | None = None,
-    ) -> None:
-        super().__init__(groups, tracker, seed, state_dtype)
-        self._replicas, self._shards = replicas, shards
-        self.comm = replicas if shards is None else shards.comm
+    def __init__(self, store: StateStore, tracker: LossTracker) -> None:
+        self._store, self._tracker = store, tracker
+        self._kept: dict[int, _Kept] = {}
         self._failed_tasks: set[int] = set()
 
-    @property
-    def processes(self) -> int:
-        """Number of processes that train the model together."""
-        return 1 if self.comm is None else self.comm.size
-
-    @property
-    def tells_mean(self) -> bool:
-        """Whether the tracker hears of the mean loss of several processes from this optimizer."""
-        return self.comm is not None
-
-    def _hear_losses(self) -> str | None:
-        """Let the ranks follow the mean loss of all shards' processes; why the step is to be left out, where it is."""
-        # The loss at hand, or on CUDA, where that one is on its way, the one before.
-        rates = [float(group["lr"]) for group in self.param_groups]
-        heard = self._shards.sync_loss(self.records, self.tracker.value, rates)
-        if heard.loss is not None:
-            self.tracker.record_mean(heard.loss)
-        if not (heard.not_finite and self.tracker.is_current):
-            return None
-        return guards.not_finite_on(heard.not_finite, self.comm.rank, f"the loss is {self.tracker.value}")
-
     @torch.no_grad()
-    def right_basis(self, parameter: Tensor, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
+    def right(self, record: ParamRecord, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
         """X, (n, r) orthonormal, on which a one-sided layer projects its input: fixed until the next update of its weight.
 
         Made in the first forward after an update whose inputs are not all zero, of the inputs there; its rank follows the loss
         shown before that forward. A forward of a layer in training mode takes none that one in evaluation mode has made.
-        Where several processes train, the inputs, which differ between them, have no say.
         """
         self._forget_failed_backward()
-        record = self._records[id(parameter)]
-        if self._replicas is not None:
-            with full_precision(parameter.device):
-                return self._shared_bases(record)[0]
-        basis = record.sound_basis(is_training)
-        if basis is None:
-            products: list[Tensor] = []
+        basis = self._sound(record, is_training)
+        return self._fit(record, covariance_matmul, is_training) if basis is None else basis
 
-            def matmul(right: Tensor) -> Tensor:
-                products.append(covariance_matmul(right))
-                return products[-1]
+    def both(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
+        """Fitted bases are known to this process alone."""
+        raise NotImplementedError("bases that are fitted to inputs are not the same in every process")
 
-            follow_loss(record, self.tracker.ratio, self.state[parameter])
-            known, like = (
-                (record.plan.shape, self._rule_state(record), self._settings(record)),
-                compute_dtype_and_device(parameter),
-            )
-            with full_precision(parameter.device):
-                basis = record.rule.right_basis(*known, **like, covariance_matmul=matmul)
-            # A basis of inputs that were all zero, or not finite, must not outlive their loss.
-            is_sound = torch.stack([basis.isfinite().all(), *(product.any() for product in products)]).all()
-            record.keep_basis(basis, is_sound, is_training)
+    def held(self, record: ParamRecord) -> Tensor | None:
+        """X, while a graph or a sketch holds it."""
+        kept = self._kept.get(record.index)
+        return None if kept is None else kept.basis()
+
+    def forget(self, record: ParamRecord) -> None:
+        """The parameter was updated."""
+        self._kept.pop(record.index, None)
+
+    def forget_all(self) -> None:
+        """Whatever holds a basis is of no further use."""
+        self._kept.clear()
+
+    def _sound(self, record: ParamRecord, is_training: bool) -> Tensor | None:
+        # What the flag said is read here, a forward later, so that no device is waited for.
+        kept = self._kept.get(record.index)
+        if kept is None or (is_training and not kept.is_for_training):
+            return None
+        if kept.is_sound is not None and not kept.is_sound.read():
+            return None
+        kept.is_sound = None
+        return kept.basis()
+
+    def _fit(self, record: ParamRecord, covariance_matmul: Callable[[Tensor], Tensor], is_training: bool) -> Tensor:
+        products: list[Tensor] = []
+
+        def matmul(right: Tensor) -> Tensor:
+            products.append(covariance_matmul(right))
+            return products[-1]
+
+        record.follow_loss(self._tracker.ratio)
+        with full_precision(record.plan.parameter.device):
+            basis = right_basis(record, self._store, covariance_matmul=matmul)
+        # A basis of inputs that were all zero, or not finite, must not outlive their loss.
+        is_sound = torch.stack([basis.isfinite().all(), *(product.any() for product in products)]).all()
+        self._kept[record.index] = _Kept(weakref.ref(basis), AsyncScalar(is_sound), is_training)
         return basis
-
-    def _shared_bases(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
-        """X and L (None where only X is asked for) of state and random numbers alone: the same in every process."""
-        known, like = (
-            (record.plan.shape, self._rule_state(record), self._settings(record)),
-            compute_dtype_and_device(record.plan.parameter),
-        )
-        if record.capture != "one_sided":
-            return record.rule.right_basis(*known, **like), record.rule.left_basis(*known, **like)
-        # A graph may hold it already; the layer's input was projected on that very tensor.
-        basis = record.basis
-        if basis is None:
-            record.basis = basis = record.rule.right_basis(*known, **like)
-        return basis, None
 
     def _forget_failed_backward(self) -> None:
         # A backward that is open and not under way has failed: the bases that its graph may still hold are of no further use.
-        failed = self.tracker.open_backwards
+        failed = self._tracker.open_backwards
         if not self._failed_tasks.issuperset(failed) and torch._C._current_graph_task_id() == -1:
             self._failed_tasks = set(failed)
-            self._forget_bases()
+            self.forget_all()
 
-    def _forget_bases(self) -> None:
-        for record in self._records.values():
-            record.basis = None
+
+class SharedBases:
+    """Bases of state and random numbers alone, which every process of a group makes alike.
+
+    Inputs, which differ between the processes, have no say.
+
+    Args:
+        store: State of the parameters.
+    """
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self._kept: dict[int, weakref.ref[Tensor]] = {}
+
+    @torch.no_grad()
+    def right(self, record: ParamRecord, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
+        """X of a one-sided layer."""
+        with full_precision(record.plan.parameter.device):
+            return self.both(record)[0]
+
+    def both(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
+        """X and L; L is None for a one-sided layer, whose X stays the very tensor that its input was projected on."""
+        store, plan = self._store, record.plan
+        if record.capture != "one_sided":
+            known, context = store.read(record), store.context(record)
+            right = right_basis(record, store)
+            return right, record.rule.left_basis(plan.shape, known, context, **compute_dtype_and_device(plan.parameter))
+        basis = self.held(record)
+        if basis is None:
+            basis = right_basis(record, store)
+            self._kept[record.index] = weakref.ref(basis)
+        return basis, None
+
+    def held(self, record: ParamRecord) -> Tensor | None:
+        """X of a one-sided layer, while a graph or a sketch holds it."""
+        kept = self._kept.get(record.index)
+        return None if kept is None else kept()
+
+    def forget(self, record: ParamRecord) -> None:
+        """The parameter was updated."""
+        self._kept.pop(record.index, None)
+
+    def forget_all(self) -> None:
+        """After a step, or where one was left out."""
+        self._kept.clear()
+
+
+def right_basis(record: ParamRecord, store: StateStore, *, covariance_matmul: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """X of the parameter's rule, in the dtype of its arithmetic."""
+    plan = record.plan
+    like = compute_dtype_and_device(plan.parameter)
+    known, context = store.read(record), store.context(record)
+    return record.rule.right_basis(plan.shape, known, context, **like, covariance_matmul=covariance_matmul)

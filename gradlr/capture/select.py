@@ -1,4 +1,4 @@
-"""How each gradient is seen: which layers hand it over without forming it, and what a hook's gradient is as an operator."""
+"""Which layers hand their gradient over without forming it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,12 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..engine.record import ParamRecord
 from ..errors import ArgumentError, GradlrWarning
-from ..gradient import Dense, GradientOperator, RowSparse, Sketched
-from ..layers.linear_maps import LayerOp, LinearOp, layer_op
-from ..params.kinds import ParameterPlan, is_sharded, local
-from ..params.views import share_memory
-from .adaptor import is_plain_embedding
+from ..layers import LayerOp, LinearOp, layer_op
+from ..layers.embedding import is_plain_embedding
 from .layer_swap import CapturedLayer
 
 CAPTURES = ("hook", "adaptor", "one_sided", "auto")
@@ -67,7 +63,7 @@ def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: s
         layers.append(layer)
         record.capture = "rows" if layer.layer_op is None else "one_sided" if layer.is_one_sided else "adaptor"
     if slow:
-        warnings.warn(_advice(slow, capture), GradlrWarning, stacklevel=4)
+        warnings.warn(_advice(slow, capture), GradlrWarning, stacklevel=5)
     return layers
 
 
@@ -77,7 +73,7 @@ def _layer(module: nn.Module, record: ParamRecord, capture: str) -> CapturedLaye
         is_plain = is_plain_embedding(module) and record.plan.view.pattern is None
         return CapturedLayer(module, None) if is_plain and rule.accepts_row_factors else None
     found = layer_op(module)
-    if found is None or found.pattern != record.plan.view.pattern or not _suits(found, record):
+    if found is None or found.view != record.plan.view or not _suits(found, record):
         return None
     return CapturedLayer(module, found, is_one_sided=capture == "one_sided" and not rule.is_elementwise)
 
@@ -108,58 +104,3 @@ def _advice(slow: list[ParamRecord], capture: str) -> str:
         f"rank {record.largest_rank} takes {formula} = {work:,} multiplications a token, its whole gradient mn = {m * n:,}. Use "
         f'a rank of {limit} at most there, or capture="auto", which leaves them to hooks'
     )
-
-
-def operator_of(plan: ParameterPlan, gradient: Tensor) -> GradientOperator | None:
-    """The gradient that a hook was given, as an operator; None where it is complex, or sparse in another way than by rows."""
-    if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1 and plan.view.pattern is None and gradient.ndim == 2:
-        gradient = gradient.detach()
-        return RowSparse.summed(gradient._indices()[0], gradient._values(), plan.shape[0])
-    if gradient.layout != torch.strided or gradient.is_complex():
-        return None
-    if is_sharded(gradient):
-        gradient = _block(gradient.detach(), plan.parameter)
-    is_shared = _is_storage_shared(gradient)
-    matrix = plan.view.of(gradient.detach())
-    is_copy = not share_memory(matrix, gradient)
-    # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
-    hooks = plan.parameter._post_accumulate_grad_hooks or ()
-    is_ours = not (is_shared or gradient.requires_grad) and len(hooks) == 1
-    return Dense(matrix, is_owned=is_copy or is_ours, layout=plan.layout)
-
-
-def _block(gradient: Tensor, parameter: Tensor) -> Tensor:
-    """Of a sharded gradient what belongs to the parameter's part in this process."""
-    if gradient.placements != parameter.placements:  # partial sums, as of a norm under sequence parallelism
-        gradient = gradient.redistribute(placements=parameter.placements)
-    block = local(gradient)
-    block = block.wait() if hasattr(block, "wait") else block  # a redistribution may be under way
-    if block.device.type == "cpu" and torch.cuda.is_initialized():
-        torch.cuda.synchronize()  # offloaded: older versions of torch have not waited for the copy
-    return block
-
-
-def _is_storage_shared(gradient: Tensor) -> bool:
-    # autograd hands over a view of a buffer that may still wait in other nodes, as of a sum of two parameters. Two hold the
-    # storage where nobody else does: the tensor, and the object that is asked here.
-    return torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2
-
-
-def waits_as_it_is(record: ParamRecord, gradient: GradientOperator) -> bool:
-    """Whether a gradient that waits for `step()` need not be sketched: nothing smaller would serve."""
-    if record.rule.is_elementwise or isinstance(gradient, Sketched):
-        return True
-    # Two bases and two products: r columns on the right, r + k on the left. Of a shard, what would wait here.
-    layout = record.plan.layout
-    m, n = (-(-size // axis.parts) for axis, size in zip((layout.rows, layout.columns), record.plan.shape[-2:], strict=True))
-    return isinstance(gradient, Dense) and (2 * record.rank + record.momentum_rank) * (m + n) >= m * n
-
-
-def compact(gradient: GradientOperator) -> GradientOperator:
-    """The gradient without activations: they would be kept alive until `step()`."""
-    return gradient if isinstance(gradient, Dense | RowSparse | Sketched) else as_dense(gradient)
-
-
-def as_dense(gradient: GradientOperator) -> Dense:
-    """The gradient with its entries in memory."""
-    return gradient if isinstance(gradient, Dense) else Dense(gradient.matrix, is_owned=True)

@@ -6,6 +6,8 @@ import copy
 import warnings
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -13,16 +15,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import propagate_errors
+from ..distributed.communicator import propagate_errors
+from ..engine.sync import Comm, OneProcess
 from ..errors import ArgumentError, CheckpointError, GradlrWarning, ParallelError
 from ..optimizer import GradLR
 from .atomic import write_atomically
-from .folder import as_held, is_any_sharded, is_folder, read_folder, write_folder
+from .dtensor import as_held, is_any_sharded
+from .folder import is_folder, read_folder, write_folder
 
 _FORMAT = 1
 # What torch.load(weights_only=True) builds: subclasses and named tuples are code to it.
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_TABLES, _SEQUENCES = (dict, OrderedDict), (list, tuple, torch.Size)
+_DICTS, _SEQUENCES = (dict, OrderedDict), (list, tuple, torch.Size)
 
 
 def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **more: Any) -> None:
@@ -46,17 +50,17 @@ def save(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR, **mo
         OSError: the folder is not there, or the disk is full. The old file is as it was.
         ParallelError: of a sharded model, another process could not write its part. The old folder is as it was.
     """
-    path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"save: there is no folder {path.absolute().parent}; make it first")
-    entries = {name: _state_of(name, value) for name, value in more.items()}
+    path, comm = Path(path).absolute(), optimizer.sync.comm
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"save: there is no folder {path.parent}; make it first")
+    entries = {name: _entry(name, value) for name, value in more.items()}
     weights = model.state_dict()
     _require_plain("model", weights)
     checkpoint = {"gradlr": _FORMAT, "model": weights, "optimizer": optimizer.state_dict(), "more": entries}
     if is_any_sharded(model):
-        write_folder(path.absolute(), checkpoint, optimizer.comm)
-        return
-    write_atomically(path, lambda file: _write(checkpoint, file))
+        write_folder(path, checkpoint, comm)
+    else:
+        write_atomically(path, partial(_write, checkpoint))
 
 
 def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | None = None, **more: Any) -> dict[str, Any]:
@@ -80,46 +84,46 @@ def load(path: str | PathLike[str], *, model: nn.Module, optimizer: GradLR | Non
     Warns:
         GradlrWarning: an object was saved, such as a scheduler, and is not among `more`, though the optimizer is loaded.
     """
-    path, comm = Path(path), None if optimizer is None else optimizer.comm
-    is_in_folder = is_folder(path.absolute())
-    if comm is not None:
-        comm.assert_same_on_all_ranks(
-            {f"what is at {path}": "a folder" if is_in_folder else "a file" if path.is_file() else "nothing"}
-        )
+    path = Path(path).absolute()
+    comm: Comm = OneProcess() if optimizer is None else optimizer.sync.comm
+    is_in_folder = is_folder(path)
+    what = "a folder" if is_in_folder else "a file" if path.is_file() else "nothing"
+    comm.assert_same_on_all_ranks({f"what is at {path}": what})
     given = {name: value for name, value in more.items() if value is not None}
     with propagate_errors(comm):
-        checkpoint = read_folder(path.absolute(), model, optimizer) if is_in_folder else _read(path)
-        _check_format(path, checkpoint)
+        checkpoint = read_folder(path, model, optimizer) if is_in_folder else _read(path)
+        found = checkpoint.get("gradlr")
+        if type(found) is not int or found != _FORMAT:  # a damaged file may hold anything
+            raise CheckpointError(f"{path}: has format {found!r}, this gradlr reads format {_FORMAT}")
         _check_model(path, checkpoint["model"], model)
         _check_objects(path, checkpoint["more"], given)
-    if comm is not None:
-        comm.assert_same_on_all_ranks({})
+    comm.assert_same_on_all_ranks({})
     if optimizer is not None:
         _warn_of_forgotten(path, checkpoint["more"], more)
+    # The optimizer checks all before it changes anything. The model comes last: where its own code fails, the rest is put back.
     loads = [(value, checkpoint["more"][name]["state_dict"]) for name, value in given.items()]
     loads += [] if optimizer is None else [(optimizer, checkpoint["optimizer"])]
-    loads += [(model, as_held(model, checkpoint["model"]))]
-    _load_all(path, loads)
+    _load_all(path, [*loads, (model, as_held(model, checkpoint["model"]))])
     return {name: entry["value"] for name, entry in checkpoint["more"].items() if "value" in entry}
 
 
 def _load_all(path: Path, loads: list[tuple[Any, dict[str, Any]]]) -> None:
-    # The optimizer checks all before it changes anything. The model comes last: where its own code fails, the rest is as it was.
-    done = []
-    try:
-        for thing, state in loads:
-            before = None if thing is loads[-1][0] else copy.deepcopy(thing.state_dict())
+    done: list[tuple[Any, dict[str, Any]]] = []
+    for thing, state in loads:
+        is_model = isinstance(thing, nn.Module)
+        try:
+            before = {} if is_model else copy.deepcopy(thing.state_dict())
             thing.load_state_dict(state)
-            done.append((thing, before))
-    except BaseException as error:
-        for earlier, before in done:
-            earlier.load_state_dict(before)
-        if not isinstance(error, Exception) or isinstance(error, ParallelError) or isinstance(thing, nn.Module):
-            raise
-        raise CheckpointError(f"{path}: {error}. Nothing was changed") from error
+        except BaseException as error:
+            for earlier, its_state in done:
+                earlier.load_state_dict(its_state)
+            if is_model or isinstance(error, ParallelError) or not isinstance(error, Exception):
+                raise
+            raise CheckpointError(f"{path}: {error}. Nothing was changed") from error
+        done.append((thing, before))
 
 
-def _state_of(name: str, value: Any) -> dict[str, Any]:
+def _entry(name: str, value: Any) -> dict[str, Any]:
     is_object = hasattr(value, "state_dict")
     entry = {"state_dict": value.state_dict(), "class": _class_name(value)} if is_object else {"value": value}
     _require_plain(name, entry)
@@ -127,7 +131,27 @@ def _state_of(name: str, value: Any) -> dict[str, Any]:
 
 
 def _class_name(value: Any) -> str:
+    # Capturing a layer changes its class.
     return getattr(type(value), "_gradlr_original", type(value)).__name__
+
+
+def _require_plain(name: str, value: Any) -> None:
+    for part in _leaves(value):
+        if not (type(part) in _PLAIN or isinstance(part, Tensor)):
+            raise ArgumentError(
+                f"save: {name!r} holds a {type(part).__name__}, which a file that loads without running code cannot hold: "
+                "pass objects with state_dict(), or numbers, strings, tensors, and lists, tuples and dicts of these"
+            )
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if type(value) in _DICTS:
+        value = [*value.keys(), *value.values()]
+    if type(value) not in _SEQUENCES:
+        yield value
+        return
+    for part in value:
+        yield from _leaves(part)
 
 
 def _write(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
@@ -137,25 +161,6 @@ def _write(checkpoint: dict[str, Any], file: IO[bytes]) -> None:
         torch.save(checkpoint, file)
     finally:
         torch.serialization.set_crc32_options(has_checksums)
-
-
-def _require_plain(name: str, value: Any) -> None:
-    stranger = _first_stranger(value)
-    if stranger is not None:
-        raise ArgumentError(
-            f"save: {name!r} holds a {type(stranger).__name__}, which a file that loads without running code cannot hold: "
-            "pass objects with state_dict(), or numbers, strings, tensors, and lists, tuples and dicts of these"
-        )
-
-
-def _first_stranger(value: Any) -> Any:
-    if type(value) in _TABLES:
-        parts = [*value.keys(), *value.values()]
-    elif type(value) in _SEQUENCES:
-        parts = list(value)
-    else:
-        return None if type(value) in _PLAIN or isinstance(value, Tensor) else value
-    return next((found for found in map(_first_stranger, parts) if found is not None), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -171,24 +176,20 @@ def _read(path: Path) -> dict[str, Any]:
     except Exception as error:  # torch raises whatever its readers do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: damaged, cut off, or no checkpoint of gradlr.save: {reason}") from error
-    parts = [checkpoint.get(key) for key in ("model", "optimizer", "more")] if isinstance(checkpoint, dict) else [None]
-    parts += parts[-1].values() if isinstance(parts[-1], dict) else []
-    if not all(isinstance(part, dict) for part in parts) or "gradlr" not in checkpoint:
+    whole = checkpoint if isinstance(checkpoint, dict) else {}
+    parts = [whole.get(key) for key in ("model", "optimizer", "more")]
+    parts += whole["more"].values() if isinstance(parts[-1], dict) else []
+    if "gradlr" not in whole or not all(isinstance(part, dict) for part in parts):
         raise CheckpointError(f"{path}: no checkpoint of gradlr.save; load it with torch.load and load_state_dict")
-    return checkpoint
-
-
-def _check_format(path: Path, checkpoint: dict[str, Any]) -> None:
-    if not (isinstance(checkpoint.get("gradlr"), int) and checkpoint["gradlr"] == _FORMAT):
-        raise CheckpointError(f"{path}: has format {checkpoint.get('gradlr')!r}, this gradlr reads format {_FORMAT}")
+    return whole
 
 
 def _check_model(path: Path, saved: dict[str, Any], model: nn.Module) -> None:
     own = model.state_dict()
-    for names, tale in ((own.keys() - saved.keys(), "lacks"), (saved.keys() - own.keys(), "has, unlike the model,")):
+    for names, what in ((own.keys() - saved.keys(), "lacks"), (saved.keys() - own.keys(), "has, unlike the model,")):
         if names:
             first = min(map(str, names))
-            raise CheckpointError(f"{path}: the checkpoint {tale} {first!r} ({len(names)} in all). Nothing was changed")
+            raise CheckpointError(f"{path}: the checkpoint {what} {first!r} ({len(names)} in all). Nothing was changed")
     for name, value in own.items():
         if not isinstance(value, Tensor):
             continue
@@ -199,22 +200,23 @@ def _check_model(path: Path, saved: dict[str, Any], model: nn.Module) -> None:
             raise CheckpointError(f"{path}: {name!r} has shape {shapes}. Nothing was changed")
 
 
-def _check_objects(path: Path, saved: dict[str, Any], objects: dict[str, Any]) -> None:
+def _check_objects(path: Path, saved: dict[str, dict[str, Any]], objects: dict[str, Any]) -> None:
     for name, value in objects.items():
-        entry = saved.get(name) if isinstance(saved.get(name), dict) else {}
+        entry, now = saved.get(name, {}), _class_name(value)
         if "value" in entry:
             raise CheckpointError(f"{path}: {name!r} was saved as a plain value: leave it out, load returns it")
         if not isinstance(entry.get("state_dict"), dict):
-            kept = ", ".join(sorted(map(str, saved))) or "nothing more"
-            raise CheckpointError(f"{path}: no object was saved as {name!r}; there is {kept}. Nothing was changed")
-        if entry.get("class", _class_name(value)) != _class_name(value):
-            tale = f"{name!r} was saved as a {entry['class']} and is a {_class_name(value)} now"
-            raise CheckpointError(f"{path}: {tale}: make one of the same class, or pass {name}=None. Nothing was changed")
+            there = ", ".join(sorted(map(str, saved))) or "nothing more"
+            raise CheckpointError(f"{path}: no object was saved as {name!r}; there is {there}. Nothing was changed")
+        if entry.get("class", now) != now:
+            change = f"{name!r} was saved as a {entry['class']} and is a {now} now"
+            raise CheckpointError(f"{path}: {change}: make one of the same class, or pass {name}=None. Nothing was changed")
 
 
-def _warn_of_forgotten(path: Path, saved: dict[str, Any], objects: dict[str, Any]) -> None:
+def _warn_of_forgotten(path: Path, saved: dict[str, dict[str, Any]], objects: dict[str, Any]) -> None:
     forgotten = [name for name, entry in saved.items() if "state_dict" in entry and name not in objects]
     if forgotten:
-        name, kind = forgotten[0], saved[forgotten[0]].get("class", "object with state_dict()")
-        tale = f"{path}: {name!r} ({kind}) was saved and is not given to load, so it starts afresh"
-        warnings.warn(f"{tale}: pass {name}=..., or {name}=None where that is meant", GradlrWarning, stacklevel=3)
+        name = forgotten[0]
+        what = f"{path}: {name!r} ({saved[name].get('class', 'object with state_dict()')}) was saved and is not given to load"
+        fix = f"so it starts afresh: pass {name}=..., or {name}=None where that is meant"
+        warnings.warn(f"{what}, {fix}", GradlrWarning, stacklevel=3)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import time
-import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from ..errors import ArgumentError, GradlrWarning, ParallelError
+from ..engine.sync import Comm
+from ..errors import ArgumentError, ParallelError
 
 # How long a process that is merely late may take to show that it is there, before it is named as missing.
 _GRACE_SECONDS = 2.0
@@ -180,16 +179,15 @@ def living(reference: weakref.ref[distributed.ProcessGroup]) -> distributed.Proc
 
 
 @contextmanager
-def propagate_errors(replicas: Communicator | None) -> Iterator[None]:
-    """A part of the program that all processes go through and `agree` at the end of: where one fails, the others hear of it."""
+def propagate_errors(comm: Comm) -> Iterator[None]:
+    """A part of the program at whose end all processes compare notes: where one fails, the others hear of it there."""
     try:
         yield
     except ParallelError:
         raise
     except Exception as error:
-        if replicas is not None:
-            with suppress(ParallelError):  # the error at hand says more than that somebody does not hear of it
-                replicas.tell_failure(error)
+        with suppress(ParallelError):  # the error at hand says more than that somebody does not hear of it
+            comm.tell_failure(error)
         raise
 
 
@@ -208,21 +206,3 @@ def _difference_message(expected: dict[str, str], different: dict[int, dict[str,
         f"{ranks_named(different)} and rank 0 do not train the same: on rank {rank}, {what}: {there}; on rank 0: {here}{others}. "
         "Give every process the same model, arguments and checkpoint"
     )
-
-
-def warn_of_processes() -> None:
-    """Warn where several processes run and `attach` was given no group of them."""
-    # torchrun sets it, also where the program goes on to forget the group.
-    launched = os.environ.get("WORLD_SIZE", "")
-    count = int(launched) if launched.isdecimal() else 1
-    if distributed.is_available() and distributed.is_initialized():
-        count = distributed.get_world_size()
-    if count > 1:
-        warnings.warn(
-            f'{count} processes run, and each trains alone: attach(..., apply="step", '
-            "process_group=torch.distributed.group.WORLD), after torch.distributed.init_process_group(), trains one model. "
-            "For FSDP2 or tensor parallel, call fully_shard or "
-            "parallelize_module before attach (docs/devices.md)",
-            GradlrWarning,
-            stacklevel=3,
-        )

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, distributed
 
 from ..errors import AttachError, GradlrWarning
+from ..layers import View
 from ..linalg import REPLICATED, Axis, Layout
 from ..params.kinds import VECTOR, ParameterPlan, is_sharded
-from ..params.views import View
 from .communicator import living
 
 if TYPE_CHECKING:  # importing it takes half a second

@@ -1,135 +1,149 @@
-"""The processes that each hold a part of a sharded model: FSDP2, tensor parallel, or both. What they tell each other."""
+"""Shards: the processes that each hold a part of the model, under FSDP2, tensor parallelism, or both."""
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
+from ..engine.pending import Pending
 from ..engine.record import ParamRecord
+from ..engine.skipped_steps import SkippedSteps
+from ..engine.state_store import StateStore
+from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result, not_finite_message
 from ..errors import AttachError, ParallelError
-from ..params.kinds import ParameterPlan, is_sharded
+from ..gradient import GradientOperator
+from ..params.kinds import ParameterPlan
+from ..tensors import is_sharded
+from ..tracker import LossTracker
 from .communicator import Communicator, ranks_named
+from .fingerprint import checksum, fingerprint, state_fingerprint
 from .layout import with_layout
-from .replicated import FAILED, checksum
+from .replicated import ranks_with_trouble
+from .sharded_state import full_state, local_state, shard_of
 
 
-@dataclass(frozen=True)
-class Heard:
-    """What all processes know after each has shown a loss.
-
-    Attributes:
-        loss: Mean of the finite ones; None where there is none.
-        not_finite: Ranks whose loss was NaN or infinite.
-    """
-
-    loss: float | None
-    not_finite: list[int]
-
-
-class Shards:
-    """The processes of a device mesh.
+class Sharded(Sync):
+    """The other processes of a device mesh.
 
     Args:
         parameters: Of the model, frozen ones included; some of them sharded, over one mesh or parts of it.
-
-    Attributes:
-        comm: All processes of the mesh.
 
     Raises:
         AttachError: a parameter lies on a mesh that is no part of the others'.
     """
 
+    tells_mean = True
+    may_be_silent = True
+    norm_in_groups = False
+    hooks_only = True
+
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         # Mostly one, of all parameters.
-        meshes = {id(one.device_mesh): one.device_mesh for one in parameters if is_sharded(one)}.values()
+        meshes = {id(mesh): mesh for one in parameters if is_sharded(one) for mesh in [one.device_mesh]}.values()  # type: ignore[attr-defined]
         mesh = max(meshes, key=lambda mesh: mesh.size())
         members = set(mesh.mesh.flatten().tolist())
         if any(not members.issuperset(other.mesh.flatten().tolist()) for other in meshes):
             raise AttachError("the parameters lie on device meshes of different processes; gradlr needs one and parts of it")
-        self.comm = Communicator(_group_of(mesh))
-        self._blocks: dict[str, list[int]] = {}
+        self.comm: Communicator = Communicator(_group_of(mesh))
+        self._device = torch.device(mesh.device_type)
+        self._shards: dict[str, list[int]] = {}
 
     def spread(self, plan: ParameterPlan) -> ParameterPlan:
         """The plan with the layout of its matrix."""
         return with_layout(plan, self.comm.all_reduce)
 
-    def join(self, records: Sequence[ParamRecord]) -> None:
-        """Learn which blocks each process holds.
+    def join(self, model: nn.Module, store: StateStore, options: Mapping[str, Any]) -> None:
+        self.comm.assert_same_on_all_ranks(fingerprint(store, options))
+        told = self.comm.all_gather_object({record.plan.name: record.plan.layout.number for record in store.records})
+        self._shards = {record.plan.name: [one[record.plan.name] for one in told] for record in store.records}
+
+    def on_loss(self, tracker: LossTracker, store: StateStore) -> str | None:
+        """Let the ranks follow the mean loss of all processes, and see that they still train the same.
+
+        Each tells the loss (at hand, or the one before, where that is still on its way) and, in turn, the checksum of one
+        parameter's shard and its learning rate.
 
         Raises:
-            ParallelError: a process is missing.
-        """
-        told = self.comm.all_gather_object({record.plan.name: record.plan.layout.number for record in records})
-        self._blocks = {record.plan.name: [one[record.plan.name] for one in told] for record in records}
-
-    def copies(self, record: ParamRecord) -> float:
-        """Number of processes that hold the same block."""
-        return self.comm.size / record.plan.layout.parts
-
-    def sync_loss(self, records: Sequence[ParamRecord], loss: float | None, rates: Sequence[float]) -> Heard:
-        """Tell the others the loss and, in turn, the checksum of one parameter's block and its learning rate.
-
-        Args:
-            records: All parameters, in the same order everywhere.
-            loss: The last one that was read; None where there is none yet.
-            rates: Learning rate of each group.
-
-        Raises:
-            ParallelError: a process is missing, those that hold the same block have different weights, or rates differ.
+            ParallelError: a process is missing, those that hold the same shard have different weights, or rates differ.
         """
         self.comm.begin_collective()
-        watched = records[self.comm.meetings % len(records)]
-        sum_of_bits, rate = float(checksum(watched.plan.here)), rates[watched.group_index]
-        told = self._told([0.0 if loss is None else 1.0, loss or 0.0, sum_of_bits, rate], watched.plan.here.device)
+        watched, loss = store.records[self.comm.meetings % len(store.records)], tracker.value
+        own = [0.0 if loss is None else 1.0, loss or 0.0, float(checksum(watched.plan.here)), float(store.group(watched)["lr"])]
+        told = self._gather(own, watched.plan.here.device)
         self._require_alike(watched, [int(one[2]) for one in told])
         if others := [rank for rank, one in enumerate(told) if one[3] != told[0][3]]:
             raise ParallelError(
                 f"{watched.plan.name!r} has learning rate {told[others[0]][3]:g} on {ranks_named(others)} and {told[0][3]:g} on "
                 "rank 0: step schedulers alike everywhere (ReduceLROnPlateau by the mean of all losses)"
             )
-        finite = [one[1] for one in told if one[0] and math.isfinite(one[1])]
+        if finite := [one[1] for one in told if one[0] and math.isfinite(one[1])]:
+            tracker.record_mean(sum(finite) / len(finite))
         not_finite = [rank for rank, one in enumerate(told) if one[0] and not math.isfinite(one[1])]
-        return Heard(sum(finite) / len(finite) if finite else None, not_finite)
+        if not (not_finite and tracker.is_current):
+            return None
+        return not_finite_message(not_finite, self.comm.rank, f"the loss is {tracker.value}")
 
-    def meet_at_step(
-        self, energy: Tensor | None, status: int, waiting: Sequence[int], device: torch.device
-    ) -> tuple[float, list[int]]:
-        """Squared norm of all gradients, from this process' share of it, and each process' status.
+    def energy(self, record: ParamRecord, energy: Tensor | None, held: GradientOperator) -> Tensor:
+        # Several processes may hold the same shard: each counts its share.
+        copies = self.comm.size / record.plan.layout.parts
+        return super().energy(record, energy, held) / copies
 
-        Args:
-            energy: That share, 0-dim; None where nothing waits.
-            status: `FINE`, `NOT_FINITE` or `FAILED`.
-            waiting: Numbers of the parameters whose gradients wait here.
-            device: Of the parameters.
+    def exchange(
+        self, pending: Pending, losses: Sequence[float], skipped: SkippedSteps, *, has_failed: bool = False
+    ) -> SyncResult:
+        """Learn the norm of all gradients, and whether a part of one is not finite.
 
         Raises:
-            ParallelError: a process is missing, or has gradients of other parameters.
+            ParallelError: a process is missing or has failed, or has gradients of other parameters.
         """
-        share = 0.0 if energy is None else float(energy)
-        which = zlib.crc32(repr(list(waiting)).encode())
-        told = self._told([share, float(status), float(which), float(len(waiting))], device)
-        statuses = [int(one[1]) for one in told]
-        if FAILED not in statuses and (others := [rank for rank, one in enumerate(told) if one[2] != told[0][2]]):
+        is_finite, own_reason = skipped.take_status()
+        status = StepStatus.FAILED if has_failed else StepStatus.OK if is_finite else StepStatus.NOT_FINITE
+        waiting, proxy = [record.index for record in pending.records()], pending.norm_proxy
+        share = 0.0 if proxy.energy is None else float(proxy.energy)
+        which = float(zlib.crc32(repr(waiting).encode()))
+        told = self._gather([share, float(status), which, float(len(waiting))], proxy.parameter.device)
+        result = SyncResult(None, *ranks_with_trouble([one[1] for one in told]))
+        others = [rank for rank, one in enumerate(told) if one[2] != told[0][2]]
+        if others and not result.failed:
             raise ParallelError(
                 f"gradients of {told[others[0]][3]:.0f} parameters wait on {ranks_named(others)}, of {told[0][3]:.0f} on rank 0, "
                 "or other ones: run the same forward and backward everywhere, and call opt.zero_grad() on all ranks or on none. "
                 "Nothing was changed"
             )
-        return sum(one[0] for one in told), statuses
+        apply_sync_result(result, skipped, self.comm.rank, own_reason)
+        proxy.become(sum(one[0] for one in told))
+        return result
 
-    def all_true(self, flag: Tensor) -> Tensor:
-        """Whether a flag, a 0-dim boolean, is True in all processes; on its device."""
-        count = flag.to(torch.float32)
-        self.comm.all_reduce(count, distributed.ReduceOp.MIN)
-        return count > 0
+    def all_finite(self, skipped: SkippedSteps) -> Tensor | None:
+        """All shards of an update are written, or none: what overflowed in one process is nowhere written."""
+        verdict = skipped.verdict()
+        flag = torch.tensor(float(skipped.reason is None), device=self._device) if verdict is None else verdict.float()
+        self.comm.all_reduce(flag, distributed.ReduceOp.MIN)
+        if verdict is not None:
+            return flag > 0
+        if not flag and skipped.reason is None:
+            skipped.reason = "an update was not finite in the part of another rank"
+        return None
 
-    def _told(self, own: list[float], device: torch.device) -> list[list[float]]:
+    def full_state(self, record: ParamRecord, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return full_state(record, state)
+
+    def local_state(self, record: ParamRecord, saved: dict[str, Any]) -> Any:
+        return local_state(record, saved)
+
+    def shard_of(self, record: ParamRecord, key: str, value: Tensor) -> tuple[int, ...]:
+        return shard_of(record, key, value)
+
+    def assert_same_state(self, store: StateStore, options: Mapping[str, Any]) -> None:
+        self.comm.assert_same_on_all_ranks(state_fingerprint(store, options))
+
+    def _gather(self, own: list[float], device: torch.device) -> list[list[float]]:
+        """The numbers of every process, in the order of their ranks."""
         numbers = torch.zeros((self.comm.size, len(own)), dtype=torch.float64)
         # NaN in a sum would be everybody's: bits travel as they are, since all others give zeros.
         numbers[self.comm.rank] = torch.tensor(own, dtype=torch.float64)
@@ -138,15 +152,15 @@ class Shards:
         return bits.cpu().view(torch.float64).tolist()
 
     def _require_alike(self, record: ParamRecord, sums: list[int]) -> None:
-        numbers = self._blocks[record.plan.name]
+        numbers = self._shards[record.plan.name]
         first = {number: numbers.index(number) for number in set(numbers)}
         drifted = [rank for rank, number in enumerate(numbers) if sums[rank] != sums[first[number]]]
         if drifted:
             source = first[numbers[drifted[0]]]
             raise ParallelError(
                 f"{record.plan.name!r} has other weights on {ranks_named(drifted)} than on rank {source}, which has the same "
-                "part: they have drifted apart. Load the same checkpoint everywhere, give ranks of one tensor-parallel group "
-                "the same batches and random numbers, and run them on the same hardware"
+                "part: they have drifted apart. Load the same checkpoint everywhere, give ranks of one tensor-parallel group the "
+                "same batches and random numbers, and run them on the same hardware"
             )
 
 

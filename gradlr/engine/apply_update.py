@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, ShapeError
+from ..layers import View
 from ..linalg import stochastic_round
-from ..params.views import View, share_memory
-from ..rules import Rule, State, Update
+from ..rules import Update
+from ..tensors import share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
+_NARROW = (torch.bfloat16, torch.float16)
 
 
-def write(
-    parameter: Tensor, view: View, update: Update, *, lr: float, weight_decay: float | Tensor, generator: torch.Generator
+def apply_update(
+    parameter: Tensor,
+    view: View,
+    update: Update,
+    *,
+    lr: float,
+    weight_decay: float | Tensor,
+    generator: torch.Generator | None,
 ) -> None:
     """`W ← (1 − ηλ) W − η (diag(row_scale) left rightᵀ + dense)`, in place.
 
@@ -29,50 +35,47 @@ def write(
         update: The direction; its `dense` part is overwritten.
         lr: η.
         weight_decay: λ, decoupled; a 0-dim tensor on W's device where only the device knows it.
-        generator: Random numbers for the rounding, on W's device.
+        generator: Random numbers for the rounding, on W's device; None where nothing is rounded.
     """
     decay = 1 - lr * weight_decay
-    weight = view.of(parameter)
+    weight = parameter if view.pattern is None else view.of(parameter)
     if update.rows is not None:
         _write_rows(weight, update, lr, decay, generator)
+    elif weight.dtype in _NARROW or update.row_scale is not None:
+        _write_in_blocks(weight, update, lr, decay, generator)
     else:
-        for rows in _row_blocks(weight, is_whole=not _is_narrow(weight) and update.row_scale is None):
-            _write_block(weight[rows], _block(update, rows), lr, decay, generator)
-    if not share_memory(weight, parameter):
+        _subtract(weight, update, lr, decay)
+    if view.pattern is not None and not share_memory(weight, parameter):
         parameter.copy_(view.back(weight, parameter.shape))
 
 
-def _is_narrow(weight: Tensor) -> bool:
-    return weight.dtype in (torch.bfloat16, torch.float16)
+def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
+    """A block of rows at a time, so that what is widened or scaled on the way never has the size of the weight."""
+    for rows in _row_blocks(weight):
+        left = None if update.left is None else update.left[rows]
+        if left is not None and update.row_scale is not None:
+            left = left * update.row_scale[rows]
+        block = weight[rows]
+        wide = block.float() if weight.dtype in _NARROW else block
+        _subtract(wide, Update(left, update.right, None if update.dense is None else update.dense[rows]), lr, decay)
+        if wide is not block:
+            block.copy_(stochastic_round(wide, weight.dtype, generator=generator))
 
 
-def _row_blocks(weight: Tensor, *, is_whole: bool) -> list[tuple]:
-    # Indices of blocks of rows, so that what is widened or scaled on the way never has the size of the weight.
-    if is_whole or weight.ndim < 2 or weight.numel() <= _BLOCK_NUMBERS:
+def _row_blocks(weight: Tensor) -> list[tuple[Any, ...]]:
+    if weight.ndim < 2 or weight.numel() <= _BLOCK_NUMBERS:
         return [(...,)]
     size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // weight.numel())
     return [(..., slice(start, start + size), slice(None)) for start in range(0, weight.shape[-2], size)]
 
 
-def _block(update: Update, rows: tuple) -> Update:
-    left, scale, dense = (None if part is None else part[rows] for part in (update.left, update.row_scale, update.dense))
-    if scale is not None:
-        left = left * scale
-    return Update(left=left, right=update.right, dense=dense)
-
-
-def _write_block(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator) -> None:
-    wide = weight.float() if _is_narrow(weight) else weight
-    _subtract(wide, update, lr, decay)
-    if wide is not weight:
-        weight.copy_(stochastic_round(wide, weight.dtype, generator=generator))
-
-
-def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator) -> None:
+def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
     if isinstance(decay, Tensor) or decay != 1:
-        for rows in _row_blocks(table, is_whole=not _is_narrow(table)):
-            _write_block(table[rows], Update(), lr, decay, generator)
-    if not _is_narrow(table) or not len(update.rows):
+        if table.dtype in _NARROW:
+            _write_in_blocks(table, Update(), lr, decay, generator)
+        else:
+            table.mul_(decay)
+    if table.dtype not in _NARROW or not len(update.rows):
         table.index_add_(0, update.rows, update.dense.to(table.dtype), alpha=-lr)
         return
     wide = table[update.rows].float().add_(update.dense, alpha=-lr)
@@ -81,63 +84,6 @@ def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor,
     is_again = (update.rows == update.rows[:1]).index_fill_(0, update.rows.new_zeros(1), False)
     places = torch.arange(len(update.rows), device=table.device).masked_fill_(is_again, 0)
     table.index_copy_(0, update.rows, rounded[places])
-
-
-def full_precision(device: torch.device) -> torch.autocast:
-    """A context without autocast: products of sketches stay in float32 or wider, wherever the user calls backward or step."""
-    return torch.autocast(device.type, enabled=False)
-
-
-def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tuple[Update, State]:
-    """What a rule's `update` returned, where it belongs to a parameter whose view has the given shape.
-
-    Raises:
-        ArgumentError: it is no pair of an Update and a state.
-        ShapeError: the update's parts have other shapes.
-    """
-    is_pair = isinstance(result, tuple) and len(result) == 2
-    if not (is_pair and isinstance(result[0], Update) and isinstance(result[1], dict)):
-        found = type(result).__name__
-        raise ArgumentError(f"rule {rule.name!r}: update() must return (gradlr.rules.Update(...), state), not {found}")
-    update = result[0]
-    found = {key: None if part is None else tuple(part.shape) for key, part in vars(update).items() if key != "spectrum"}
-    *batch, rows, columns = (1, 1, *shape) if len(shape) < 2 else shape
-    dense_shape = shape if update.rows is None else (*update.rows.shape, columns)
-    is_dense_right = update.dense is None or update.dense.shape == dense_shape
-    is_low_rank_right = update.left is None and update.right is None
-    if update.left is not None and update.right is not None:
-        r = update.left.shape[-1]
-        is_low_rank_right = found["left"] == (*batch, rows, r) and found["right"] == (*batch, columns, r)
-    if not (is_dense_right and is_low_rank_right):
-        tale = f"an update with parts of shapes {found} for a parameter seen as {tuple(shape)}"
-        raise ShapeError(f"rule {rule.name!r} made {tale}; gradlr.rules.Update says what they must be")
-    return result
-
-
-def all_finite(tensors: Iterable[Tensor]) -> Tensor:
-    """0-dim boolean: whether the sums of all tensors are finite, and with them every entry. No synchronization on CUDA."""
-    finite = [tensor.sum().isfinite() for tensor in tensors]
-    return torch.stack(finite).all() if finite else torch.tensor(True, device="cpu")
-
-
-def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: State) -> tuple[Update, State]:
-    """The update and the new state, or zeros and the old state, without asking the host which; for CUDA.
-
-    Args:
-        is_finite: 0-dim boolean on the device: whether the gradient was finite.
-        update: What the rule made of it.
-        new_state: The rule's new state.
-        old_state: The state before; an entry that has changed its shape stays the new one.
-    """
-    parts = {key: getattr(update, key) for key in ("left", "right", "row_scale")}
-    kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
-    if update.dense is not None:
-        update.dense.masked_fill_(~is_finite, 0.0)
-    state = {
-        key: torch.where(is_finite, value, old_state[key]) if value.shape == old_state[key].shape else value
-        for key, value in new_state.items()
-    }
-    return replace(update, **kept), state
 
 
 def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) -> None:

@@ -5,16 +5,14 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
-from collections.abc import Iterator
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
 from ..errors import ArgumentError, AttachError, GradlrWarning
-from ..params.kinds import ParameterPlan, is_sharded
-from . import messages as guards
+from ..params.kinds import ParameterPlan
+from ..tensors import is_sharded
 
 
 def require_plain_model(model: nn.Module) -> None:
@@ -23,7 +21,7 @@ def require_plain_model(model: nn.Module) -> None:
         raise ArgumentError(f"model is a {type(model).__name__}; pass a torch.nn.Module")
     for name, module in model.named_modules():
         if isinstance(module, (DistributedDataParallel, DataParallel)):
-            raise guards.wrapped(name or "the model", type(module).__name__)
+            raise wrapped_error(name or "the model", type(module).__name__)
 
 
 def require_trainable(model: nn.Module, plans: list[ParameterPlan]) -> None:
@@ -54,29 +52,31 @@ class AttachedParameters:
     Args:
         model: What was attached to.
         plans: Its attached parameters.
-        is_alone: Whether this process exchanges nothing with others.
+        may_be_wrapped: Whether somebody might put DistributedDataParallel around the model, for which nothing here is told.
     """
 
-    def __init__(self, model: nn.Module, plans: list[ParameterPlan], *, is_alone: bool = True) -> None:
+    def __init__(self, model: nn.Module, plans: list[ParameterPlan], *, may_be_wrapped: bool = True) -> None:
         self._model = weakref.ref(model)
-        # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.
         self._plans = {id(plan.parameter): plan for plan in plans}
-        self._owners = _owners(model, self._plans)
+        self._forms = [(plan, plan.parameter.shape, plan.parameter.dtype, plan.parameter.device) for plan in plans]
+        # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.
+        self._owners = [
+            (weakref.ref(module), name, parameter)
+            for module in model.modules()
+            for name, parameter in module._parameters.items()
+            if id(parameter) in self._plans
+        ]
         # Between forward and backward FSDP2 puts others in the place of its shards: plain tensors, or those of a smaller mesh.
-        self._sharded_names = {plan.name for plan in plans if is_sharded(plan.parameter)}
-        self._meshes = {plan.parameter.device_mesh for plan in plans if is_sharded(plan.parameter)}
-        self._forms = {key: _form(plan.parameter) for key, plan in self._plans.items()}
+        sharded = [plan for plan in plans if is_sharded(plan.parameter)]
+        self._sharded_names = {plan.name for plan in sharded}
+        self._meshes = {plan.parameter.device_mesh for plan in sharded}
+        self._checks = 0
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)
-        self._own: set[int] = set()
-        self._may_be_wrapped = is_alone
-
-    def expect(self, parameters: list[Tensor]) -> None:
-        """These were put into the model by gradlr, and are no strangers."""
-        self._own = {id(parameter) for parameter in parameters}
+        self._may_be_wrapped = may_be_wrapped
 
     def check(self) -> None:
-        """Look at every parameter of the model.
+        """See that the attached parameters are still the model's; now and then, that it has no others.
 
         Raises:
             AttachError: attached parameters are not the model's any more, or have another shape, dtype or device; or
@@ -85,37 +85,77 @@ class AttachedParameters:
         Warns:
             GradlrWarning: the model has trainable parameters that are not attached, or is compiled as a whole (once each).
         """
-        lost = [self._plans[key].name for owner, keys in self._owners for key in self._missing(owner(), keys)]
-        if lost:
-            raise guards.lost_parameters(lost, len(self._plans))
-        for key, plan in self._plans.items():
-            if _form(plan.parameter) != self._forms[key]:
-                raise guards.changed_form(plan.name, self._forms[key], _form(plan.parameter))
+        self._require_same()
         model = self._model()
-        if model is not None and self._may_be_wrapped:
+        # The walk over all modules takes longer than a small step: at the first losses, and then ever more rarely.
+        self._checks += 1
+        if model is None or not (self._checks <= 16 or self._checks & (self._checks - 1) == 0):
+            return
+        if self._may_be_wrapped:
             self._may_be_wrapped = False
             _require_unwrapped(model)
-        if model is not None and not self._was_compiled and is_compiled_whole(model):
+        if not self._was_compiled and is_compiled_whole(model):
             self._was_compiled = True
-            warnings.warn(guards.compiled_whole(), GradlrWarning, stacklevel=5)
-        known = self._plans.keys() | self._own
-        strangers = [name for name, one in self._trainable() if id(one) not in known and name not in self._sharded_names]
-        if strangers and not self._has_warned:
+            warnings.warn(COMPILED_WHOLE, GradlrWarning, stacklevel=6)
+        if not self._has_warned:
+            self._warn_of_unattached(model)
+
+    def _require_same(self) -> None:
+        # At every loss: two loops over what was noted, without a call for each parameter.
+        lost = []
+        for owner, name, parameter in self._owners:
+            module = owner()
+            if module is not None and module._parameters.get(name) is not parameter and self._is_lost(module, parameter):
+                lost.append(self._plans[id(parameter)].name)
+        if lost:
+            raise AttachError(
+                f"{len(lost)} of {len(self._plans)} parameters were replaced since attach ({lost[0]!r} first), so their hooks "
+                "are gone. Load weights with load_state_dict(assign=False); move, wrap, shard (fully_shard) and parametrize the "
+                "model before attaching; or call opt.detach() and attach again"
+            )
+        for plan, shape, dtype, device in self._forms:
+            now = plan.parameter
+            if now.shape != shape or now.dtype != dtype or now.device != device:
+                raise AttachError(
+                    f"parameter {plan.name!r} was {tuple(shape)} {dtype} on {device} when it was attached and is "
+                    f"{tuple(now.shape)} {now.dtype} on {now.device} now: convert and move the model before attaching, or call "
+                    "opt.detach() and attach again"
+                )
+
+    def _is_lost(self, owner: nn.Module, parameter: Tensor) -> bool:
+        # A parametrized weight has moved into a submodule of its owner; a gathered one comes back.
+        held = list(owner.parameters())
+        if any(one is parameter for one in held):
+            return False
+        is_gathered = any(not is_sharded(one) or one.device_mesh not in self._meshes for one in held)  # type: ignore[attr-defined]
+        return not (is_gathered and is_sharded(parameter))
+
+    def _warn_of_unattached(self, model: nn.Module) -> None:
+        trainable = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+        unattached = [name for name, one in trainable if id(one) not in self._plans and name not in self._sharded_names]
+        if unattached:
             self._has_warned = True
-            warnings.warn(guards.strangers(strangers), GradlrWarning, stacklevel=5)
+            warnings.warn(
+                f"{len(unattached)} trainable parameters of the model are not attached ({unattached[0]!r} first) and will not be "
+                "updated: they were frozen or not there when attach was called. Call opt.detach() and attach again",
+                GradlrWarning,
+                stacklevel=7,
+            )
 
-    def _missing(self, owner: nn.Module | None, keys: list[int]) -> list[int]:
-        # A parametrized weight has moved into a submodule of its owner.
-        if owner is None:
-            return []
-        held = {id(parameter) for parameter in owner.parameters()}
-        gathered = any(not is_sharded(parameter) or parameter.device_mesh not in self._meshes for parameter in owner.parameters())
-        return [key for key in keys if key not in held and not (gathered and is_sharded(self._plans[key].parameter))]
 
-    def _trainable(self) -> Iterator[tuple[str, Tensor]]:
-        model = self._model()
-        pairs = [] if model is None else model.named_parameters()
-        return ((name, parameter) for name, parameter in pairs if parameter.requires_grad)
+COMPILED_WHOLE = (
+    "the model is compiled as a whole: its backward makes all gradients at once, so that all are in memory before the first is "
+    "taken. The updates are right; for the memory, compile block by block (for block in model.blocks: block.compile())"
+)
+
+
+def wrapped_error(name: str, wrapper: str) -> AttachError:
+    """The model is in a wrapper that averages gradients after hooks have taken them."""
+    return AttachError(
+        f"{name} is wrapped in {wrapper}: hooks would see each replica's own gradient, and replicas would drift apart. Attach to "
+        'the plain module with apply="step" and process_group=, which sends less than the wrapper does. A trainer that insists '
+        "on wrapping (accelerate, Lightning) takes it through gradlr.integrations, which keep the wrapper away"
+    )
 
 
 def _require_unwrapped(model: nn.Module) -> None:
@@ -125,7 +165,7 @@ def _require_unwrapped(model: nn.Module) -> None:
     own = set(map(id, model.modules()))
     for thing in gc.get_objects():
         if issubclass(type(thing), DistributedDataParallel) and id(thing.module) in own:
-            raise guards.wrapped("the model", type(thing).__name__)
+            raise wrapped_error("the model", type(thing).__name__)
 
 
 def is_compiled_whole(model: nn.Module) -> bool:
@@ -134,16 +174,3 @@ def is_compiled_whole(model: nn.Module) -> bool:
     is_compiled = type(model).__name__ == "OptimizedModule" or model._compiled_call_impl is not None
     layers = sum(1 for module in model.modules() if any(True for _ in module.parameters(recurse=False)))
     return is_compiled and layers > 1
-
-
-def _owners(model: nn.Module, plans: dict[int, ParameterPlan]) -> list[tuple[weakref.ref[nn.Module], list[int]]]:
-    found = []
-    for module in model.modules():
-        keys = [id(parameter) for parameter in module.parameters(recurse=False) if id(parameter) in plans]
-        if keys:
-            found.append((weakref.ref(module), keys))
-    return found
-
-
-def _form(parameter: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return parameter.shape, parameter.dtype, parameter.device

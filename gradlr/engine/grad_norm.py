@@ -45,11 +45,11 @@ class GradNormProxy:
         change = energy if known is None else energy - known
         self._energies[key] = energy
         self._total = change if self._total is None else self._total + change
-        # Rounding may leave a difference of equal numbers below zero.
-        self._show()
+        self._show(self._total)
 
-    def _show(self) -> None:
-        self._norm = self._total.clamp(min=0).sqrt().to(self._shares.dtype)
+    def _show(self, total: Tensor) -> None:
+        # Rounding may leave a difference of equal numbers below zero.
+        self._norm = total.clamp(min=0).sqrt().to(self._shares.dtype)
         self.parameter.grad = self._norm * self._shares
         self._version = self.parameter.grad._version
 
@@ -59,10 +59,10 @@ class GradNormProxy:
         return self._total
 
     def become(self, energy: float) -> None:
-        """Of all processes together it is this much."""
+        """The squared norm over all processes is this."""
         if self._total is not None:
             self._total = torch.full_like(self._total, energy)
-            self._show()
+            self._show(self._total)
 
     @property
     def is_touched(self) -> bool:
@@ -94,10 +94,11 @@ class GradNormProxy:
 
     def settle(self, factor: Tensor) -> None:
         """All gradients that wait have been multiplied with the factor."""
-        factor = factor.double()
-        self._energies = {key: energy * factor**2 for key, energy in self._energies.items()}
-        self._total = self._total * factor**2
-        self._show()
+        square = factor.double() ** 2
+        self._energies = {key: energy * square for key, energy in self._energies.items()}
+        if self._total is not None:
+            self._total = self._total * square
+            self._show(self._total)
 
     def norm(self) -> Tensor:
         """The global norm now, scaled or clipped where somebody did so, 0-dim."""
@@ -111,33 +112,19 @@ class GradNormProxy:
 
 @dataclass
 class GradClipper:
-    """The largest global norm that a step may have.
+    """Limits the global norm of a step's gradients, as `torch.nn.utils.clip_grad_norm_` does.
 
     Attributes:
-        max_norm: Gradients are scaled down to this norm, as by `torch.nn.utils.clip_grad_norm_`; None for no limit.
-        max_growth: Largest ratio of a step's norm to the last one's, above 1 (1.01 in Fira); None for no limit.
-        last: The last step's norm after limiting, 0-dim; None before the first.
-
-    Source: norm-growth limiter, Fira, arXiv 2410.01623, section 4.2, here on the global norm.
+        max_norm: Gradients are scaled down to this norm; None for no limit.
     """
 
     max_norm: float | None = None
-    max_growth: float | None = None
-    last: Tensor | None = None
 
     @property
     def is_active(self) -> bool:
-        """Whether anything is limited."""
-        return self.max_norm is not None or self.max_growth is not None
+        """Whether anything is limited, so that the norm must be known exactly."""
+        return self.max_norm is not None
 
     def factor(self, norm: Tensor) -> Tensor:
         """What a step of this norm is to be multiplied with, 0-dim in (0, 1]."""
-        factor = torch.ones_like(norm)
-        if self.max_norm is not None:
-            factor = (self.max_norm / (norm + _EPS)).clamp(max=1.0)
-        if self.max_growth is not None and self.last is not None:
-            last = self.last.to(norm.device)
-            allowed = self.max_growth * last / (norm * factor).clamp(min=torch.finfo(norm.dtype).tiny)
-            # After a step without any gradient nothing can be compared.
-            factor = factor * torch.where(last > 0, allowed.clamp(max=1.0), torch.ones_like(norm))
-        return factor
+        return torch.ones_like(norm) if self.max_norm is None else (self.max_norm / (norm + _EPS)).clamp(max=1.0)

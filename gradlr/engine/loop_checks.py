@@ -1,41 +1,43 @@
-"""Watches one optimizer between a loss, its backward and its step, and raises where they do not belong together."""
+"""Watches one training loop between a loss, its backward and its step, and tells once where they do not belong together."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import BackwardError, GradlrWarning
-from ..tensors import AsyncScalar
+from ..errors import AttachError, BackwardError, GradlrWarning, LossError, NonFiniteError
+from ..tensors import AsyncScalar, is_async
 from ..tracker import LossTracker
-from . import messages as guards
+from .record import ParamRecord
 
 # More micro-batches than anybody accumulates into one step.
 _MANY_LOSSES = 256
+_SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
 
-class BackwardWatch:
+class LoopChecks:
     """What has happened since the last loss and the last step.
 
     Args:
         tracker: The optimizer's tracker.
+        changed: Names of the parameters updated since the last loss, or in the step under way; emptied here, in place.
         count: Number of attached parameters, for messages.
         is_immediate: Whether weights change inside backward, so that a scaled loss is wrong.
         may_be_silent: Whether a backward may bring no gradient, as under FSDP2 with `set_requires_gradient_sync(False)`.
-
-    Attributes:
-        changed: Names of the parameters updated since the last loss, or in the step under way.
     """
 
-    def __init__(self, tracker: LossTracker, count: int, *, is_immediate: bool, may_be_silent: bool = False) -> None:
-        self._tracker, self._count, self._is_immediate = tracker, count, is_immediate
-        self._may_be_silent = may_be_silent
+    def __init__(
+        self, tracker: LossTracker, changed: list[str], count: int, *, is_immediate: bool, may_be_silent: bool = False
+    ) -> None:
+        self._tracker, self.changed, self._count = tracker, changed, count
+        self._is_immediate, self._may_be_silent = is_immediate, may_be_silent
         self._unread_scales: list[AsyncScalar] = []
         self._unread_flags: list[tuple[str, int, AsyncScalar]] = []
         self._has_warned = False
-        self._handled: set[int] = set()
-        self.changed: list[str] = []
+        # Backwards that an exception has ended, and that were told of or dropped since: numbers of autograd's graph tasks.
+        self._settled: set[int] = set()
         self._interrupted: tuple[str, ...] = ()
         self._broken: tuple[str, ...] = ()
         self.forget()
@@ -51,11 +53,6 @@ class BackwardWatch:
         return self._tracker.serial - self._stepped_serial
 
     @property
-    def is_interrupted(self) -> bool:
-        """Whether an exception has ended a backward, and nobody has told or dropped anything since."""
-        return not self._handled.issuperset(self._tracker.open_backwards)
-
-    @property
     def interrupted(self) -> tuple[str, ...]:
         """What the last backward or step had updated when an exception ended it; empty where it came to its end."""
         if self._broken:
@@ -64,19 +61,7 @@ class BackwardWatch:
             return tuple(self.changed)
         return () if self._tracker.has_begun else self._interrupted
 
-    def gradients_dropped(self) -> None:
-        """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
-        self._discard_interrupted()
-        self._handled = set(self._tracker.open_backwards)
-
-    def _failed_number(self) -> int | None:
-        return next(number for task, number in self._tracker.open_backwards.items() if task not in self._handled)
-
-    def _discard_interrupted(self) -> None:
-        if self._last_serial == self._tracker.begun_serial:
-            self._loss_count, self._last_serial = self._loss_count - 1, -1
-
-    def loss_shown(self, *, pending: int) -> None:
+    def on_loss(self, *, pending: int) -> None:
         """A new loss: tell what the last backward left unsaid.
 
         Args:
@@ -89,31 +74,38 @@ class BackwardWatch:
             GradlrWarning: the last backward did not end, or reached no attached parameter; or gradients wait for a step() that
                 256 losses have not brought.
         """
+        tracker = self._tracker
         self._interrupted, self._broken = self.interrupted, ()
-        self.raise_unread()
-        last = self._tracker.count - 1
-        if self.is_interrupted:
+        if self._unread_scales or self._unread_flags:
+            self.raise_unread()
+        if tracker.open_backwards and self._is_interrupted():
             self._discard_interrupted()
-            warnings.warn(guards.interrupted(self._failed_number(), self.changed, pending), GradlrWarning, stacklevel=5)
-        elif self._tracker.has_begun and not self._tracker.has_gradient and not self._may_be_silent:
-            warnings.warn(str(guards.no_gradient(last, self._count)), GradlrWarning, stacklevel=5)
+            self._warn(self._interrupted_message(self.changed, pending))
+        elif tracker.has_begun and not tracker.has_gradient and not self._may_be_silent:
+            self._warn(self._no_gradient_message(tracker.count - 1))
         elif pending and self._loss_count == _MANY_LOSSES:
-            warnings.warn(guards.never_stepped(_MANY_LOSSES), GradlrWarning, stacklevel=5)
-        self.changed = []
+            self._warn(
+                f'the gradients of {_MANY_LOSSES} losses wait and no weight has changed: with apply="step", call opt.step() '
+                "after backward"
+            )
+        self.changed.clear()
 
-    def backward_begins(self, scale: Tensor) -> None:
-        """Backward has reached the loss; on CUDA the scale is looked at when the next loss is shown.
+    def on_backward(self, scale: Tensor) -> None:
+        """Backward has reached the loss; `scale` is d(total)/d(loss).
 
         Raises:
-            BackwardError: the loss is scaled, and weights change inside backward.
+            BackwardError: the loss is scaled, and weights change inside backward. Where the device runs behind the host, at the
+                next loss.
         """
-        if self._is_immediate and scale.is_cuda:
+        if not self._is_immediate:
+            return
+        if is_async(scale):
             self._unread_scales.append(AsyncScalar(scale))
-        elif self._is_immediate and scale != 1:
-            raise guards.scaled_loss(float(scale), guards.changed_message(self.changed))
+        elif scale != 1:
+            raise _scaled_loss(float(scale), changed_message(self.changed))
 
-    def gradient_arrives(self, name: str, last_loss: int | None) -> None:
-        """A hook has fired for a parameter whose last gradient belonged to loss number `last_loss`.
+    def on_gradient(self, record: ParamRecord) -> None:
+        """A gradient of a parameter has arrived.
 
         Raises:
             LossError: no loss was shown.
@@ -121,18 +113,46 @@ class BackwardWatch:
         """
         tracker = self._tracker
         if not tracker.is_shown:
-            raise guards.unshown_loss(name)
+            raise LossError(
+                f"a gradient of {record.plan.name!r} arrived, but the tracker was never shown a loss, or not since a checkpoint "
+                "was loaded: write tracker(loss).backward(), with the tracker that attach was given. Nothing was changed"
+            )
         # Where gradients wait for step(), backwards may add up as they do in torch.
         if self._is_immediate and tracker.has_graph and not tracker.has_begun:
-            raise guards.foreign_backward(name, tracker.count, self.changed)
-        if self._is_immediate and last_loss == tracker.serial:
-            raise guards.second_gradient(name, tracker.count, self.changed)
+            raise BackwardError(
+                f"a gradient of {record.plan.name!r} arrived from a backward that does not pass through loss number "
+                f"{tracker.count}, the last one shown, or reaches it later. Show the tracker the scalar that you call backward "
+                "on (the sum, where a loss has several terms); models that train against each other need a tracker each. "
+                f"{changed_message(self.changed)}"
+            )
+        if self._is_immediate and record.last_loss == tracker.serial:
+            raise BackwardError(
+                f"a second gradient of {record.plan.name!r} arrived for loss number {tracker.count}, and its first has been "
+                'applied. To accumulate gradients, or where backward reaches a weight twice, attach with apply="step" and call '
+                "opt.step(); otherwise show every loss to the tracker before its backward: tracker(loss).backward(). "
+                f"{changed_message(self.changed)}"
+            )
         tracker.has_gradient = True
         tracker.watch_backward()
         if self._last_serial != tracker.serial:
             self._loss_count, self._last_serial = self._loss_count + 1, tracker.serial
 
-    def step_begins(self, *, pending: int) -> None:
+    def not_finite(self, record: ParamRecord) -> NonFiniteError:
+        """A gradient, or what a rule made of it, is not finite, and the host knows before anything is written."""
+        return NonFiniteError(f"{self.bad_gradient_message(record)}. {changed_message(self.changed)}. {_SKIP_ADVICE}")
+
+    def read_later(self, record: ParamRecord, is_finite: Tensor) -> None:
+        """Read a 0-dim flag at the next loss: its device runs behind the host."""
+        self._unread_flags.append((record.plan.name, self._tracker.count, AsyncScalar(is_finite)))
+
+    def bad_gradient_message(self, record: ParamRecord) -> str:
+        """Why a step is left out: a gradient, or what a rule made of it."""
+        return (
+            f"the gradient of {record.plan.name!r} holds NaN or infinity, or is too large for its update to be finite, at loss "
+            f"number {self._tracker.count} (loss {self._tracker.value})"
+        )
+
+    def on_step(self, *, pending: int) -> None:
         """`step()` is called: the backward must have come to its end and brought a gradient.
 
         Raises:
@@ -143,45 +163,51 @@ class BackwardWatch:
             GradlrWarning: losses without a graph were shown and no hook fired since the last step; several backwards have each
                 updated the weights since then; or gradients wait and no loss was shown (each told once or at its step).
         """
-        tracker, losses = self._tracker, self._loss_count
-        is_missing = not losses and not tracker.has_gradient
-        is_unshown = bool(pending) and tracker.serial == self._stepped_serial
-        is_blind = tracker.serial != self._stepped_serial and not tracker.has_graph
+        tracker, losses, stepped = self._tracker, self._loss_count, self._stepped_serial
         self.forget()
-        self.changed = []
-        if self.is_interrupted and pending:
-            raise BackwardError(guards.interrupted(self._failed_number(), (), pending))
-        if is_missing and tracker.has_begun:
-            raise guards.no_gradient(tracker.count, self._count)
-        if is_missing and is_blind:
-            warnings.warn(guards.no_gradient_known(self._count), GradlrWarning, stacklevel=5)
-        if is_unshown and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(guards.unshown_losses(tracker.count), GradlrWarning, stacklevel=5)
-        if self._is_immediate and losses > 1 and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(guards.accumulated(losses), GradlrWarning, stacklevel=5)
+        self.changed.clear()
+        if pending and self._is_interrupted():
+            raise BackwardError(self._interrupted_message((), pending))
+        if not losses and not tracker.has_gradient:
+            self._require_gradient(has_losses=tracker.serial != stepped)
+        if pending and tracker.serial == stepped:
+            self._warn_once(
+                f"opt.step() writes gradients of a loss that the tracker was not shown; the last one it saw was number "
+                f"{tracker.count}, so the rank follows that. Write tracker(loss).backward() for every loss"
+            )
+        if self._is_immediate and losses > 1:
+            self._warn_once(
+                f"{losses} backward passes have each updated the weights since the last opt.step(). If they were meant to "
+                'accumulate into one step, attach with apply="step"'
+            )
 
-    def step_broke(self, changed: tuple[str, ...]) -> None:
+    def _require_gradient(self, *, has_losses: bool) -> None:
+        if self._tracker.has_begun:
+            raise AttachError(self._no_gradient_message(self._tracker.count))
+        if has_losses and not self._tracker.has_graph:
+            self._warn(
+                f"opt.step() has nothing to do: since the last step, none of the {self._count} attached parameters received a "
+                "gradient, though losses were shown. Was backward called, on a loss of this very model (not a copy)?"
+            )
+
+    def gradients_dropped(self) -> None:
+        """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
+        self._discard_interrupted()
+        self._settled = set(self._tracker.open_backwards)
+
+    def step_broke(self, changed: Sequence[str]) -> None:
         """An exception has ended a step; `changed` are the parameters that it had written.
 
         Warns:
             GradlrWarning: there are some, and others were not written.
         """
-        self._broken = changed
+        self._broken = tuple(changed)
         if changed:
-            warnings.warn(guards.half_step(changed, self._count), GradlrWarning, stacklevel=4)
-
-    def require_finite(self, name: str, is_finite: Tensor) -> None:
-        """Raise now where the flag can be read without waiting, at the next loss where it lies on a CUDA device.
-
-        Raises:
-            NonFiniteError: the flag is False.
-        """
-        if is_finite.is_cuda:
-            self._unread_flags.append((name, self._tracker.count, AsyncScalar(is_finite)))
-        elif not is_finite:
-            raise guards.non_finite(name, self._tracker.count, self._tracker.value, self.changed)
+            self._warn(
+                f"opt.step() did not come to its end: {len(changed)} of {self._count} parameters were updated ({changed[0]!r} "
+                "first), the others were not, and what waited for them is dropped. Load the last checkpoint, or go on with a "
+                "step half taken"
+            )
 
     def raise_unread(self) -> None:
         """Read what was sent from the device during the last backward.
@@ -194,7 +220,55 @@ class BackwardWatch:
         flags, self._unread_flags = self._unread_flags, []
         for scale in scales:
             if scale.read() != 1:
-                raise guards.scaled_loss(scale.read(), "The update has been applied")
+                raise _scaled_loss(scale.read(), "The update has been applied")
         for name, count, is_finite in flags:
             if not is_finite.read():
-                raise guards.non_finite_before(name, count)
+                raise NonFiniteError(
+                    f"the gradient of {name!r} held NaN or infinity, or was too large for its update to be finite, at loss "
+                    f"number {count}. Told one loss late, as always where the device runs behind the host: this parameter kept "
+                    f"its value, the other parameters of that step were updated. {_SKIP_ADVICE}"
+                )
+
+    def _is_interrupted(self) -> bool:
+        return not self._settled.issuperset(self._tracker.open_backwards)
+
+    def _discard_interrupted(self) -> None:
+        if self._last_serial == self._tracker.begun_serial:
+            self._loss_count, self._last_serial = self._loss_count - 1, -1
+
+    def _interrupted_message(self, changed: Sequence[str], dropped: int) -> str:
+        number = next(number for task, number in self._tracker.open_backwards.items() if task not in self._settled)
+        loss = "a loss that was not shown" if number is None else f"loss number {number}"
+        waited = f"The gradients that waited for step() ({dropped} parameters) are dropped"
+        what = waited if dropped else changed_message(changed)
+        return f"the backward of {loss} did not come to its end (an exception in a layer?). {what}"
+
+    def _no_gradient_message(self, loss_number: int) -> str:
+        return (
+            f"a backward pass ran for loss number {loss_number}, and none of the {self._count} attached parameters received a "
+            "gradient. Was the loss computed with this very model (not a copy), outside torch.no_grad() and without detach()?"
+        )
+
+    def _warn_once(self, message: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            self._warn(message, stacklevel=7)
+
+    def _warn(self, message: str, stacklevel: int = 6) -> None:
+        warnings.warn(message, GradlrWarning, stacklevel=stacklevel)
+
+
+def changed_message(changed: Sequence[str]) -> str:
+    """What has happened to the weights: `changed` are the parameters that this backward or step has updated already."""
+    if not changed:
+        return "Nothing was changed"
+    plural = "s were" if len(changed) > 1 else " was"
+    return f"{len(changed)} parameter{plural} updated before it ({changed[0]!r} first), the others were not"
+
+
+def _scaled_loss(scale: float, what: str) -> BackwardError:
+    return BackwardError(
+        f"the loss shown to the tracker enters this backward multiplied by {scale:g}. An update inside backward would be wrong. "
+        'For a GradScaler, or a division by accumulation steps, attach with apply="step" and call opt.step(); otherwise show the '
+        f"tracker the very scalar that you call backward on. {what}"
+    )

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import GradlrWarning
-from ..tensors import AsyncScalar
+from ..tensors import AsyncScalar, is_async
+from .record import ParamRecord
 
 
-class Skips:
+class SkippedSteps:
     """Remembers what was not finite since the last step, and counts the steps left out.
 
     Attributes:
-        count: Steps left out so far, as far as the host knows: on CUDA one is known when the next loss is shown.
+        count: Steps left out so far, as far as the host knows: where the device runs behind it, one is known at the next loss.
         reason: Why the step under way will be left out; None where the host knows of nothing.
     """
 
@@ -24,44 +25,76 @@ class Skips:
         self.count = 0
         self.reason: str | None = None
         self._flags: list[Tensor] = []
-        self._unread: list[tuple[AsyncScalar, Callable[[], None]]] = []
+        self._unread: list[tuple[AsyncScalar, Sequence[ParamRecord]]] = []
 
-    def look(self, is_finite: Tensor, reason: str) -> bool:
-        """Take note of a 0-dim flag; whether it may be relied upon so far (always, where only the device knows)."""
-        if is_finite.is_cuda:
+    def look(self, is_finite: Tensor, reason: Callable[[], str]) -> bool:
+        """Take note of a 0-dim flag; whether it may be relied upon so far (always, where only the device knows).
+
+        Args:
+            is_finite: The flag.
+            reason: Makes the words for why the step is left out, asked for only where it is.
+        """
+        if is_async(is_finite):
             self._flags.append(is_finite)
             return True
-        if not is_finite and self.reason is None:
-            self.reason = reason
-        return bool(is_finite)
+        if is_finite:
+            return True
+        self.reason = self.reason or reason()
+        return False
 
     def verdict(self) -> Tensor | None:
         """0-dim flag on the device: whether all flags since the last step were True; None where the host knows that."""
         return torch.stack(self._flags).all() if self._flags else None
 
+    def take_status(self) -> tuple[bool, str]:
+        """Whether all was finite here since the last step, and why not; waits for the device, and begins anew."""
+        verdict = self.verdict()
+        is_finite = self.reason is None and (verdict is None or bool(verdict))
+        reason = self.reason or "a gradient held NaN or infinity"
+        self.clear()
+        return is_finite, reason
+
     def skip(self, *, is_quiet: bool) -> None:
-        """The step under way is left out: count it and tell why, once."""
+        """The step under way is left out: count it, and unless somebody else tells it, say why."""
         self.count += 1
         reason = self.reason
         self.clear()
         if not is_quiet:
-            tale = f"the step was left out whole: {reason}. No weight and no state was changed"
-            warnings.warn(tale, GradlrWarning, stacklevel=5)
+            message = f"the step was left out whole: {reason}. No weight and no state was changed"
+            warnings.warn(message, GradlrWarning, stacklevel=6)
 
-    def await_verdict(self, is_finite: Tensor, undo: Callable[[], None]) -> None:
-        """A step was taken on the device if its flag is True; `undo` what the host has counted otherwise."""
-        self._unread.append((AsyncScalar(is_finite), undo))
+    def drop(self) -> bool:
+        """The gradients since the last step are dropped, and with them their flags; whether the host counts that as a skip.
+
+        So it is after `GradScaler.step`, which does not call `opt.step()` where a gradient has overflowed. On a device that runs
+        behind the host, it is counted once that has caught up.
+        """
+        verdict = self.verdict()
+        if verdict is not None:
+            self._unread.append((AsyncScalar(verdict), ()))
+        if self.reason is None:
+            self.clear()
+            return False
+        self.skip(is_quiet=True)
+        return True
+
+    def await_verdict(self, is_finite: Tensor, records: Sequence[ParamRecord]) -> None:
+        """These parameters were updated on the device if its flag is True; the host has counted that they were."""
+        self._unread.append((AsyncScalar(is_finite), records))
         self.clear()
 
-    def read(self) -> None:
-        """Learn of the device what became of the steps since."""
+    def read(self) -> list[ParamRecord]:
+        """Learn of the device what has become of the steps since; the parameters whose last update it has left out."""
         unread, self._unread = self._unread, []
-        for flag, undo in unread:
+        left_out: list[ParamRecord] = []
+        for flag, records in unread:
             if not flag.read():
-                undo()
+                left_out += records
                 bad = "a gradient or an update on the device held NaN or infinity, or was clipped by value"
                 self.reason = f"{bad} (told one loss late)"
-                self.skip(is_quiet=False)
+                # Dropped gradients have no records: GradScaler has told of those.
+                self.skip(is_quiet=not records)
+        return left_out
 
     def clear(self) -> None:
         """A new step begins."""

@@ -64,7 +64,6 @@ def _check_entries(state_dict: Any) -> None:
         "param_groups": _is_list_of(dict, state_dict["param_groups"]),
         "ranks": _is_list_of(int, extra["ranks"]) and min(extra["ranks"], default=1) >= 1,
         "seed": _is_count(extra["seed"]),
-        "last_norm": isinstance(extra.get("last_norm"), (float, type(None))),
         "skipped": _is_count(extra.get("skipped", 0)),
     }
     for key, is_right in is_sound.items():
@@ -85,7 +84,8 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
         example = differing[0] if differing else names[0]
         raise CheckpointError(f"{where}: the checkpoint has other parameters or another order, {example!r} for one")
     for key in ("kind", "rule"):
-        if saved[key] != group[key]:
+        was_renamed = (key, saved[key], group[key]) == ("kind", "table", "embedding")
+        if saved[key] != group[key] and not was_renamed:
             raise CheckpointError(f"{where}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
     for key, value in group.items():
         limit = 1.0 if key == "beta" else math.inf
@@ -123,12 +123,12 @@ def fitted_state(
         CheckpointError: an entry is missing or belongs to another shape.
     """
     plan, rule = record.plan, record.rule
-    wanted = current.keys() - {"spectrum"}
+    wanted = current.keys()
     saved = saved if isinstance(saved, dict) else {}
     if not wanted <= saved.keys():
         missing = sorted(wanted - saved.keys())
         raise CheckpointError(f"parameter {plan.name!r}: the checkpoint lacks its state ({', '.join(missing)})")
-    _check_tensors(plan.name, saved, {**{key: current[key].ndim for key in wanted}, "spectrum": len(plan.shape) - 1})
+    _check_tensors(plan.name, saved, {key: current[key].ndim for key in wanted})
     device = plan.parameter.device
     state = {key: saved[key].detach().clone().to(device, current[key].dtype) for key in wanted - {"step"}}
     state = rule.resize(state, plan.shape, context)
@@ -138,8 +138,7 @@ def fitted_state(
         if value.ndim != current[key].ndim or value.shape[fixed] != current[key].shape[fixed]:
             shapes = f"{tuple(value.shape)}, needed is {tuple(current[key].shape)}"
             raise CheckpointError(f"parameter {plan.name!r} {tuple(plan.parameter.shape)}: its saved {key!r} has shape {shapes}")
-    spectrum = {"spectrum": saved["spectrum"].clone().to(device)} if "spectrum" in saved else {}
-    return {"step": saved["step"].detach().clone().cpu().long(), **state, **spectrum}
+    return {"step": saved["step"].detach().clone().cpu().long(), **state}
 
 
 def _check_tensors(name: str, saved: dict[str, Any], axes: dict[str, int]) -> None:

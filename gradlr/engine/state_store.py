@@ -1,4 +1,4 @@
-"""What the optimizer keeps: a record and a state per parameter, in torch's own layout; saved, loaded, counted and reported."""
+"""The state of every parameter: plain tensors in torch's own layout; read, written, saved and loaded."""
 
 from __future__ import annotations
 
@@ -8,177 +8,158 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import part_of, saved_state, whole_state
-from ..errors import ArgumentError, AttachError
 from ..linalg import stochastic_round
-from ..report import Report, report
-from ..report.metrics import Observation
-from ..rules import UpdateContext
-from ..tracker import LossTracker
-from .record import (
-    Noise,
-    ParameterGroup,
-    ParamRecord,
-    initial_state,
-    make_records,
-    mixed_seed,
-    rule_entries,
-    state_bytes,
-    torch_group,
-)
+from ..rules import State, UpdateContext
+from ..tensors import RandomStreams, mixed_seed
+from .record import ParamRecord
 from .state_dict import check_layout, extra_of, fitted_state
+from .sync import Sync
 
 
-class KeptState(torch.optim.Optimizer):
-    """A `torch.optim.Optimizer` over the attached parameters, whose state is plain tensors made at once.
+class StateStore:
+    """Keeps what the rules remember, each entry in the dtype that was asked for.
 
     Args:
-        groups: Parameters and their options.
-        tracker: Saved and loaded with the state.
+        optimizer: Whose `state` and `param_groups` hold it all: they stay where torch's users look for them.
+        records: The attached parameters.
+        sync: Knows which part of a sharded state lies here.
         seed: Seed of all random numbers, with each parameter's index and step count.
-        state_dtype: In which dtype state that is computed in float32 is kept; narrower ones are rounded stochastically.
+        dtype: In which dtype state that is computed in float32 is kept; narrower ones are rounded stochastically.
     """
 
-    def __init__(self, groups: list[ParameterGroup], tracker: LossTracker, seed: int, state_dtype: torch.dtype) -> None:
-        self.tracker, self.seed, self._state_dtype = tracker, seed, state_dtype
-        self._is_built = False
-        super().__init__([torch_group(group) for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
-        self._is_built = True
-        self._noise = Noise()
-        self._records = {id(record.plan.parameter): record for record in make_records(groups)}
-        for record in self._records.values():
-            self.state[record.plan.parameter] = self._narrowed(initial_state(record, self._settings(record, record.largest_rank)))
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, records: list[ParamRecord], sync: Sync, *, seed: int, dtype: torch.dtype
+    ) -> None:
+        self.records, self.sync, self.seed, self.dtype = records, sync, seed, dtype
+        self.by_id = {id(record.plan.parameter): record for record in records}
+        self.random = RandomStreams()
+        self._bind(optimizer)
+        for record in records:
+            state = self._narrow(record.initial_state(self.context(record, record.largest_rank)))
+            # The count stays on the CPU, wherever the parameter lies: it is read at every step.
+            count = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._states[record.plan.parameter] = {"step": count, **state}
 
-    @property
-    def records(self) -> list[ParamRecord]:
-        """One entry per attached parameter, in the order of `param_groups`."""
-        return list(self._records.values())
+    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
+        # Not the optimizer itself: it must be free as soon as its user drops it, without a reference cycle.
+        self._states, self.groups = optimizer.state, optimizer.param_groups
 
-    def state_bytes(self) -> int:
-        """Bytes of all state tensors, step counters left out."""
-        return sum(state_bytes(self.state[record.plan.parameter]) for record in self.records)
+    def of(self, record: ParamRecord) -> dict[str, Tensor]:
+        """All that is kept for a parameter, the step count included."""
+        return self._states[record.plan.parameter]
 
-    def observe(self, *match: str) -> Observation:
-        """From now on, each update leaves its norms and the gradient's captured share for `report()`; no weight differs for it.
+    def group(self, record: ParamRecord) -> dict[str, Any]:
+        """The entry of `param_groups` with the parameter's learning rate, momentum and weight decay."""
+        return self.groups[record.group_index]
 
-        Takes a second copy of one gradient at a time; with `apply="step"` the observed gradients themselves, until the step.
+    def context(self, record: ParamRecord, rank: int | None = None) -> UpdateContext:
+        """What the rule is told about the parameter's next update; `rank` in the place of its own."""
+        parameter, state = record.plan.parameter, self._states.get(record.plan.parameter)
+        step = 1 if not state else int(state["step"]) + 1
+        return UpdateContext(
+            rank=rank or record.rank,
+            momentum_rank=record.momentum_rank,
+            beta=self.groups[record.group_index]["beta"],
+            step=step,
+            generator=self.random.at(parameter.device, self.seed, record.index, step),
+            layout=record.plan.layout,
+        )
 
-        Args:
-            match: Globs on parameter names; all parameters where none is given.
+    def read(self, record: ParamRecord) -> State:
+        """The rule's state, in the dtype that it computes in."""
+        entries = self._states[record.plan.parameter].copy()
+        del entries["step"]
+        if self.dtype != torch.float32:
+            entries |= {key: value.float() for key, value in entries.items() if value.dtype == self.dtype}
+        return entries
 
-        Returns:
-            Ends the observation: by `stop()`, or as `with opt.observe(): ...`.
+    def write(self, record: ParamRecord, entries: State) -> None:
+        """Keep the state after an update, which was narrowed, and count it."""
+        state = self._states[record.plan.parameter]
+        state.update(entries, step=state["step"] + 1)
 
-        Raises:
-            ArgumentError: a glob matches no parameter, or the model is sharded.
+    def uncount(self, record: ParamRecord) -> None:
+        """The device has left the last update out."""
+        self.of(record)["step"] -= 1
+
+    def narrowed(self, record: ParamRecord, entries: State, step: int) -> tuple[State, torch.Generator | None]:
+        """Entries in the dtype in which they are kept, and the random numbers that a narrow weight is to be rounded with.
+
+        Where a parameter is sharded, what several processes hold alike is rounded alike, so that their bases stay the same: by
+        random numbers that depend on the part which an entry is, not on the process.
         """
-        self._require_whole("observe")
-        return Observation(self.records, match or ("*",))
+        layout, device = record.plan.layout, record.plan.parameter.device
+        if self.dtype == torch.float32 and not record.is_narrow:  # nothing is rounded
+            return entries, None
+        if self.dtype != torch.float32 and not layout.is_whole:
+            for place, (key, value) in enumerate(list(entries.items()), 1):
+                seed = self.seed
+                for number in (*self.sync.shard_of(record, key, value), place):
+                    seed = mixed_seed(seed, number, 0)
+                entries = entries | self._narrow({key: value}, self.random.at(device, seed, record.index, -step))
+        # A stream of its own: in step() the rules of other parameters have drawn since.
+        seed = mixed_seed(self.seed, layout.number, 0) if layout.number else self.seed
+        generator = self.random.at(device, seed, record.index, -step)
+        return self._narrow(entries, generator), generator
 
-    def _require_whole(self, method: str) -> None:
-        if sharded := [record.plan.name for record in self.records if not record.plan.layout.is_whole]:
-            raise ArgumentError(
-                f"opt.{method}() looks at whole matrices, and {sharded[0]!r} is sharded: load the checkpoint into a model of one "
-                f"process, attach, and call {method} there"
-            )
-
-    @torch.no_grad()
-    def report(self) -> Report:
-        """What each parameter's update is made of now, and what it costs beside AdamW: print, show, plot or log it.
-
-        Captured energy, gradient and update are those of the last update inside `observe()`.
-        """
-        self._require_whole("report")
-        return report(self)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Groups are fixed once attached.
-
-        Raises:
-            ArgumentError: always, after construction.
-        """
-        if self._is_built:
-            raise ArgumentError("groups are fixed once attached: call opt.detach() and attach again with groups=[...]")
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise AttachError("an optimizer with hooks cannot be copied or pickled: save opt.state_dict() instead")
-
-    def _saved(self, more: dict[str, Any]) -> dict[str, Any]:
-        state = super().state_dict()
-        state["state"] = {record.index: whole_state(record, self.state[record.plan.parameter]) for record in self.records}
-        for group, packed in zip(self.param_groups, state["param_groups"], strict=True):
-            packed["params"] = packed["params"][: len(group["param_names"])]
-        ranks = [record.rank for record in self.records]
-        extra = {"version": 1, "seed": self.seed, "ranks": ranks, "tracker": self.tracker.state_dict(), **more}
-        # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only; and as one text, since
-        # its loaders take lists apart and lose entries that a fresh optimizer has not.
-        state["param_groups"][0]["gradlr"] = json.dumps(extra)
-        return {**state, "gradlr": extra}
-
-    def _remembered(self) -> tuple[Any, ...]:
-        """All that loading replaces."""
-        states, ranks = dict(self.state), [record.rank for record in self.records]
-        return states, ranks, [dict(group) for group in self.param_groups], self.seed, self.tracker.state_dict()
-
-    def _put_back(self, remembered: tuple[Any, ...]) -> None:
-        states, ranks, groups, self.seed, tracker = remembered
-        self.state.update(states)
-        for record, rank in zip(self.records, ranks, strict=True):
-            record.restart(rank)
-        for group, before in zip(self.param_groups, groups, strict=True):
-            group.update(before)
-        self.tracker.load_state_dict(tracker)
-
-    def _restore(self, state_dict: dict[str, Any]) -> None:
-        check_layout(state_dict, self.param_groups)
-        extra, records = extra_of(state_dict), self.records
-        ranks = [min(rank, record.largest_rank) for rank, record in zip(extra["ranks"], records, strict=True)]
-        states = [
-            fitted_state(record, saved_state(state_dict, record), self.state[record.plan.parameter], self._settings(record, rank))
-            for record, rank in zip(records, ranks, strict=True)
-        ]
-        self.tracker.load_state_dict(extra["tracker"])
-        # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
-        groups = [
-            {**{key: value for key, value in saved.items() if key != "gradlr"}, "params": list(range(len(group["params"])))}
-            for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True)
-        ]
-        super().load_state_dict({"state": {}, "param_groups": groups})
-        self.seed = extra["seed"]
-        for record, rank, state in zip(records, ranks, states, strict=True):
-            record.restart(rank)
-            self.state[record.plan.parameter] = state
-
-    def _rule_state(self, record: ParamRecord) -> dict[str, Tensor]:
-        entries = rule_entries(self.state[record.plan.parameter])
-        return {key: value.float() if value.dtype == self._state_dtype else value for key, value in entries.items()}
-
-    def _narrowed(self, entries: dict[str, Tensor], generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """State as it is kept: float32 in the state's dtype, everything else as it is."""
-        if self._state_dtype == torch.float32:
+    def _narrow(self, entries: State, generator: torch.Generator | None = None) -> State:
+        if self.dtype == torch.float32:
             return entries
         return {
-            key: stochastic_round(value, self._state_dtype, generator=generator) if value.dtype == torch.float32 else value
+            key: stochastic_round(value, self.dtype, generator=generator) if value.dtype == torch.float32 else value
             for key, value in entries.items()
         }
 
-    def _narrowed_in_parts(self, record: ParamRecord, entries: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-        """The same where a parameter is sharded: what several processes hold alike is rounded alike, lest their bases part."""
-        if self._state_dtype == torch.float32 or record.plan.layout.is_whole:
-            return entries
-        narrowed, device = {}, record.plan.parameter.device
-        for place, (key, value) in enumerate(entries.items(), 1):
-            seed = self.seed
-            for number in (*part_of(record, key, value), place):
-                seed = mixed_seed(seed, number, 0)
-            narrowed |= self._narrowed({key: value}, self._noise.at(device, seed, record.index, -step))
-        return narrowed
+    def to_dict(self, packed: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint: torch's own state_dict with all blocks of a sharded state, and what gradlr adds.
 
-    def _settings(self, record: ParamRecord, rank: int | None = None) -> UpdateContext:
-        parameter = record.plan.parameter
-        step = int(self.state[parameter]["step"]) + 1 if parameter in self.state else 1
-        generator = self._noise.at(parameter.device, self.seed, record.index, step)
-        beta = self.param_groups[record.group_index]["beta"]
-        needs_spectrum, layout = record.schedule.needs_spectrum, record.plan.layout
-        return UpdateContext(rank or record.rank, record.momentum_rank, beta, step, generator, needs_spectrum, layout)
+        Args:
+            packed: What `torch.optim.Optimizer.state_dict` gives.
+            extra: Plain numbers that belong to the run, such as the tracker's.
+        """
+        packed["state"] = {record.index: self.sync.full_state(record, self.of(record)) for record in self.records}
+        for group, saved in zip(self.groups, packed["param_groups"], strict=True):
+            saved["params"] = saved["params"][: len(group["param_names"])]
+        extra = {"version": 1, "seed": self.seed, "ranks": [record.rank for record in self.records], **extra}
+        # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only; and as one text, since
+        # its loaders take lists apart and lose entries that a fresh optimizer has not.
+        packed["param_groups"][0]["gradlr"] = json.dumps(extra)
+        return {**packed, "gradlr": extra}
+
+    def from_dict(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+        """Take over a checkpoint's states, groups, ranks and seed; momentum rank and rank may differ from the saved ones.
+
+        Raises:
+            CheckpointError: parameters, kinds or shapes differ; nothing was changed.
+        """
+        check_layout(saved, self.groups)
+        extra = extra_of(saved)
+        ranks = [min(rank, record.largest_rank) for rank, record in zip(extra["ranks"], self.records, strict=True)]
+        states = [
+            fitted_state(record, self.sync.local_state(record, saved), self.of(record), self.context(record, rank))
+            for record, rank in zip(self.records, ranks, strict=True)
+        ]
+        # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
+        groups = [
+            {**{key: value for key, value in one.items() if key != "gradlr"}, "params": list(range(len(group["params"])))}
+            for one, group in zip(saved["param_groups"], self.groups, strict=True)
+        ]
+        torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})
+        self._bind(optimizer)
+        self.seed = extra["seed"]
+        for record, rank, state in zip(self.records, ranks, states, strict=True):
+            record.restart(rank)
+            self._states[record.plan.parameter] = state
+
+    def snapshot(self) -> tuple[Any, ...]:
+        """All that loading replaces."""
+        return dict(self._states), [dict(group) for group in self.groups], [record.rank for record in self.records], self.seed
+
+    def restore(self, snapshot: tuple[Any, ...]) -> None:
+        """Put a snapshot back."""
+        states, groups, ranks, self.seed = snapshot
+        self._states.update(states)
+        for group, before in zip(self.groups, groups, strict=True):
+            group.update(before)
+        for record, rank in zip(self.records, ranks, strict=True):
+            record.restart(rank)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layers.linear_maps import LayerOp, LinearOp
+from ..layers import LayerOp, LinearOp
 from ..linalg.normalize import widen
 from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
 
@@ -58,7 +58,7 @@ class OuterProduct(GradientOperator):
         return torch.cat([torch.linalg.vector_norm(widen(block).mT @ x, dim=-1, keepdim=True) for block in blocks]) ** 2
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
-        """`diag(scale) G` as the parts of an update: the two factors of a Linear's gradient and the scale, (m, 1)."""
+        """The two factors of a Linear's gradient, and the scale."""
         delta, x = self._tokens()
         return {"left": delta.mT, "right": widen(x).mT, "row_scale": scale}
 
@@ -120,12 +120,11 @@ class RowSparse(GradientOperator):
         return RowSparse(self.rows, self.values * factor, self.shape[0])
 
     def row_energies(self) -> Tensor:
-        """Squared lengths of the rows, (m, 1)."""
         lengths = torch.linalg.vector_norm(self.values, dim=-1, keepdim=True)
         return self.values.new_zeros((self.shape[0], 1)).index_add_(0, self.rows, lengths**2)
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
-        """`diag(scale) G` as the parts of an update: row numbers and values. `scale`: (m, 1)."""
+        """Row numbers and values."""
         return {"rows": self.rows, "dense": self.values * scale[self.rows]}
 
     def add_(self, gradient: GradientOperator) -> GradientOperator:

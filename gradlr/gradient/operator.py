@@ -13,7 +13,7 @@ from ..linalg.normalize import widen
 class GradientOperator:
     """A gradient G of shape (..., m, n), known through its products.
 
-    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `times`, `rmatmul` and
+    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `matmul`, `rmatmul` and
     `is_finite`. `operator @ X` and `operator.mT @ Y` read as they do for tensors.
     """
 
@@ -40,6 +40,18 @@ class GradientOperator:
     def scaled(self, factor: Tensor) -> GradientOperator:
         """The operator times a 0-dim factor; this one is spent afterwards."""
         raise NotImplementedError
+
+    def add_(self, gradient: GradientOperator) -> GradientOperator:
+        """The sum with another gradient, in this one's form where it can be; both are spent afterwards."""
+        raise NotImplementedError
+
+    def row_energies(self) -> Tensor:
+        """Squared lengths of the rows, (..., m, 1)."""
+        return torch.linalg.vector_norm(self.matrix, dim=-1, keepdim=True) ** 2
+
+    def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
+        """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
+        return {"dense": self.matrix * scale}
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self.matmul(x)
@@ -121,11 +133,9 @@ class Dense(GradientOperator):
         return all_entries_finite(self._matrix)
 
     def row_energies(self) -> Tensor:
-        """Squared lengths of the rows, (..., m, 1)."""
-        return self._layout.columns.all_reduce_sum(torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True) ** 2)
+        return self._layout.columns.all_reduce_sum(super().row_energies())
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
-        """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
         return {"dense": self.consume().mul_(scale)}
 
     def scaled(self, factor: Tensor) -> Dense:
@@ -139,9 +149,6 @@ class Dense(GradientOperator):
         """Add another gradient, in place where the buffer is owned."""
         self._matrix, self._is_owned = self.consume().add_(gradient.matrix), True
         return self
-
-    def __add__(self, other: Dense) -> Dense:
-        return Dense(self.matrix + other.matrix, is_owned=True, layout=self._layout)
 
 
 class Sketched(GradientOperator):
@@ -193,7 +200,7 @@ class Sketched(GradientOperator):
     def _check(self) -> None:
         *batch, n, r = self.right.shape
         m = self.right_sketch.shape[-2]
-        expected = [(*batch, n, r), (*batch, m, r), None, None]
+        expected: list[tuple[int, ...] | None] = [(*batch, n, r), (*batch, m, r), None, None]
         if self.left is not None:
             expected[2:] = [(*batch, m, self.left.shape[-1]), (*batch, n, self.left.shape[-1])]
         parts = (self.right, self.right_sketch, self.left, self.left_sketch)
@@ -201,59 +208,59 @@ class Sketched(GradientOperator):
             shapes = ", ".join("None" if part is None else str(tuple(part.shape)) for part in parts)
             raise ShapeError(f"Sketched: X, A1, L, A2 have shapes {shapes}; needed are (n, r), (m, r), (m, l), (n, l)")
 
+    @property
+    def _left_side(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.left is None or self.left_sketch is None else (self.left, self.left_sketch)
+
     def matmul(self, x: Tensor) -> Tensor:
-        rows, columns = self._layout.rows, self._layout.columns
-        product = self.right_sketch @ columns.all_reduce_sum(self.right.mT @ x)
-        if self.left is None:
+        rows, columns, side = self._layout.rows, self._layout.columns, self._left_side
+        product = self.right_sketch @ columns.inner(self.right, x)
+        if side is None:
             return product
-        return product + self.left @ (
-            columns.all_reduce_sum(self.left_sketch.mT @ x) - rows.all_reduce_sum(self.left.mT @ product)
-        )
+        left, left_sketch = side
+        return product + left @ (columns.inner(left_sketch, x) - rows.inner(left, product))
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        rows = self._layout.rows
-        if self.left is None:
-            return self.right @ rows.all_reduce_sum(self.right_sketch.mT @ y)
-        inner = rows.all_reduce_sum(self.left.mT @ y)
-        return self.right @ rows.all_reduce_sum(self.right_sketch.mT @ (y - self.left @ inner)) + self.left_sketch @ inner
+        rows, side = self._layout.rows, self._left_side
+        if side is None:
+            return self.right @ rows.inner(self.right_sketch, y)
+        left, left_sketch = side
+        inner = rows.inner(left, y)
+        return self.right @ rows.inner(self.right_sketch, y - left @ inner) + left_sketch @ inner
 
     def is_finite(self) -> Tensor:
         finite = self.right_sketch.isfinite().all()
-        return finite if self.left is None else finite & self.left_sketch.isfinite().all()
+        return finite if self.left_sketch is None else finite & self.left_sketch.isfinite().all()
 
     def is_blank(self) -> Tensor:
         """0-dim boolean on the operator's device: whether both sketches are zero, so that nothing is known of G."""
         is_filled = self.right_sketch.any()
-        is_filled = is_filled if self.left is None else is_filled | self.left_sketch.any()
+        is_filled = is_filled if self.left_sketch is None else is_filled | self.left_sketch.any()
         return ~self._layout.anywhere(is_filled)
 
     def squared_norm(self) -> Tensor:
-        rows, columns = self._layout.rows, self._layout.columns
+        rows, columns, side = self._layout.rows, self._layout.columns, self._left_side
         energy = squared_norm(self.right_sketch) / columns.parts
-        if self.left is None:
+        if side is None:
             return energy
         # L Lᵀ G and (1 − L Lᵀ) G X Xᵀ are orthogonal to each other. What several processes know counts once over all of them.
-        common = squared_norm(rows.all_reduce_sum(self.left.mT @ self.right_sketch)) / columns.parts
-        return energy + (squared_norm(self.left_sketch) - common) / rows.parts
+        common = squared_norm(rows.inner(side[0], self.right_sketch)) / columns.parts
+        return energy + (squared_norm(side[1]) - common) / rows.parts
 
     def scaled(self, factor: Tensor) -> Sketched:
-        left_sketch = None if self.left is None else self.left_sketch * factor
+        left_sketch = None if self.left_sketch is None else self.left_sketch * factor
         scaled = Sketched(self.right, self.right_sketch * factor, self.left, left_sketch, layout=self._layout)
         scaled.whole = None if self.whole is None else self.whole.scaled(factor)
         return scaled
 
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""
-        is_alike = isinstance(gradient, Sketched) and gradient.right is self.right and gradient.left is None
-        self.right_sketch += gradient.right_sketch if is_alike else gradient.matmul(self.right)
-        if self.left is not None:
+        if isinstance(gradient, Sketched) and gradient.right is self.right and gradient.left is None:
+            self.right_sketch += gradient.right_sketch
+        else:
+            self.right_sketch += gradient.matmul(self.right)
+        if self.left is not None and self.left_sketch is not None:
             self.left_sketch += gradient.rmatmul(self.left)
         if self.whole is not None:
             self.whole = None if isinstance(gradient, Sketched) else self.whole.add_(gradient)
         return self
-
-    def __add__(self, other: Sketched) -> Sketched:
-        if other.right is not self.right or other.left is not self.left:
-            raise ShapeError("Sketched: only sketches in the very same bases add; sketch both gradients with the same tensors")
-        left_sketch = None if self.left is None else self.left_sketch + other.left_sketch
-        return Sketched(self.right, self.right_sketch + other.right_sketch, self.left, left_sketch, layout=self._layout)

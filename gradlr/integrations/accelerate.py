@@ -23,7 +23,7 @@ from ..attach import attach as attach_to
 from ..errors import ArgumentError
 from ..optimizer import GradLR
 from ..tracker import LossTracker
-from .processes import guard, is_alone, make_ready, require_supported
+from .data_parallel import guard, is_alone, make_ready, require_supported
 
 
 def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker, **options: Any) -> GradLR:
@@ -78,7 +78,7 @@ def clip_grad_norm_(accelerator: Accelerator, optimizer: torch.optim.Optimizer, 
     return accelerator.clip_grad_norm_(held, max_norm)
 
 
-def unwrap(optimizer: torch.optim.Optimizer) -> GradLR:
+def unwrap(optimizer: torch.optim.Optimizer | None) -> GradLR:
     """The attached optimizer itself, with `tracker`, `grad_norm` and `skipped`, of one that `accelerator.prepare` has wrapped.
 
     Raises:

@@ -47,7 +47,7 @@ class ShowLosses(lightning.Callback):
                 tracker(loss)
             return output
 
-        pl_module.training_step = shown
+        pl_module.__dict__["training_step"] = shown  # in front of the class' own, until it is given back
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count steps from where a checkpoint has left off."""

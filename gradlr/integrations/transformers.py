@@ -9,23 +9,22 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
 
-from ..engine import messages as guards
 from ..errors import ArgumentError, AttachError, GradlrWarning
 from ..tracker import LossTracker
 from .accelerate import attach, clip_grad_norm_, unwrap
-from .processes import is_alone, require_supported
+from .data_parallel import is_alone, require_supported
 
 
 class _DropGradients(transformers.TrainerCallback):
     # Trainer calls model.zero_grad(), which sees no sketches: those of a step that a scaler has left out would stay.
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, *, optimizer: torch.optim.Optimizer, **_: Any) -> None:
-        unwrap(optimizer).zero_grad()
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
+        unwrap(trained["optimizer"]).zero_grad()
 
     on_train_begin = on_optimizer_step
 
@@ -46,7 +45,9 @@ class Trainer(transformers.Trainer):
     """
 
     def __init__(self, *args: Any, gradlr: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        self._options, self._share = gradlr, 1.0
+        self._options = gradlr
+        # What a micro-batch's mean loss was multiplied with: its share of the step.
+        self._share: Tensor | float = 1.0
         super().__init__(*args, **kwargs)
         if self.optimizer is not None and (gradlr is not None or not is_alone(self.accelerator)):
             raise ArgumentError("give gradlr=... in place of an optimizer where several processes run; of the two leave one out")
@@ -62,27 +63,31 @@ class Trainer(transformers.Trainer):
         if self.args.n_gpu > 1:
             raise AttachError(f"Trainer would wrap the model in DataParallel on {self.args.n_gpu} devices: show it one")
         if self.optimizer is None:
-            options = {"loss_tracker": LossTracker(), "weight_decay": self.args.weight_decay}
+            options: dict[str, Any] = {"weight_decay": self.args.weight_decay}
             if self.args.learning_rate != transformers.TrainingArguments.learning_rate:
                 options["lr"] = self.args.learning_rate
             elif "lr" not in (self._options or {}):
-                warnings.warn(guards.foreign_default_rate(), GradlrWarning, stacklevel=2)
-            self.optimizer = attach(self.accelerator, self.model, **{**options, **(self._options or {})})
+                message = (
+                    "learning_rate is transformers' default of 5e-5, which is AdamW's: gradlr trains with its own default "
+                    'instead. Give TrainingArguments another one, or gradlr={"lr": ...}'
+                )
+                warnings.warn(message, GradlrWarning, stacklevel=2)
+            options = {"loss_tracker": LossTracker(), **options, **(self._options or {})}
+            self.optimizer = attach(self.accelerator, cast(nn.Module, self.model), **options)
         opt = unwrap(self.optimizer)
-        if self.args.max_grad_norm > 0 and opt.limit.max_norm is None:
+        if self.args.max_grad_norm > 0 and opt.clipper.max_norm is None:
             if opt.apply == "backward":
                 raise ArgumentError('apply="backward" cannot clip: use "step", or TrainingArguments(max_grad_norm=0)')
-            opt.limit.max_norm = self.args.max_grad_norm
+            opt.clipper.max_norm = self.args.max_grad_norm
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        self._share = self._share_of_step(inputs, num_items_in_batch)
+        if num_items_in_batch is None or self.loss_is_scaled_for_ga is False:
+            self._share = 1 / self.current_gradient_accumulation_steps
+        else:
+            own = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device))
+            self._share = own.clamp(min=1) / num_items_in_batch
         return super().training_step(model, inputs, num_items_in_batch)
-
-    def _share_of_step(self, inputs: dict[str, Any], count: Tensor | int | None) -> Tensor | float:
-        if count is None or self.loss_is_scaled_for_ga is False:
-            return 1 / self.current_gradient_accumulation_steps  # what the micro-batch's mean loss was multiplied with
-        return self._get_num_items_in_batch([inputs], self.args.device).clamp(min=1) / count
 
     def _backward(self, backward: Callable[..., None], loss: Tensor, **kwargs: Any) -> None:
         tracker, is_whole = unwrap(self.optimizer).tracker, self.current_gradient_accumulation_steps == 1
@@ -92,8 +97,9 @@ class Trainer(transformers.Trainer):
         return self._get_grad_norm(model)  # step() clips, by its own limit: the norm before that is what is asked for here
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | None = None) -> Tensor | None:
-        is_known = grad_norm is not None or unwrap(self.optimizer).apply == "backward" or not is_alone(self.accelerator)
-        return grad_norm if is_known else clip_grad_norm_(self.accelerator, self.optimizer, torch.inf)
+        if grad_norm is not None or unwrap(self.optimizer).apply == "backward" or not is_alone(self.accelerator):
+            return grad_norm
+        return clip_grad_norm_(self.accelerator, unwrap(self.optimizer), torch.inf)
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Tensor | float | None, *args: Any, **kwargs: Any) -> None:
         after_step = unwrap(self.optimizer).grad_norm  # several processes know no norm before

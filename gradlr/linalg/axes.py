@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,6 +42,19 @@ class Axis:
         """The tensor with the whole axis, of which each process has a part."""
         return here
 
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """`xᵀ y` of (..., m, r) and (..., m, c), whose m rows lie along this axis: (..., r, c), the same everywhere."""
+        product = x.mT @ y
+        return product if self.is_whole else self.all_reduce_sum(product)
+
+    def column_peaks(self, x: Tensor) -> Tensor:
+        """Largest absolute entry of each column of (..., m, r), whose m rows lie along this axis: (..., 1, r)."""
+        if self.is_whole:
+            return x.abs().amax(dim=-2, keepdim=True)
+        # Where a process holds no row at all there is nothing to look at.
+        here = x.abs().amax(dim=-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
+        return self.all_reduce_max(here)
+
 
 REPLICATED = Axis()
 
@@ -61,7 +75,7 @@ class Layout:
     batch: Axis = REPLICATED
     number: int = 0
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Whether all of it lies here."""
         return self.rows.is_whole and self.columns.is_whole and self.batch.is_whole
@@ -71,31 +85,24 @@ class Layout:
         """Number of blocks."""
         return self.rows.parts * self.columns.parts * self.batch.parts
 
+    def all_reduce_max(self, x: Tensor) -> Tensor:
+        """The largest entries of what each process with a part of the same matrices gives; `x` may be overwritten."""
+        return x if self.is_whole else self.columns.all_reduce_max(self.rows.all_reduce_max(x))
+
+    def all_reduce_sum(self, x: Tensor) -> Tensor:
+        """The same, sums instead of the largest entries."""
+        return x if self.is_whole else self.columns.all_reduce_sum(self.rows.all_reduce_sum(x))
+
     def anywhere(self, flag: Tensor) -> Tensor:
         """0-dim boolean: whether it is True in any process that has a part."""
-        if self.is_whole:
-            return flag
-        count = flag.to(torch.float32)
-        for axis in (self.rows, self.columns, self.batch):
-            count = axis.all_reduce_max(count)
-        return count > 0
+        return flag if self.is_whole else self.batch.all_reduce_max(self.all_reduce_max(flag.to(torch.float32))) > 0
 
     def whole(self, here: tuple[int, ...]) -> torch.Size:
         """Shape (..., m, n) of the whole, given the shape of what lies here."""
+        if self.is_whole:
+            return torch.Size(here)
         *batch, m, n = here
         return torch.Size((*map(self.batch.size, batch), self.rows.size(m), self.columns.size(n)))
 
 
 UNSHARDED = Layout()
-
-
-def largest_in_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
-    """Largest absolute entry of each column of (..., m, r), whose m rows are spread as `axis` says: (..., 1, r)."""
-    # Where a process holds no row at all there is nothing to look at.
-    here = x.abs().amax(dim=-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
-    return axis.all_reduce_max(here)
-
-
-def gram(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
-    """`xᵀ x` of (..., m, r), whose m rows are spread as `axis` says: (..., r, r), the same everywhere."""
-    return axis.all_reduce_sum(x.mT @ x)

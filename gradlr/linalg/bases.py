@@ -1,25 +1,43 @@
-"""Orthonormal bases of the range of a matrix, exact and randomized."""
+"""Orthonormal bases of the range of a matrix, a randomized decomposition, and the largest singular value: from products."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from .axes import REPLICATED, Axis, gram, largest_in_columns
-from .normalize import normalize_columns, safe_reciprocal, widen
+from .axes import REPLICATED, Axis
+from .normalize import normalize_columns, widen
 
 # Shifts of a unit diagonal, one per pass: shifted Cholesky-QR, Fukaya et al. 2020 (arXiv 1809.11085). Unshifted, twice-applied
 # Cholesky-QR broke down within a few steps on real gradients, whose spectra decay.
 _SHIFTS = {torch.float32: (1e-5, 1e-6, 1e-6), torch.float64: (1e-12, 1e-13, 1e-13)}
 
 
-def orthonormalize(x: Tensor, *, method: str = "auto", axis: Axis = REPLICATED) -> Tensor:
-    """Orthonormal columns that span the columns of `x`.
+class Products(Protocol):
+    """A matrix (..., m, n) that is known by its products only; a tensor is one as well."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __matmul__(self, x: Tensor, /) -> Tensor: ...
+
+    @property
+    def mT(self) -> Any: ...  # noqa: N802 (torch's name)
+
+
+def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
+    """Orthonormal columns that span the columns of `x`: three shifted Cholesky-QR passes.
+
+    Only products of matrices, r × r factorizations and triangular solves, so that no device waits for the host, and a column
+    costs the same on each.
 
     Args:
         x: Shape (..., m, r) with r ≤ m, floating; not modified.
-        method: "qr" (Householder), "cholesky" (three shifted Cholesky-QR passes: products and triangular solves only, no
-            synchronization on CUDA), or "auto": cholesky on CUDA, qr elsewhere.
-        axis: How its rows are spread; where other processes hold some, the method is "cholesky", with sums of r × r numbers.
+        axis: How its rows are spread; where other processes hold some, r × r numbers are summed in each pass.
 
     Returns:
         Shape (..., m, r), float32 or wider. A column of `x` that depends on the others becomes an arbitrary orthonormal
@@ -27,30 +45,21 @@ def orthonormalize(x: Tensor, *, method: str = "auto", axis: Axis = REPLICATED) 
 
     Raises:
         ShapeError: `x` has fewer rows than columns.
-        ArgumentError: `method` is none of the three.
     """
     if x.ndim < 2 or axis.size(x.shape[-2]) < x.shape[-1]:
         raise ShapeError(f"orthonormalize: x has shape {tuple(x.shape)}; it needs at least as many rows as columns")
-    if method not in ("auto", "qr", "cholesky"):
-        raise ArgumentError(f"orthonormalize: method {method!r} is unknown; use 'auto', 'qr' or 'cholesky'")
-    if method == "auto":
-        method = "cholesky" if x.is_cuda else "qr"
-    return _shifted_cholesky_qr(x, axis) if method == "cholesky" or not axis.is_whole else _householder_qr(x)
-
-
-def _householder_qr(x: Tensor) -> Tensor:
-    # LAPACK's reflections square entries; unit columns keep 1e30 and 1e-30 inside the range of float32.
-    return torch.linalg.qr(normalize_columns(x)).Q
-
-
-def _shifted_cholesky_qr(x: Tensor, axis: Axis) -> Tensor:
     x = widen(x)
-    # Squares leave float32 where entries are above 1e18; after one pass all lengths are about one.
-    x = x * safe_reciprocal(largest_in_columns(x, axis))
+    # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one.
+    return cholesky_qr(x / axis.column_peaks(x).clamp_(min=torch.finfo(x.dtype).tiny), axis)
+
+
+def cholesky_qr(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
+    """`orthonormalize` of columns whose squares are numbers of their dtype: float32 or wider, r ≤ m, which is not checked."""
+    tiny = torch.finfo(x.dtype).tiny
     for shift in _SHIFTS[x.dtype]:
-        products = gram(x, axis)
-        # Columns of unit length, whose lengths are on the diagonal already.
-        scale = safe_reciprocal(products.diagonal(dim1=-2, dim2=-1)).sqrt().unsqueeze(-2)
+        products = x.mT @ x if axis.is_whole else axis.inner(x, x)
+        # Columns of unit length, whose lengths are on the diagonal already; a zero column stays zero.
+        scale = products.diagonal(dim1=-2, dim2=-1).clamp(min=tiny).rsqrt_().unsqueeze(-2)
         x, products = x * scale, products * scale * scale.mT
         products.diagonal(dim1=-2, dim2=-1).add_(shift)
         factor = torch.linalg.cholesky_ex(products).L
@@ -58,7 +67,9 @@ def _shifted_cholesky_qr(x: Tensor, axis: Axis) -> Tensor:
     return x
 
 
-def svd_lowrank(matrix, rank: int, *, power_steps: int = 2, generator: torch.Generator | None = None):
+def svd_lowrank(
+    matrix: Products, rank: int, *, power_steps: int = 2, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Randomized singular value decomposition from products with the matrix only.
 
     Args:
@@ -90,3 +101,42 @@ def svd_lowrank(matrix, rank: int, *, power_steps: int = 2, generator: torch.Gen
         basis = torch.linalg.qr(matrix @ basis).Q
     u, s, vh = torch.linalg.svd((matrix.mT @ basis).mT, full_matrices=False)
     return basis @ u, s, vh.mT
+
+
+def spectral_norm(matrix: Products, *, columns: int = 8, steps: int = 8) -> Tensor:
+    """Largest singular value of each matrix, from 2 · steps products with `columns` columns.
+
+    Args:
+        matrix: Shape (..., m, n): a floating tensor, or any operator with `shape`, `dtype`, `device`, `@` and `.mT`.
+        columns: Columns of a block.
+        steps: Number of blocks.
+
+    Returns:
+        Shape (...), float64, NaN where an entry is not finite: never above the true value but for rounding. Exact where
+        columns · steps reaches min(m, n); beyond, Gaussian matrices, whose singular values lie densely, are met to 4e-3 up to
+        1000 × 1000, and decaying spectra far better.
+
+    Draws from a generator of its own: other random numbers stay as they were.
+
+    Source: randomized block Krylov iteration, Musco and Musco 2015, arXiv 1504.05477, algorithm 2.
+    """
+    matrix = widen(matrix) if isinstance(matrix, Tensor) else matrix
+    *batch, m, n = matrix.shape
+    if m > n:
+        return spectral_norm(matrix.mT, columns=columns, steps=steps)
+    generator = torch.Generator(matrix.device).manual_seed(0)
+    width = min(columns, m)
+    draw = torch.randn((*batch, n, width), dtype=matrix.dtype, device=matrix.device, generator=generator)
+    blocks = [orthonormalize(matrix @ draw)]
+    while len(blocks) < steps and len(blocks) * width < m:
+        # Unit columns on the way: squares of large entries would overflow, and the span is what counts.
+        block = normalize_columns(matrix @ normalize_columns(matrix.mT @ blocks[-1]))
+        known = torch.cat(blocks, dim=-1)
+        blocks.append(orthonormalize(block - known @ (known.mT @ block)))
+    # Where the span is exhausted a block is rounding errors: only orthonormal columns bound the value from above.
+    basis = torch.linalg.qr(torch.cat(blocks, dim=-1)[..., :m]).Q
+    image = (matrix.mT @ basis).double()
+    gram = image.mT @ image
+    is_finite = gram.isfinite()
+    largest = torch.linalg.eigvalsh(torch.where(is_finite, gram, 0.0))[..., -1].clamp(min=0).sqrt()
+    return torch.where(is_finite.all(dim=-1).all(dim=-1), largest, torch.nan)

@@ -1,10 +1,12 @@
 """Scaling rows and columns of a matrix to unit length."""
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .axes import REPLICATED, UNSHARDED, Axis, Layout, largest_in_columns
+from .axes import REPLICATED, UNSHARDED, Axis, Layout
 
 
 def widen(x: Tensor) -> Tensor:
@@ -12,21 +14,12 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def largest_entry(x: Tensor, *axes: Axis) -> Tensor:
-    """Largest absolute entry of each matrix, shape (..., 1, 1), over all processes that share the axes; 0 where there is none."""
+def largest_entry(x: Tensor) -> Tensor:
+    """Largest absolute entry of each matrix of (..., m, n), of what lies in this process: (..., 1, 1), 0 where there is none."""
     if x.shape[-1] == 0 or x.shape[-2] == 0:
-        peak = x.new_zeros((*x.shape[:-2], 1, 1))
-    else:
-        # Two reductions without a temporary: on the CPU many times faster than the infinity norm.
-        peak = torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
-    for axis in axes:
-        peak = axis.all_reduce_max(peak)
-    return peak
-
-
-def safe_reciprocal(x: Tensor) -> Tensor:
-    """1 / x, and 0 where x is 0 or subnormal: there the reciprocal would be infinite."""
-    return torch.where(x >= torch.finfo(x.dtype).tiny, x.reciprocal(), torch.zeros_like(x))
+        return x.new_zeros((*x.shape[:-2], 1, 1))
+    # Two reductions without a temporary: on the CPU many times faster than the infinity norm.
+    return torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
 
 
 def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
@@ -40,8 +33,9 @@ def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
         Shape (..., m, r), float32 or wider. Two scalings, so that squares neither overflow nor vanish.
     """
     x = widen(x)
-    x = x * safe_reciprocal(largest_in_columns(x, axis))
-    return x * safe_reciprocal(axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True))).sqrt()
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / axis.column_peaks(x).clamp_(min=tiny)
+    return x * axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True)).clamp_(min=tiny).rsqrt_()
 
 
 def multi_normalize(
@@ -69,14 +63,19 @@ def multi_normalize(
     """
     if passes < 1:
         raise ArgumentError(f"multi_normalize: passes={passes}; it must be at least 1")
-    y = widen(x)
-    peak = safe_reciprocal(largest_entry(y, layout.rows, layout.columns) if peak is None else peak)
-    squares = (y * peak).square_()
+    y, whole = widen(x), layout.is_whole
+    tiny = torch.finfo(y.dtype).tiny
+    peak = layout.all_reduce_max(largest_entry(y)) if peak is None else peak
+    # What is subnormal counts as zero, here and below: its reciprocal would be infinite.
+    unit = torch.where(peak >= tiny, peak.reciprocal(), 0.0)
+    squares = (y * unit).square_()
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):
-        rows = safe_reciprocal(layout.columns.all_reduce_sum(squares @ columns))
-        columns = safe_reciprocal(layout.rows.all_reduce_sum(squares.mT @ rows))
-    row_scale, column_scale = rows.sqrt() * peak, columns.sqrt().mT
+        rows = squares @ columns if whole else layout.columns.inner(squares.mT, columns)
+        rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
+        columns = squares.mT @ rows if whole else layout.rows.inner(squares, rows)
+        columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
+    row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
     if inplace and y is x:
         return x.mul_(row_scale).mul_(column_scale)
     return torch.mul(y, row_scale).mul_(column_scale)

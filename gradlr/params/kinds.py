@@ -1,12 +1,9 @@
-"""What each parameter is: a matrix, a table or a vector; and its view as (a batch of) m × n."""
+"""What each parameter is: a matrix, an embedding or a vector, and its view as (a batch of) m × n. One table says what follows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +11,60 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ArgumentError
-from ..layers.linear_maps import is_transposed_linear
+from ..layers import View, layer_type_of, natural_view
+from ..layers.linear import is_transposed_linear
+from ..layers.registry import leading_batch
 from ..linalg import UNSHARDED, Layout
-from .views import View, checked_view, given_view
+from ..tensors import is_sharded, local
 
-MATRIX, TABLE, VECTOR = "matrix", "table", "vector"
-KINDS = (MATRIX, TABLE, VECTOR)
 
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+@dataclass(frozen=True)
+class Kind:
+    """A row of the table: what a kind of parameter means for its update, unless the user says otherwise.
+
+    Attributes:
+        name: What `kind=` and `kinds=` call it.
+        rule: Name of its default rule.
+        lr_share: Its learning rate, as a share of `lr`.
+        decays: Whether weight decay applies.
+        is_compressed: Whether its gradients may be compressed, so that rank and momentum rank mean something, and its rule may
+            be one that works on matrices.
+    """
+
+    name: str
+    rule: str
+    lr_share: float
+    decays: bool
+    is_compressed: bool
+
+
+MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
+
+# One learning rate is tuned, the others follow it; embeddings want a far smaller one. Best of the sweep of `python -m gradlr
+# bench quality` (its results/quality.json).
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(MATRIX, "tracked_momentum", lr_share=1.0, decays=True, is_compressed=True),
+        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 50, decays=True, is_compressed=True),
+        Kind(VECTOR, "adam", lr_share=1 / 10, decays=False, is_compressed=False),
+    )
+}
+_OTHER_WORDS = {"table": EMBEDDING}
+
 _ODD_WORDS = ("emb", "pos", "table", "log")
-_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+
+
+def kind_named(name: str) -> str:
+    """The kind that a user's word means; "table" is another word for "embedding".
+
+    Raises:
+        ArgumentError: there is none of that name.
+    """
+    known = _OTHER_WORDS.get(name, name) if isinstance(name, str) else name
+    if not isinstance(known, str) or known not in KINDS:
+        raise ArgumentError(f"kind={name!r}: use one of {', '.join(KINDS)}")
+    return known
 
 
 @dataclass(frozen=True)
@@ -35,7 +74,7 @@ class ParameterPlan:
     Attributes:
         name: The first name the model knows it by.
         parameter: The parameter itself.
-        kind: "matrix", "table" or "vector".
+        kind: "matrix", "embedding" or "vector".
         view: How it becomes (a batch of) matrices; the identity for vectors.
         is_guess: Whether neither a layer, nor its shape, nor the user says what it is.
         natural: The view that its layer suggests, which a vector does without.
@@ -71,17 +110,6 @@ class ParameterPlan:
         return self.view.of(self.here)
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor, spread over the processes of a device mesh."""
-    return hasattr(tensor, "placements") and hasattr(tensor, "to_local")
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies in this process."""
-    with torch.no_grad():
-        return tensor.to_local() if is_sharded(tensor) else tensor
-
-
 def outline(tensor: Tensor) -> Tensor:
     """A detached tensor of the same shape, for asking what a view makes of it: without values where it is sharded."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") if is_sharded(tensor) else tensor.detach()
@@ -90,7 +118,7 @@ def outline(tensor: Tensor) -> Tensor:
 def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     """What every trainable parameter of the model is, in the order of `model.named_parameters()`.
 
-    Embeddings and a head of the same shape at the end of the model are tables; weights of norms, biases, everything
+    Embeddings and a head of the same shape at the end of the model are embeddings; weights of norms, biases, everything
     one-dimensional and everything with one row or one column are vectors. Convolutions are folded to (o, i·h·w) and transposed
     ones to (o·h·w, i), a batch of them where grouped; transformers' Conv1D is turned to (fan_out, fan_in); other parameters with
     two axes or more are matrices, leading axes a batch. A parametrized weight (weight_norm, orthogonal) is what its layer's is.
@@ -98,17 +126,20 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     uses = _uses(model)
     # The first layer with a parameter owns it; a parametrized layer comes before its parametrizations.
     owners = {id(parameter): (layer, name) for parameter, layer, name in reversed(uses)}
-    table_ids = _tables(uses)
+    embeddings = _embeddings(uses)
     plans = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and isinstance(parameter, UninitializedParameter):
+        if not parameter.requires_grad:
+            continue
+        if isinstance(parameter, UninitializedParameter):
             plans.append(ParameterPlan(name, parameter, VECTOR, View()))
-        elif parameter.requires_grad:
-            owner, own_name = owners[id(parameter)]
-            kind, view = _classify(parameter, owner, own_name, table_ids)
-            is_guess = kind == MATRIX and _is_guess(parameter, owner, own_name)
-            natural = _natural_view(parameter, owner, own_name) if parameter.ndim > 1 else View()
-            plans.append(ParameterPlan(name, parameter, kind, view, is_guess, natural))
+            continue
+        owner, own_name = owners[id(parameter)]
+        natural = natural_view(owner, own_name, parameter) if parameter.ndim > 1 else View()
+        kind = EMBEDDING if id(parameter) in embeddings else _matrix_or_vector(parameter, owner, own_name, natural)
+        is_guess = kind == MATRIX and _is_guess(parameter, owner, own_name)
+        view = natural if kind == MATRIX else View()
+        plans.append(ParameterPlan(name, parameter, kind, view, is_guess, natural))
     return plans
 
 
@@ -122,63 +153,27 @@ def _uses(model: nn.Module) -> list[Use]:
         uses += [(parameter, module, name) for name, parameter in module.named_parameters(recurse=False)]
         if is_parametrized(module):
             # Asking for module.weight would run the parametrization, and spectral_norm iterates at each run.
-            for name, parametrizations in module.parametrizations.items():
+            for name, parametrizations in module.get_submodule("parametrizations").named_children():
                 uses += [(parameter, module, name) for parameter in parametrizations.parameters(recurse=False)]
     return uses
 
 
-def _tables(uses: list[Use]) -> set[int]:
+def _embeddings(uses: list[Use]) -> set[int]:
+    """Ids of the weights of embeddings, and of a head that mirrors one."""
     weights = [(weight, layer) for weight, layer, name in uses if name == "weight" and weight.ndim == 2]
-    lookups = [(weight, layer) for weight, layer in weights if isinstance(layer, _EMBEDDINGS)]
-    embeddings = [weight for weight, layer in lookups if weight.shape[1] == layer.embedding_dim]
-    tables = {id(weight) for weight in embeddings}
-    # An untied head is the last Linear of the model and mirrors the embedding's shape (vocabulary, width).
-    linears = [weight for weight, layer in weights if isinstance(layer, nn.Linear)]
-    if linears and any(linears[-1].shape == weight.shape for weight in embeddings):
-        tables.add(id(linears[-1]))
-    return tables
+    lookups = [(weight, layer) for weight, layer in weights if layer_type_of(layer).is_lookup]
+    tables = [weight for weight, layer in lookups if weight.shape[1] == layer.embedding_dim]
+    # An untied head is the last Linear of the model and has the embedding's shape (vocabulary, width).
+    heads = [weight for weight, layer in weights if isinstance(layer, nn.Linear)][-1:]
+    mirrors = [head for head in heads if any(head.shape == table.shape for table in tables)]
+    return {id(weight) for weight in (*tables, *mirrors)}
 
 
-def _classify(parameter: Tensor, owner: nn.Module, name: str, table_ids: set[int]) -> tuple[str, View]:
-    if id(parameter) in table_ids:
-        return TABLE, View()
-    if parameter.ndim < 2 or parameter.numel() == 0 or isinstance(owner, _NORMS) or name == "bias" or name.endswith("_bias"):
-        return VECTOR, View()
-    view = _natural_view(parameter, owner, name)
-    if min(view.of(outline(parameter)).shape[-2:]) == 1:
-        return VECTOR, View()
-    return MATRIX, view
-
-
-def _natural_view(parameter: Tensor, owner: nn.Module, name: str) -> View:
-    if name == "weight" and is_transposed_linear(owner):
-        return View("i o -> o i")
-    if isinstance(owner, _CONVOLUTIONS) and _are_filters(parameter, owner):
-        return _convolution_view(owner)
-    if isinstance(owner, nn.MultiheadAttention) and name == "in_proj_weight" and parameter.shape[0] == 3 * owner.embed_dim:
-        return View("(three o) i -> three o i")
-    return _leading_batch(parameter.ndim)
-
-
-def _leading_batch(ndim: int) -> View:
-    axes = " ".join(f"b{index}" for index in range(ndim - 2))
-    return View(f"{axes} m n -> ({axes}) m n") if ndim > 3 else View()
-
-
-def _are_filters(parameter: Tensor, layer: nn.Module) -> bool:
-    # What a parametrization is made of may have any shape: weight_norm's lengths have one row, or one column.
-    return parameter.ndim == len(layer.kernel_size) + 2 and parameter.shape[0] % layer.groups == 0
-
-
-def _convolution_view(layer: nn.Module) -> View:
-    # The gradient is a sum of outer products: at each output of a convolution, output gradient times a patch of the input; at
-    # each input of a transposed one, its adjoint, a patch of the output gradient times the input. Groups do not mix.
-    axes = " ".join("hwd"[: len(layer.kernel_size)])
-    is_grouped = layer.groups > 1
-    sizes = (("g", layer.groups),) if is_grouped else ()
-    if isinstance(layer, _TRANSPOSED):
-        return View(f"(g i) o {axes} -> g (o {axes}) i" if is_grouped else f"i o {axes} -> (o {axes}) i", sizes)
-    return View(f"(g o) i {axes} -> g o (i {axes})" if is_grouped else f"o i {axes} -> o (i {axes})", sizes)
+def _matrix_or_vector(parameter: Tensor, owner: nn.Module, name: str, natural: View) -> str:
+    is_bias = name == "bias" or name.endswith("_bias")
+    if parameter.ndim < 2 or parameter.numel() == 0 or is_bias or layer_type_of(owner).is_norm:
+        return VECTOR
+    return VECTOR if min(natural.of(outline(parameter)).shape[-2:]) == 1 else MATRIX
 
 
 def _is_guess(parameter: Tensor, owner: nn.Module, name: str) -> bool:
@@ -197,47 +192,19 @@ def _is_layer_of_torch(module: nn.Module) -> bool:
     return home not in ("torch.nn.modules.module", "torch.nn.modules.container") or is_transposed_linear(module)
 
 
-def with_views(plans: list[ParameterPlan], views: Mapping[str, Any]) -> list[ParameterPlan]:
-    """The plans with the user's views; what a view matches becomes a matrix.
-
-    Args:
-        plans: Of all trainable parameters.
-        views: Glob on parameter names → expression, or pair of expression and sizes. The first match wins.
-
-    Raises:
-        ArgumentError: a view cannot be read, does not fit a parameter that it matches, or matches none.
-    """
-    if not isinstance(views, Mapping) or not all(isinstance(glob, str) for glob in views):
-        raise ArgumentError(f'views={views!r}: give a dict such as {{"*.qkv.weight": "(three o) i -> three o i"}}')
-    rest, viewed = list(plans), {}
-    for glob, value in views.items():
-        expression, sizes = given_view(glob, value)
-        members = [plan for plan in rest if fnmatchcase(plan.name, glob)]
-        if not members:
-            raise ArgumentError(
-                f"views: {glob!r} matches no trainable parameter that an earlier view left; names look like {plans[0].name!r}"
-            )
-        rest = [plan for plan in rest if plan not in members]
-        for plan in members:
-            view = checked_view(expression, sizes, plan.name, plan.parameter.shape)
-            viewed[plan.name] = replace(plan, kind=MATRIX, view=view, is_guess=False)
-    return [viewed.get(plan.name, plan) for plan in plans]
-
-
 def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
-    """The plan with another kind.
+    """The plan with another kind, by a user's word for it.
 
     Raises:
-        ArgumentError: a parameter with fewer than two axes should be a matrix or a table, or the kind is unknown.
+        ArgumentError: a parameter with fewer than two axes should be a matrix or an embedding, or the kind is unknown.
     """
-    if kind not in KINDS:
-        raise ArgumentError(f"kind={kind!r}: use one of {', '.join(KINDS)}")
+    kind = kind_named(kind)
     if kind != VECTOR and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
     view = View() if kind == VECTOR else plan.natural if plan.kind == VECTOR else plan.view
     if kind != VECTOR and view.pattern is None:
-        view = _leading_batch(plan.parameter.ndim)
+        view = leading_batch(plan.parameter.ndim)
     return replace(plan, kind=kind, view=view, is_guess=False)
 
 
@@ -251,6 +218,6 @@ def guesses_message(plans: list[ParameterPlan]) -> str:
     view = f"{axes} -> {axes[0]} ({axes[2:]})"
     return (
         f"parameter {first.name!r} {tuple(first.parameter.shape)}{others} belongs to no layer that gradlr knows, and was taken "
-        f'as {what}. Overrule it with groups=[{{"match": {first.name!r}, "kind": "table"}}] (rows that are looked up, such as '
-        f'positions) or "vector", or with views={{{first.name!r}: {view!r}}}; kind "matrix" confirms it'
+        f'as {what}. Overrule it with groups=[{{"match": {first.name!r}, "kind": "embedding"}}] (rows that are looked up, as '
+        f'positions are) or "vector", or with views={{{first.name!r}: {view!r}}}; kind "matrix" confirms it'
     )

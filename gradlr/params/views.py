@@ -1,76 +1,54 @@
-"""How a parameter is seen as (a batch of) m × n matrices: an einops expression, checked against the parameter's shape."""
+"""Views that the user gives: einops expressions, read and checked by einops, and told with the parameter's name and shape."""
 
 from __future__ import annotations
 
-import keyword
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from einops import rearrange
-from torch import Tensor
+from einops import EinopsError, rearrange
 
 from ..errors import ArgumentError
+from ..layers import View
+from ..layers.base import axes_of, pattern_of
+from .kinds import MATRIX, ParameterPlan
 
 # Axis names that are their own size.
 _NUMBERS = {"two": 2, "three": 3, "four": 4}
-_TOKEN = re.compile(r"[A-Za-z0-9_.]+|\S")
-
-Axes = tuple[tuple[str, ...], ...]
 
 
-@dataclass(frozen=True)
-class View:
-    """A parameter seen as (a batch of) matrices.
+def with_views(plans: list[ParameterPlan], views: Mapping[str, Any]) -> list[ParameterPlan]:
+    """The plans with the user's views; what a view matches becomes a matrix.
 
-    Attributes:
-        pattern: An einops expression "parameter axes -> [batch axis] m n", e.g. "o i h w -> o (i h w)"; None for as it is.
-        sizes: Sizes of named axes that the parameter's shape leaves open; those named two, three and four are known.
-    """
-
-    pattern: str | None = None
-    sizes: tuple[tuple[str, int], ...] = ()
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The view (..., m, n); shares memory with `tensor` wherever strides allow."""
-        if self.pattern is None:
-            return tensor
-        return rearrange(tensor, self.pattern, **self._axis_sizes(tensor.shape))
-
-    def back(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `of`, for a parameter of the given shape."""
-        if self.pattern is None:
-            return matrix
-        before, after = self.pattern.split("->")
-        return rearrange(matrix, f"{after} -> {before}", **self._axis_sizes(shape))
-
-    def named_axes(self, shape: torch.Size) -> tuple[Axes, Axes, dict[str, int]]:
-        """Names that make up each axis of a parameter of that shape, each axis of its view, and the size of each name."""
-        if self.pattern is None:
-            names = tuple((f"axis{index}",) for index in range(len(shape)))
-            return names, names, {name: size for (name,), size in zip(names, shape, strict=True)}
-        return *_sides(self.pattern), self._axis_sizes(shape)
-
-    def _axis_sizes(self, shape: torch.Size) -> dict[str, int]:
-        return _axis_sizes(_sides(self.pattern)[0], shape, dict(self.sizes))
-
-
-def share_memory(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors lie in one storage; also told of tensors without values, which have no address."""
-    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
-
-
-def given_view(glob: str, value: Any) -> tuple[str, dict[str, int]]:
-    """One value of `views=`, an expression or a pair of expression and sizes, as that pair.
+    Args:
+        plans: Of all trainable parameters.
+        views: Glob on parameter names → expression, or pair of expression and sizes. The first match wins.
 
     Raises:
-        ArgumentError: it is neither.
+        ArgumentError: a view cannot be read, does not fit a parameter that it matches, or matches none.
     """
-    expression, sizes = (value, {}) if isinstance(value, str) else value if _is_pair(value) else (None, None)
+    if not isinstance(views, Mapping) or not all(isinstance(glob, str) for glob in views):
+        raise ArgumentError(f'views={views!r}: give a dict such as {{"*.qkv.weight": "(three o) i -> three o i"}}')
+    viewed: dict[str, ParameterPlan] = {}
+    for glob, value in views.items():
+        expression, sizes = _given(glob, value)
+        members = [plan for plan in plans if plan.name not in viewed and fnmatchcase(plan.name, glob)]
+        if not members:
+            raise ArgumentError(
+                f"views: {glob!r} matches no trainable parameter that an earlier view left; names look like {plans[0].name!r}"
+            )
+        for plan in members:
+            view = checked_view(expression, sizes, plan.name, plan.parameter.shape)
+            viewed[plan.name] = replace(plan, kind=MATRIX, view=view, is_guess=False)
+    return [viewed.get(plan.name, plan) for plan in plans]
+
+
+def _given(glob: str, value: Any) -> tuple[str, dict[str, int]]:
+    """One value of `views=`, an expression or a pair of expression and sizes, as that pair."""
+    is_pair = isinstance(value, tuple | list) and len(value) == 2
+    expression, sizes = value if is_pair else (value, {})
     is_sized = isinstance(sizes, Mapping) and all(type(size) is int and size > 0 for size in sizes.values())
     if not isinstance(expression, str) or not is_sized:
         raise ArgumentError(
@@ -84,114 +62,32 @@ def checked_view(expression: str, sizes: Mapping[str, int], name: str, shape: Se
     """The view that an expression makes of one parameter; several batch axes are folded into one.
 
     Args:
-        expression: An einops expression "parameter axes -> [batch axes] m n".
+        expression: An einops expression "parameter axes -> [batch axes] m n". Axes named two, three and four have that size.
         sizes: Of named axes that the shape leaves open.
         name: The parameter's, for messages.
         shape: The parameter's.
 
     Raises:
-        ArgumentError: the expression cannot be read, drops, repeats or invents axes, does not end in two axes, or does not fit
-            the shape.
+        ArgumentError: einops cannot read the expression or apply it to the shape, or it does not end in two axes.
     """
     try:
-        before, after = _sides(expression)
-        _check_names(before, after, sizes)
-        if len(before) != len(shape):
-            raise ArgumentError(f"names {_count(len(before))}, the weight has {len(shape)}: name each one, or narrow the glob")
-        if len(after) < 2:
-            raise ArgumentError(f"ends in {_count(len(after))}: it must end in two, m n, the rows and columns of a matrix")
+        before, after = axes_of(expression)
+        named = {axis for names in before for axis in names if isinstance(axis, str)}
+        known = {word: size for word, size in _NUMBERS.items() if word in named} | dict(sizes)
+        seen = rearrange(torch.empty(tuple(shape), device="meta"), expression, **known)
+        if seen.ndim < 2:
+            raise EinopsError(f"Its right side has {seen.ndim} axis: it must end in two, m n, the rows and columns of a matrix")
         if 0 in shape:
-            raise ArgumentError("is of no use: the weight is empty. Narrow the glob")
-        _axis_sizes(before, shape, sizes)
-    except ArgumentError as error:
-        raise ArgumentError(f"weight {name!r} {tuple(shape)}: view {expression!r} {error}") from None
+            raise EinopsError("The weight is empty: no view is of use there")
+    except EinopsError as error:
+        # einops tells expression, shape and sizes in its first lines, and what is wrong with them in the others.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        what = ". ".join(line for line in lines if not line.startswith(("Error while processing", "Input tensor shape")))
+        given = f" with {dict(sizes)}" if sizes else ""
+        raise ArgumentError(
+            f"weight {name!r} {tuple(shape)}: view {expression!r}{given} does not fit. {what}. Name each axis of the weight, "
+            'give sizes that are open, as in ("(heads d) i -> heads d i", {"heads": 8}), or narrow the glob'
+        ) from None
     # One batch axis always: where strides forbid it the fold makes a copy, and whoever writes sees that it is one.
-    batch = tuple(axis_name for axis in after[:-2] for axis_name in axis)
-    folded = (batch, *after[-2:]) if len(after) > 3 else after
-    return View(f"{_written(before)} -> {_written(folded)}", tuple(sorted(sizes.items())))
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple | list) and len(value) == 2
-
-
-@lru_cache(maxsize=1024)
-def _sides(expression: str) -> tuple[Axes, Axes]:
-    sides = expression.split("->")
-    if len(sides) != 2:
-        raise ArgumentError(f'has {len(sides) - 1} arrows: write "parameter axes -> [batch axes] m n"')
-    return _axes(sides[0]), _axes(sides[1])
-
-
-def _axes(side: str) -> Axes:
-    # An axis is a tuple of the names that it is composed of; the empty one has size 1.
-    axes: list[tuple[str, ...]] = []
-    is_open = False
-    for token in _TOKEN.findall(side):
-        if token in "()":
-            if is_open == (token == "("):
-                raise ArgumentError(f"has a {token!r} too many: parentheses do not nest")
-            is_open = not is_open
-            axes += [()] if is_open else []
-        else:
-            names = () if token == "1" else (_name(token),)
-            axes[len(axes) - is_open :] = [axes[-1] + names if is_open else names]
-    if is_open:
-        raise ArgumentError("lacks a ')'")
-    return tuple(axes)
-
-
-def _name(token: str) -> str:
-    # The same names that einops takes without a warning.
-    if not token.isidentifier() or token.strip("_") != token or keyword.iskeyword(token):
-        raise ArgumentError(f"has {token!r}: axes are names such as o, i or heads (no keywords of Python), (groups of them) or 1")
-    return token
-
-
-def _check_names(before: Axes, after: Axes, sizes: Mapping[str, int]) -> None:
-    left, right = _flat(before), _flat(after)
-    for names in (left, right):
-        if repeated := [name for name in names if names.count(name) > 1]:
-            raise ArgumentError(f"repeats {repeated[0]!r}: every axis stands once on each side")
-    if unknown := [name for name in right if name not in left]:
-        raise ArgumentError(f"has {unknown[0]!r} on the right only: axes are {', '.join(left)}")
-    if dropped := [name for name in left if name not in right]:
-        raise ArgumentError(f"drops {dropped[0]!r}: every axis must stand on the right as well")
-    if unknown := [name for name in sizes if name not in left]:
-        raise ArgumentError(f"has no {unknown[0]!r}, which sizes name: axes are {', '.join(left)}")
-
-
-def _axis_sizes(before: Axes, shape: Sequence[int], given: Mapping[str, int]) -> dict[str, int]:
-    """Size of every name, from the parameter's shape and the sizes that are given or known."""
-    sizes: dict[str, int] = {}
-    for axis, size in zip(before, shape, strict=True):
-        known = {name: given.get(name, _NUMBERS.get(name)) for name in axis if name in given or name in _NUMBERS}
-        unknown = [name for name in axis if name not in known]
-        if len(unknown) > 1:
-            names = " and ".join(unknown)
-            raise ArgumentError(f"leaves {names} open in {size}: give all but one, as in (view, {{{unknown[0]!r}: ...}})")
-        product = math.prod(known.values())
-        if size % product or (not unknown and size != product):
-            raise ArgumentError(_misfit(known, product, size, is_factor=bool(unknown)))
-        sizes |= known | dict.fromkeys(unknown, size // product)
-    return sizes
-
-
-def _misfit(known: Mapping[str, int], product: int, size: int, *, is_factor: bool) -> str:
-    if not known:
-        return f"has 1 where the weight has {size}: name that axis"
-    word, relation = " * ".join(known), "divide" if is_factor else "be"
-    way_out = f"give other sizes, as in (view, {{{next(iter(known))!r}: ...}}), or narrow the glob"
-    return f"needs {word} to {relation} {size}, and {word} is {product}: {way_out}"
-
-
-def _flat(axes: Axes) -> list[str]:
-    return [name for axis in axes for name in axis]
-
-
-def _written(axes: Iterable[tuple[str, ...]]) -> str:
-    return " ".join("1" if not axis else axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in axes)
-
-
-def _count(axes: int) -> str:
-    return "1 axis" if axes == 1 else f"{axes} axes"
+    batch = tuple(axis for names in after[:-2] for axis in names)
+    return View(pattern_of(before, (batch, *after[-2:]) if len(after) > 3 else after), tuple(sorted(known.items())))

@@ -1,5 +1,6 @@
-"""`opt.report()`: rank, captured energy, norms and bytes of every parameter, as text, HTML, a figure or scalars."""
+"""`opt.report()`: rank, captured energy, norms and bytes of every parameter, as one table, one figure, or scalars."""
 
-from .contents import ParameterReport, Report, report
+from .metrics import Observation, Observer, UpdateMetrics
+from .summary import ParameterReport, Report, describe, report
 
-__all__ = ["ParameterReport", "Report", "report"]
+__all__ = ["Observation", "Observer", "ParameterReport", "Report", "UpdateMetrics", "describe", "report"]

@@ -1,78 +1,161 @@
-"""What `repr(opt)` shows: every parameter with what it became, and the totals."""
+"""What `repr(opt)` and `opt.report()` show: a line per parameter, and the totals beside AdamW's."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from ..engine.record import ParamRecord, state_bytes
+import torch
+from torch import Tensor
+
+from ..engine.record import ParamRecord, rule_entries, state_bytes
+from ..gradient import Dense
+from ..params.kinds import VECTOR
+from .figure import draw
+from .metrics import energy_of, mean_stable_rank
 
 if TYPE_CHECKING:
-    from ..optimizer import GradLR
+    from matplotlib.figure import Figure
 
 # Two moments in float32.
 ADAMW_BYTES_PER_WEIGHT = 8
 
+# What a logger needs not see.
+_CONSTANTS = ("weights", "largest_rank", "momentum_rank", "steps", "step")
 
-def describe(optimizer: GradLR) -> str:
+_NOT_OBSERVED = "Captured energy, gradient and update are seen at an update only: put `with opt.observe():` around a step."
+_LEGEND = (
+    "energy: share of the squared gradient norm inside the r directions; stable rank: of the gradient G, and of the momentum M; "
+    "update: norm of the change, and relative to the weight's."
+)
+_PROJECTED = "(p): of a projection of the gradient, which is all that is known."
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """One parameter at the moment of asking.
+
+    Attributes:
+        name, shape, kind: As `print(opt)` shows them.
+        is_projected: Whether the gradient's numbers are those of a projection of it.
+        numbers: By name, what there is and is finite. Always "state_bytes" of its rule, "steps", and "weight_norm" ‖W‖. Where the
+            rule compresses "rank" r of the next update, "largest_rank" and "momentum_rank" k, and "momentum_stable_rank"
+            ‖M‖_F² / ‖M‖₂² of the momentum, in [1, k]. Of the last observed update what `UpdateMetrics` documents: "step",
+            "gradient_norm", "stable_rank", "energy", "update_norm", "relative_update".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    is_projected: bool
+    numbers: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All parameters of an optimizer, in the order of `param_groups`: print it, `plot()` it, or log its `scalars()`."""
+
+    rows: tuple[ParameterReport, ...]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Over all parameters, by name; what nothing is known of is left out.
+
+        Returns:
+            "weights", "state_bytes", "state_share" of what AdamW would keep, and "rank_mean" of those that have a rank; of the
+            observed ones "gradient_norm", "update_norm", and "energy", the captured share of all their squared gradients.
+        """
+        weights, size = sum(math.prod(row.shape) for row in self.rows), sum(_known(self.rows, "state_bytes"))
+        share = {"state_share": size / (ADAMW_BYTES_PER_WEIGHT * weights)} if weights else {}
+        ranks = _known(self.rows, "rank")
+        captured = [row.numbers for row in self.rows if "energy" in row.numbers]
+        whole = math.fsum(one["gradient_norm"] ** 2 for one in captured)
+        part = math.fsum(one["energy"] * one["gradient_norm"] ** 2 for one in captured)
+        means = {"rank_mean": sum(ranks) / len(ranks)} if ranks else {}
+        means |= {"energy": part / whole} if whole else {}
+        return {"weights": weights, "state_bytes": size, **share, **means, **_joint(self.rows, "gradient_norm", "update_norm")}
+
+    def scalars(self) -> dict[str, float]:
+        """Finite floats by name, for `SummaryWriter.add_scalar` one by one, or `wandb.log` at once.
+
+        Returns:
+            The totals as `"gradlr/state_bytes"` and the like, and each parameter's numbers: `"gradlr/rank/blocks.0.qkv.weight"`.
+        """
+        found = {f"gradlr/{name}": value for name, value in self.totals.items()}
+        found |= {f"gradlr/{name}/{row.name}": value for row in self.rows for name, value in row.numbers.items()}
+        return {name: float(value) for name, value in found.items() if name.split("/")[1] not in _CONSTANTS}
+
+    def plot(self) -> Figure:
+        """Draw ranks, and where updates were observed captured energy and relative size of the update, with matplotlib.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            ArgumentError: no parameter has a rank.
+        """
+        return draw({row.name: row.numbers for row in self.rows if "rank" in row.numbers})
+
+    def __str__(self) -> str:
+        # Vectors are many and small: one line for all of them.
+        vectors = [row for row in self.rows if row.kind == VECTOR]
+        rows = [row for row in self.rows if row.kind != VECTOR] + ([_joined(vectors)] if len(vectors) > 1 else vectors)
+        totals = self.totals
+        ends = {"rank_mean": "mean rank {:.3g}", "energy": "captured energy {:.1%}", "update_norm": "norm of the update {:.3g}"}
+        last = [_state_message(len(self.rows), int(totals["weights"]), totals["state_bytes"])]
+        last += [text.format(totals[name]) for name, text in ends.items() if name in totals]
+        notes = [_LEGEND if _known(self.rows, "step") else _NOT_OBSERVED]
+        notes += [_PROJECTED] if any(row.is_projected for row in self.rows) else []
+        table = aligned(list(_COLUMNS), [[cell(row) for cell in _COLUMNS.values()] for row in rows])
+        return "\n".join([*table, ", ".join(last), *notes])
+
+    __repr__ = __str__
+
+
+def report(records: Iterable[ParamRecord], state: Mapping[Tensor, dict[str, Tensor]]) -> Report:
+    """What the optimizer holds now.
+
+    Args:
+        records: All of the optimizer's.
+        state: The optimizer's, by parameter.
+    """
+    return Report(tuple(_row(record, state[record.plan.parameter]) for record in records))
+
+
+def describe(
+    records: Sequence[ParamRecord],
+    groups: Sequence[dict[str, Any]],
+    state: Mapping[Tensor, dict[str, Tensor]],
+    **options: str | float | None,
+) -> str:
     """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, capture, lr, bytes of state.
 
-    Weight decay is a column where any parameter has it.
+    Args:
+        records, groups, state: The optimizer's; `groups` are its `param_groups`.
+        options: For the title; those that are None are left out, strings are quoted.
     """
-    header = ("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "state")
-    rows = [header, *(_row(optimizer, record) for record in optimizer.records)]
-    decays = [float(optimizer.param_groups[record.group_index]["weight_decay"]) for record in optimizer.records]
-    if any(decays):
-        decays = ["decay", *(f"{decay:.3g}" if decay else "" for decay in decays)]
-        rows = [(*row[:-1], decay, row[-1]) for row, decay in zip(rows, decays, strict=True)]
-    return "\n".join([_title(optimizer), *("  " + line for line in aligned(rows)), "  " + _totals(optimizer)])
+    rows, sizes = [], [state_bytes(state[record.plan.parameter]) for record in records]
+    for record, size in zip(records, sizes, strict=True):
+        plan, group = record.plan, groups[record.group_index]
+        view = _format_shape(plan.shape) if plan.view.pattern else "as it is"
+        ranks = ("", "") if record.rule.is_elementwise else (f"{record.rank}/{record.largest_rank}", f"{record.momentum_rank}")
+        rates = (f"{float(group['lr']):.3g}", f"{float(group['weight_decay']):.3g}" if group["weight_decay"] else "")
+        what = (plan.name, _format_shape(plan.parameter.shape), plan.kind, view, record.rule.name)
+        rows.append((*what, *ranks, record.capture, *rates, format_bytes(size)))
+    header = ("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "decay", "state")
+    given = {name: value for name, value in options.items() if value is not None}
+    texts = [f'{name}="{value}"' if isinstance(value, str) else f"{name}={value:g}" for name, value in given.items()]
+    title = f"GradLR({', '.join(texts)})"
+    totals = _state_message(len(records), sum(record.plan.here.numel() for record in records), sum(sizes))
+    totals += "" if all(record.plan.layout.is_whole for record in records) else " (in this process)"
+    return "\n  ".join([title, *aligned(header, rows), totals])
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, each column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _title(optimizer: GradLR) -> str:
-    options = {"apply": f'"{optimizer.apply}"'}
-    if optimizer.processes > 1:
-        options["processes"] = str(optimizer.processes)
-    limits = {"max_grad_norm": optimizer.limit.max_norm, "max_norm_growth": optimizer.limit.max_growth}
-    options |= {name: f"{value:g}" for name, value in limits.items() if value is not None}
-    return f"GradLR({', '.join(f'{name}={value}' for name, value in options.items())})"
-
-
-def written_shape(sizes: Iterable[int]) -> str:
-    """A shape for reading: (4, 8) → '4 x 8'."""
-    return " x ".join(map(str, sizes)) or "scalar"
-
-
-def _row(optimizer: GradLR, record: ParamRecord) -> tuple[str, ...]:
-    size = state_bytes(optimizer.state[record.plan.parameter])
-    is_matrix = not record.rule.is_elementwise
-    shape = written_shape(record.plan.parameter.shape)
-    view = written_shape(record.plan.shape) if record.plan.view.pattern else "as it is"
-    ranks = (
-        (f"{record.rank}/{record.largest_rank}", str(record.momentum_rank), record.capture)
-        if is_matrix
-        else ("", "", record.capture)
-    )
-    rate = f"{float(optimizer.param_groups[record.group_index]['lr']):.3g}"
-    return record.plan.name, shape, record.plan.kind, view, record.rule.name, *ranks, rate, format_bytes(size)
-
-
-def _totals(optimizer: GradLR) -> str:
-    weights = sum(record.plan.here.numel() for record in optimizer.records)
-    is_sharded = any(not record.plan.layout.is_whole for record in optimizer.records)
-    return state_message(len(optimizer.records), weights, optimizer.state_bytes()) + (" (in this process)" if is_sharded else "")
-
-
-def state_message(parameters: int, weights: int, state: int) -> str:
-    """How many parameters and weights there are, and what their state takes beside AdamW's."""
-    adamw = ADAMW_BYTES_PER_WEIGHT * weights
-    share = f", {state / adamw:.1%} of AdamW's {format_bytes(adamw)}" if adamw else ""
-    return f"{parameters} parameters, {weights:,} weights, state {format_bytes(state)}{share}"
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table, each column as wide as its widest cell; a column with nothing below its title is left out."""
+    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return ["  ".join(cells).rstrip() for cells in zip(*padded, strict=True)]
 
 
 def format_bytes(count: float) -> str:
@@ -82,3 +165,68 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def _state_message(parameters: int, weights: int, state: float) -> str:
+    adamw = ADAMW_BYTES_PER_WEIGHT * weights
+    share = f", {state / adamw:.1%} of AdamW's {format_bytes(adamw)}" if adamw else ""
+    return f"{parameters} parameters, {weights:,} weights, state {format_bytes(state)}{share}"
+
+
+def _format_shape(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes)) or "scalar"
+
+
+def _number(name: str, spec: str = ".3g") -> Callable[[ParameterReport], str]:
+    return lambda row: format(row.numbers[name], spec) if name in row.numbers else ""
+
+
+_COLUMNS: dict[str, Callable[[ParameterReport], str]] = {
+    "parameter": lambda row: row.name,
+    "shape": lambda row: _format_shape(row.shape),
+    "rank/most": lambda row: "{rank}/{largest_rank}".format(**row.numbers) if "rank" in row.numbers else "",
+    "k": _number("momentum_rank", "d"),
+    "energy": _number("energy", ".1%"),
+    "stable rank G": _number("stable_rank"),
+    "stable rank M": _number("momentum_stable_rank"),
+    "norm of G": lambda row: _number("gradient_norm")(row) + (" (p)" if row.is_projected else ""),
+    "update": _number("update_norm"),
+    "relative": _number("relative_update"),
+    "norm of W": _number("weight_norm"),
+    "state": lambda row: format_bytes(row.numbers["state_bytes"]),
+}
+
+
+def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
+    plan, steps = record.plan, int(state["step"])
+    weight_norm = energy_of(plan.parameter.detach()).sqrt()
+    numbers: dict[str, Any] = {"steps": steps, "state_bytes": state_bytes(state), "weight_norm": weight_norm}
+    if not record.rule.is_elementwise:
+        numbers |= {"rank": record.rank, "largest_rank": record.largest_rank, "momentum_rank": record.momentum_rank}
+    factors = record.rule.momentum(rule_entries(state))
+    if factors is not None and steps:
+        # The singular values of left rightᵀ are those of the k × k product of the two triangular factors.
+        left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in factors)
+        numbers["momentum_stable_rank"] = mean_stable_rank(Dense(left @ right.mT))
+    seen = {} if record.metrics is None else dict(vars(record.metrics))
+    is_projected = seen.pop("is_projected", False)
+    known = {name: value for name, value in (numbers | seen).items() if value is not None}
+    read = {name: float(value) if isinstance(value, Tensor) else value for name, value in known.items()}
+    finite = {name: value for name, value in read.items() if math.isfinite(value)}
+    return ParameterReport(plan.name, tuple(plan.parameter.shape), plan.kind, is_projected, finite)
+
+
+def _joined(rows: Sequence[ParameterReport]) -> ParameterReport:
+    norms = _joint(rows, "weight_norm", "gradient_norm", "update_norm")
+    weights = sum(math.prod(row.shape) for row in rows)
+    numbers = {"state_bytes": sum(_known(rows, "state_bytes")), **norms}
+    return ParameterReport(f"{len(rows)} vectors", (weights,), VECTOR, is_projected=False, numbers=numbers)
+
+
+def _known(rows: Iterable[ParameterReport], name: str) -> list[float]:
+    return [row.numbers[name] for row in rows if name in row.numbers]
+
+
+def _joint(rows: Sequence[ParameterReport], *norms: str) -> dict[str, float]:
+    known = {name: _known(rows, name) for name in norms}
+    return {name: math.hypot(*values) for name, values in known.items() if values}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..gradient import Dense
+from ..gradient import GradientOperator
 from .base import Rule, State, Update, UpdateContext, require_fraction, require_positive
 
 
@@ -32,7 +32,7 @@ class Adam(Rule):
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         return {key: torch.zeros(shape, dtype=dtype, device=device) for key in ("mean", "square")}
 
-    def update(self, gradient: Dense, state: State, context: UpdateContext) -> tuple[Update, State]:
+    def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         g, beta, step = gradient.matrix, context.beta, context.step
         mean = torch.lerp(g, state["mean"], beta)
         square = torch.lerp(g**2, state["square"], self.beta2)

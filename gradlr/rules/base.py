@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ class UpdateContext:
         momentum_rank: k, the rank of the momentum that is kept, 1 ≤ k ≤ min(m, n).
         beta: Momentum β in [0, 1).
         step: Number of this update of this parameter, counted from 1.
-        needs_spectrum: Whether the rank schedule reads `Update.spectrum`.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
             the same seed is taken again.
         layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `supports_sharding`
@@ -36,8 +36,24 @@ class UpdateContext:
     beta: float
     step: int
     generator: torch.Generator
-    needs_spectrum: bool = False
     layout: Layout = UNSHARDED
+
+    def gaussian(self, shape: Sequence[int], like: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
+        """Gaussian columns of unit expected length: entries N(0, 1 / rows), in the dtype and on the device of `like`.
+
+        Args:
+            shape: (..., rows, columns) of what is wanted here.
+            like: Any tensor.
+            axis: How the rows are spread. Where other processes hold some of them, or of the batch, all draw the same numbers,
+                and each takes those of its part.
+        """
+        batch = self.layout.batch
+        if axis.is_whole and batch.is_whole:
+            return torch.randn(shape, dtype=like.dtype, device=like.device, generator=self.generator).mul_(shape[-2] ** -0.5)
+        *matrices, rows, columns = shape
+        whole = (*map(batch.size, matrices), axis.size(rows), columns)
+        draw = torch.randn(whole, dtype=like.dtype, device=like.device, generator=self.generator).mul_(whole[-2] ** -0.5)
+        return batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 @dataclass
@@ -50,13 +66,11 @@ class Update:
         row_scale: (..., m, 1), with `left`; None for ones.
         dense: The parameter's view (..., m, n), or None.
         rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.RowSparse`.
-        spectrum: Squared singular values of the momentum, (..., r) descending, or None: what `ByEnergy` decides on.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     dense: Tensor | None = None
-    spectrum: Tensor | None = field(default=None, repr=False)
     row_scale: Tensor | None = None
     rows: Tensor | None = None
 
@@ -74,9 +88,9 @@ class Rule:
             Matrix rules use `gradient @ X` and `gradient.mT @ Y` only.
         accepts_row_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the
             `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
-        supports_sharding: Whether the rule heeds `UpdateContext.layout`, so that several processes may each hold a block of the
+        supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
-        spread: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
+        state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
         is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
@@ -84,7 +98,7 @@ class Rule:
     is_elementwise = False
     accepts_row_factors = False
     supports_sharding = False
-    state_sharding: Mapping[str, str] = {}
+    state_sharding: ClassVar[Mapping[str, str]] = {}
     is_scale_invariant = True
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
@@ -149,7 +163,7 @@ class Rule:
             covariance_matmul: The covariance of the layer's inputs, not centred, times a matrix (n, c).
         """
         *batch, _, n = shape
-        draw = gaussian((*batch, n, context.rank), context.generator, dtype=dtype, device=device)
+        draw = context.gaussian((*batch, n, context.rank), torch.empty(0, dtype=dtype, device=device))
         return orthonormalize(draw if covariance_matmul is None else covariance_matmul(draw))
 
     def left_basis(
@@ -162,8 +176,8 @@ class Rule:
         Args:
             shape, state, context, dtype, device: As for `right_basis`.
         """
-        *batch, m, _ = shape
-        return orthonormalize(gaussian((*batch, m, context.rank), context.generator, dtype=dtype, device=device))
+        like = torch.empty(0, dtype=dtype, device=device)
+        return orthonormalize(context.gaussian((*shape[:-1], context.rank), like))
 
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
@@ -179,26 +193,6 @@ class Rule:
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items())
         return f"{type(self).__name__}({options})"
-
-
-def gaussian(
-    shape: tuple[int, ...],
-    generator: torch.Generator,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    axis: Axis = REPLICATED,
-    batch: Axis = REPLICATED,
-) -> Tensor:
-    """Gaussian columns of unit expected length: entries N(0, 1 / rows), shape (..., rows, columns).
-
-    Where other processes hold some of the rows, spread as `axis` says, or of the matrices, as `batch` says, `shape` is what
-    belongs here of what all of them draw alike.
-    """
-    *matrices, rows, columns = shape
-    whole = (*map(batch.size, matrices), axis.size(rows), columns)
-    draw = torch.randn(whole, dtype=dtype, device=device, generator=generator).mul_(whole[-2] ** -0.5)
-    return batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 def fit_columns(x: Tensor, columns: int) -> Tensor:

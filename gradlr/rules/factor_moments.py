@@ -86,7 +86,7 @@ class FactorMoments(Rule):
         weights = mean / (root_mean_square + self.eps)
         left = self._orthogonalize(new_state["U"]) * weights.unsqueeze(-2)
         scale = update_scale(gradient.shape) if self.scale is None else self.scale
-        return Update(left=left * scale, right=self._orthogonalize(new_state["V"]), spectrum=s**2), new_state
+        return Update(left=left * scale, right=self._orthogonalize(new_state["V"])), new_state
 
     def _orthogonalize(self, x: Tensor) -> Tensor:
         return newton_schulz(x, dtype=self.newton_schulz_dtype).to(x.dtype)

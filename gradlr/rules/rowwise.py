@@ -1,4 +1,4 @@
-"""RowwiseRMSprop, for tables: embeddings and output heads, one row per token."""
+"""RowwiseRMSprop, for embeddings and output heads: tables with one row per token."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 
 from ..errors import ShapeError
-from ..gradient import Dense, OuterProduct, RowSparse
+from ..gradient import GradientOperator
 from .base import Rule, State, Update, UpdateContext, require_fraction, require_positive
 
 
@@ -42,7 +42,7 @@ class RowwiseRMSprop(Rule):
             raise ShapeError(f"rowwise_rmsprop needs a table (rows, columns); the parameter has shape {tuple(shape)}")
         return {"square": torch.zeros((*shape[:-1], 1), dtype=dtype, device=device)}
 
-    def update(self, gradient: Dense | OuterProduct | RowSparse, state: State, context: UpdateContext) -> tuple[Update, State]:
+    def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         columns = context.layout.columns.size(gradient.shape[-1])
         square = torch.lerp(gradient.row_energies() / columns, state["square"], self.beta2)
         root = (square / (1 - self.beta2**context.step)).sqrt_().add_(self.eps)

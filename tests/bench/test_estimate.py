@@ -7,7 +7,7 @@ import torch
 
 from gradlr.apps import cli
 from gradlr.apps.bench import estimate
-from gradlr.apps.estimate.command import bytes_of
+from gradlr.apps.byte_sizes import parse_bytes
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -45,7 +45,8 @@ def test_the_command_prints_a_line_for_each_method(capsys, tmp_path):
 
 
 def test_a_limit_is_a_number_with_a_unit(capsys):
-    assert bytes_of("24GiB") == 24 * 2**30
-    assert bytes_of("1.5 gb") == 1_500_000_000
-    assert cli.main(["estimate", "minilm", "--limit", "24"]) == 2
-    assert "such as 24GiB" in capsys.readouterr().err
+    assert parse_bytes("24GiB") == 24 * 2**30
+    assert parse_bytes("1.5 gb") == 1_500_000_000
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["estimate", "minilm", "--limit", "24"])
+    assert "--limit: '24': give a size such as 8GiB" in capsys.readouterr().err

@@ -8,7 +8,7 @@ import torch
 from gradlr.apps.bench import memory, speed
 from gradlr.apps.cli import main
 
-WIDTH, DEPTH, TOKENS = 256, 8, 16
+WIDTH, DEPTH, TOKENS = 256, 4, 16
 PARAMETERS = 4 * WIDTH**2 * DEPTH
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gradlr.apps.bench import command, peers
+from gradlr.apps.bench import bench_cli, peers
 from gradlr.apps.bench.baselines import OWN_BASELINES, require_baselines
 from gradlr.apps.bench.language import FineTuning
 from gradlr.apps.bench.peers import PEERS
@@ -141,6 +141,6 @@ def test_losses_of_a_step_are_those_of_the_workload():
 )
 def test_the_command_compares_who_is_named_or_everybody(options, expected):
     parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    found = command._contenders(parser.parse_args(["quality", *options]))
+    bench_cli.add_arguments(parser)
+    found = bench_cli.chosen(parser.parse_args(["quality", *options]))
     assert set(found) == expected and len(found) == len(expected)

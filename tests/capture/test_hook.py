@@ -9,6 +9,8 @@ from torch import nn
 
 from gradlr.capture.hook import HookCapture
 from gradlr.errors import AttachError
+from gradlr.layers import View
+from gradlr.params.kinds import ParameterPlan, plan_parameters
 
 
 class Receiver:
@@ -17,7 +19,7 @@ class Receiver:
     def __init__(self):
         self.received, self.kept = [], []
 
-    def take(self, parameter, gradient):
+    def receive(self, parameter, gradient):
         self.received.append((parameter, gradient))
         self.kept.append(parameter.grad)
 
@@ -42,39 +44,39 @@ def ordinary_gradients(model):
 def test_every_gradient_is_handed_over_and_none_is_left():
     model, receiver = two_layers(), Receiver()
     expected = ordinary_gradients(model)
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     backward(model)
     assert all(p.grad is None for p in model.parameters())
     found = dict(receiver.received)
     assert len(receiver.received) == 4 and all(grad is None for grad in receiver.kept)
     for parameter, gradient in zip(model.parameters(), expected, strict=True):
-        assert torch.equal(found[parameter], gradient)
+        assert torch.equal(found[parameter].matrix, gradient)
     capture.remove()
 
 
 def test_a_second_backward_is_handed_over_anew_not_accumulated():
     model, receiver = two_layers(), Receiver()
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     backward(model)
     backward(model)
     assert len(receiver.received) == 8
     first, second = (dict(receiver.received[start : start + 4]) for start in (0, 4))
-    assert all(torch.equal(first[p], second[p]) for p in model.parameters())
+    assert all(torch.equal(first[p].matrix, second[p].matrix) for p in model.parameters())
     capture.remove()
 
 
 def test_several_uses_of_one_parameter_in_one_backward_arrive_as_their_sum():
     weight, receiver = nn.Parameter(torch.ones(3)), Receiver()
-    capture = HookCapture([("weight", weight)], receiver.take)
+    capture = HookCapture([ParameterPlan("weight", weight, "vector", View())], receiver)
     (2 * weight.sum() + 3 * weight.sum()).backward()
     ((_, gradient),) = receiver.received
-    assert torch.equal(gradient, torch.full((3,), 5.0))
+    assert torch.equal(gradient.matrix, torch.full((3,), 5.0))
     capture.remove()
 
 
 def test_parameters_that_were_not_named_keep_their_gradients():
     model, receiver = two_layers(), Receiver()
-    capture = HookCapture(model[0].named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model[0]), receiver)
     backward(model)
     assert all(p.grad is None for p in model[0].parameters())
     assert all(p.grad is not None for p in model[1].parameters())
@@ -83,9 +85,9 @@ def test_parameters_that_were_not_named_keep_their_gradients():
 
 def test_a_second_capture_of_a_parameter_is_refused_by_name():
     model, first, second = two_layers(), Receiver(), Receiver()
-    capture = HookCapture(model[1].named_parameters(prefix="1"), first.take)
+    capture = HookCapture(plan_parameters(model[1]), first)
     with pytest.raises(AttachError, match=r"'1\.weight' is attached already"):
-        HookCapture(model.named_parameters(), second.take)
+        HookCapture(plan_parameters(model), second)
     backward(model)
     assert len(first.received) == 2 and not second.received  # the refused one has registered nothing
     assert all(p.grad is not None for p in model[0].parameters())
@@ -94,8 +96,9 @@ def test_a_second_capture_of_a_parameter_is_refused_by_name():
 
 def test_a_capture_that_fails_half_way_leaves_no_hook():
     weight, frozen, receiver = nn.Parameter(torch.ones(3)), torch.ones(3), Receiver()
+    named = {"weight": weight, "frozen": frozen}
     with pytest.raises(RuntimeError, match="grad"):
-        HookCapture([("weight", weight), ("frozen", frozen)], receiver.take)
+        HookCapture([ParameterPlan(name, one, "vector", View()) for name, one in named.items()], receiver)
     weight.sum().backward()
     assert not receiver.received and weight.grad is not None
 
@@ -103,7 +106,7 @@ def test_a_capture_that_fails_half_way_leaves_no_hook():
 def test_remove_gives_back_ordinary_behaviour_and_may_be_repeated():
     model, receiver = two_layers(), Receiver()
     expected = ordinary_gradients(model)
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     capture.remove()
     capture.remove()
     backward(model)
@@ -113,20 +116,20 @@ def test_remove_gives_back_ordinary_behaviour_and_may_be_repeated():
 
 def test_a_removed_capture_makes_room_for_another_and_does_not_touch_it_later():
     model, first, second, third = two_layers(), Receiver(), Receiver(), Receiver()
-    former = HookCapture(model.named_parameters(), first.take)
+    former = HookCapture(plan_parameters(model), first)
     former.remove()
-    latter = HookCapture(model.named_parameters(), second.take)
+    latter = HookCapture(plan_parameters(model), second)
     former.remove()
     backward(model)
     assert not first.received and len(second.received) == 4
     with pytest.raises(AttachError, match="attached already"):
-        HookCapture(model.named_parameters(), third.take)
+        HookCapture(plan_parameters(model), third)
     latter.remove()
 
 
 def test_backward_without_the_receiver_says_what_to_do():
     model, receiver = two_layers(), Receiver()
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     del receiver
     gc.collect()
     with pytest.raises(AttachError, match=r"does not exist any more.*[Kk]eep it in a variable"):
@@ -136,11 +139,11 @@ def test_backward_without_the_receiver_says_what_to_do():
 
 def test_an_error_of_the_receiver_reaches_the_caller_of_backward():
     class Failing(Receiver):
-        def take(self, parameter, gradient):
+        def receive(self, parameter, gradient):
             raise ZeroDivisionError("from the receiver")
 
     model, receiver = two_layers(), Failing()
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     with pytest.raises(ZeroDivisionError, match="from the receiver"):
         backward(model)
     capture.remove()
@@ -148,9 +151,9 @@ def test_an_error_of_the_receiver_reaches_the_caller_of_backward():
 
 def test_a_dropped_capture_makes_room_for_another():
     model, first, second = two_layers(), Receiver(), Receiver()
-    former = HookCapture(model.named_parameters(), first.take)
+    former = HookCapture(plan_parameters(model), first)
     del former
-    latter = HookCapture(model.named_parameters(), second.take)
+    latter = HookCapture(plan_parameters(model), second)
     backward(model)
     assert not first.received and len(second.received) == 4
     latter.remove()
@@ -161,7 +164,7 @@ def test_a_dropped_capture_in_a_reference_cycle_makes_room_too():
         def __init__(self, model):
             super().__init__()
             self.itself = self
-            self.capture = HookCapture(model.named_parameters(), self.take)
+            self.capture = HookCapture(plan_parameters(model), self)
 
     model = two_layers()
     gc.disable()  # so that only the capture itself can collect the cycle
@@ -179,7 +182,7 @@ def test_a_dropped_capture_in_a_reference_cycle_makes_room_too():
 @pytest.mark.parametrize("runs_backward", [False, True])
 def test_neither_model_nor_receiver_is_kept_alive(runs_backward):
     model, receiver = two_layers(), Receiver()
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     if runs_backward:
         backward(model)
     references = [weakref.ref(thing) for thing in (model, receiver, model[0].weight)]
@@ -192,7 +195,7 @@ def test_neither_model_nor_receiver_is_kept_alive(runs_backward):
 
 def test_the_hooks_do_not_keep_the_receiver_alive_while_the_model_lives():
     model, receiver = two_layers(), Receiver()
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     backward(model)
     reference, capture_reference = weakref.ref(receiver), weakref.ref(capture)
     del receiver, capture
@@ -202,7 +205,7 @@ def test_the_hooks_do_not_keep_the_receiver_alive_while_the_model_lives():
 
 def test_the_receiver_does_not_keep_the_model_alive():
     model, receiver = two_layers(), Receiver()
-    capture = HookCapture(model.named_parameters(), receiver.take)
+    capture = HookCapture(plan_parameters(model), receiver)
     references = [weakref.ref(p) for p in model.parameters()]
     del model
     gc.collect()

@@ -191,20 +191,20 @@ DECOMPOSITIONS = {"linalg_eigh", "_linalg_eigh", "linalg_qr", "_linalg_svd", "li
 
 @pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
-def test_products_only_arithmetic_decomposes_nothing(apply, capture):
-    """The arithmetic of CUDA, forced on the CPU: products, Cholesky factors and triangular solves."""
+def test_tracked_momentum_decomposes_nothing(apply, capture):
+    """Products, Cholesky factors and triangular solves, as devices like them that must not wait."""
     called = {}
-    for arithmetic in ("products", "decompose"):
+    for rule in ("tracked_momentum", "factor_moments"):
         model = nn.Sequential(nn.Embedding(70, 64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 70))
         options = {"apply": apply, "capture": capture, "rank": 8, "momentum_rank": 4}
-        _, tracker, opt = attached(model, rule=TrackedMomentum(arithmetic=arithmetic), **options)
+        _, tracker, opt = attached(model, rule=rule, **options)
         with CalledOperators() as operators:
             tracker(model(torch.arange(9)).square().mean()).backward()
             opt.step()
-        called[arithmetic] = operators.names
-    assert not called["products"] & DECOMPOSITIONS
-    assert {"linalg_cholesky_ex", "linalg_solve_triangular"} <= called["products"]
-    assert called["decompose"] & DECOMPOSITIONS  # the check sees them
+        called[rule] = operators.names
+    assert not called["tracked_momentum"] & DECOMPOSITIONS
+    assert {"linalg_cholesky_ex", "linalg_solve_triangular"} <= called["tracked_momentum"]
+    assert called["factor_moments"] & DECOMPOSITIONS  # the check sees them
 
 
 @QUIET

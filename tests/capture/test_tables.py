@@ -49,7 +49,7 @@ def fine_tune(model, steps=4, *, parts=1, **options):
     return [parameter.detach().clone() for parameter in model.parameters()], opt
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"table_rule": "adam"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1}, {"kinds": {"embedding": {"rule": "adam"}}}], ids=str)
 @pytest.mark.parametrize("model", [{}, {"is_tied": True}, {"padding_idx": 3}], ids=str)
 @pytest.mark.parametrize(("apply", "parts"), [("backward", 1), ("step", 1), ("step", 3)])
 def test_training_is_that_of_hook_capture(options, model, apply, parts):
@@ -59,7 +59,7 @@ def test_training_is_that_of_hook_capture(options, model, apply, parts):
     for one, other in zip(wanted, found, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
     captures = {record.plan.name: record.capture for record in opt.records}
-    is_by_row = "table_rule" not in options
+    is_by_row = "kinds" not in options
     assert captures["embedding.weight"] == ("rows" if is_by_row else "hook")
     assert "head.weight" not in captures or captures["head.weight"] == ("adaptor" if is_by_row else "hook")
     assert captures["mix.weight"] == "adaptor"
@@ -104,7 +104,7 @@ def test_rows_of_a_narrow_table_are_rounded_without_bias(dtype):
     lr, count = 1e-5, 4000
     model = nn.Embedding(3, count).to(dtype)
     nn.init.ones_(model.weight)
-    _, tracker, opt = attached(model, table_rule="rowwise_rmsprop", table_lr=lr)
+    _, tracker, opt = attached(model, kinds={"embedding": {"rule": "rowwise_rmsprop", "lr": lr}})
     for _ in range(100):
         tracker(1.0)
         opt.receive(model.weight, padded())

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from gradlr.engine.apply_update import write
-from gradlr.params.kinds import View
+from gradlr.engine.apply_update import apply_update
+from gradlr.layers import View
 from gradlr.rules import Update
 
 VIEWS = {
@@ -31,7 +31,7 @@ def test_blocks_make_no_difference(name, numbers, monkeypatch):
     update = update_of(view.of(weight).shape)
     direction = (update.row_scale * update.left) @ update.right.mT
     expected = 0.9 * weight - 0.5 * view.back(direction, weight.shape)
-    write(weight, view, update, lr=0.5, weight_decay=0.2, generator=torch.Generator())
+    apply_update(weight, view, update, lr=0.5, weight_decay=0.2, generator=torch.Generator())
     torch.testing.assert_close(weight, expected)
 
 
@@ -46,7 +46,7 @@ def test_narrow_weights_are_rounded_without_bias_in_every_block(dtype, numbers, 
     left, right = torch.full((40, 1), step), torch.ones(12, 1)
     for _ in range(200):
         update = Update(dense=left @ right.mT) if has_dense else Update(left=left, right=right)
-        write(weight, View(), update, lr=1.0, weight_decay=0.0, generator=generator)
+        apply_update(weight, View(), update, lr=1.0, weight_decay=0.0, generator=generator)
     moved = (1 - weight.double()).mean(dim=1)
     # Twelve weights a row, each a walk of 200 draws of probability 1/20: the mean is off by 3.1 / sqrt(12) units of 10.
     torch.testing.assert_close(moved, torch.full((40,), 200 * step).double(), rtol=0.4, atol=0)

@@ -183,7 +183,7 @@ def test_a_step_whose_rule_fails_leaves_nothing_for_the_next_one():
 def test_a_step_that_fails_while_it_writes_names_what_it_has_written(monkeypatch):
     model, tracker, opt = attached(network(), apply="step", rank=4)
     tracker(loss_of(model, 0)).backward()
-    real, calls = opt._write, []
+    real, calls = opt.committer.writer, []
 
     def failing(*arguments, **options):
         calls.append(1)
@@ -191,7 +191,7 @@ def test_a_step_that_fails_while_it_writes_names_what_it_has_written(monkeypatch
             raise KeyboardInterrupt
         real(*arguments, **options)
 
-    monkeypatch.setattr(opt, "_write", failing)
+    monkeypatch.setattr(opt.committer, "writer", failing)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     with pytest.warns(gradlr.GradlrWarning, match="2 of 8 parameters were updated"), pytest.raises(KeyboardInterrupt):
         opt.step()

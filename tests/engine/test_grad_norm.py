@@ -68,17 +68,3 @@ def test_the_norm_is_limited_as_torch_does(norm, expected):
     factor = GradClipper(max_norm=1.0).factor(number(norm)).item()
     assert factor == pytest.approx(expected, rel=2e-6)
     assert factor * norm == pytest.approx(weight.grad.item(), rel=1e-15)
-
-
-GROWTH = [(None, 8.0, 1.0), (2.0, 2.5, 1.0), (2.0, 8.0, 0.375), (0.0, 8.0, 1.0), (2.0, 0.0, 1.0)]
-
-
-@pytest.mark.parametrize(("last", "norm", "expected"), GROWTH)
-def test_growth_is_limited_from_the_second_step_on(last, norm, expected):
-    limit = GradClipper(max_growth=1.5, last=None if last is None else number(last))
-    assert limit.factor(number(norm)).item() == expected
-
-
-def test_both_limits_together_give_the_smaller_norm():
-    limit = GradClipper(max_norm=1.0, max_growth=1.5, last=number(0.1))
-    assert (limit.factor(number(8.0)) * 8.0).item() == pytest.approx(0.15, rel=1e-6)

@@ -9,8 +9,8 @@ import gradlr
 from gradlr import ArgumentError
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.apps.finetune import fits
-from gradlr.apps.finetune.builtin import BuiltinModel
-from gradlr.apps.finetune.losses import cross_entropy
+from gradlr.apps.finetune.model import BuiltinModel, enable_checkpointing
+from gradlr.apps.finetune.packing import cross_entropy
 from gradlr.apps.finetune.pretrained import PretrainedModel
 
 OPTIONS = {"apply": "backward", "capture": "hook"}
@@ -23,7 +23,7 @@ def language(tmp_path_factory):
 
 def need(language, *, batch_size=2, length=32, dtype=torch.float32, is_checkpointed=False, is_exchanging=False, **options):
     sizes = {"batch_size": batch_size, "length": length, "dtype": dtype, "is_checkpointed": is_checkpointed}
-    return fits.required_bytes(language, **sizes, options={**OPTIONS, **options}, is_exchanging=is_exchanging)
+    return fits.required_memory(language, **sizes, options={**OPTIONS, **options}, is_exchanging=is_exchanging)
 
 
 def test_weights_and_state_are_what_the_run_will_hold(language):
@@ -56,7 +56,7 @@ def test_it_is_the_measured_peak(language, options, is_checkpointed):
     found = need(language, **sizes, is_checkpointed=is_checkpointed, **options)
     model = language.load(torch.float32, 0).train()
     if is_checkpointed:
-        language.enable_checkpointing(model)
+        enable_checkpointing(model)
     tokens = torch.zeros(8, 64, dtype=torch.int64)
 
     def work():
@@ -105,7 +105,7 @@ def test_of_a_model_that_cannot_be_run_without_values_the_weights_are_counted(la
 
 
 def test_a_run_that_does_not_fit_is_refused_with_the_numbers():
-    size = fits.Need(weights=2**30, state=2**20, total=2**30 + 2**21)
+    size = fits.RequiredMemory(weights=2**30, state=2**20, total=2**30 + 2**21)
     fits.require_fit(size, size.total, "there is", [])
     fits.require_fit(size, None, "there is", [])
     numbers = r"about 1\.0 GiB: 1\.0 GiB weights, 1\.0 MiB state.*; cpu has 1\.0 GiB\. .* less: --bf16"

@@ -17,7 +17,7 @@ from finetune.tiny import llama, text_file
 import gradlr
 from gradlr.apps.cli import main
 from gradlr.apps.finetune import loop
-from gradlr.apps.finetune.folder import RunFolder
+from gradlr.apps.finetune.run_folder import RunFolder
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
@@ -58,18 +58,34 @@ def forked(server, arguments, out, **kill):
     return int(server.stdout.readline()), log
 
 
-def test_killed_in_the_middle_of_steps_of_writing_and_at_random_it_ends_the_same(server, model, data, tmp_path):
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert forked(server, command(model, data, straight), straight)[0] == 0
-    draw = random.Random(0)
-    moments = [{"step": 1}, {"is_writing": True}, {"step": 5}, {"is_writing": True}, {"seconds": draw.uniform(0.1, 1)}]
-    statuses = [forked(server, command(model, data, killed), killed, **moment)[0] for moment in moments]
+@pytest.fixture(scope="module")
+def straight(server, model, data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "out"
+    assert forked(server, command(model, data, out), out)[0] == 0
+    return out
+
+
+def assert_killed_ends_the_same(server, arguments, straight, killed, moments):
+    statuses = [forked(server, arguments, killed, **moment)[0] for moment in moments]
     assert statuses[:2] == [-signal.SIGKILL] * 2  # once before the first checkpoint, once while it is written
-    status, log = forked(server, command(model, data, killed), killed)
+    status, log = forked(server, arguments, killed)
     assert status == 0, log.read_text()
     assert "going on from step" in log.read_text()
     assert_same(straight, killed)
     assert sorted(path.name for path in killed.iterdir()) == ["checkpoint.pt", "log.jsonl", "model", "run.json"]
+
+
+def test_killed_before_the_first_checkpoint_and_while_it_is_written_it_ends_the_same(server, straight, model, data, tmp_path):
+    killed = tmp_path / "killed"
+    moments = [{"step": 1}, {"is_writing": True}, {"step": 5}]
+    assert_killed_ends_the_same(server, command(model, data, killed), straight, killed, moments)
+
+
+@pytest.mark.slow
+def test_killed_often_and_at_random_it_ends_the_same(server, straight, model, data, tmp_path):
+    killed, draw = tmp_path / "killed", random.Random(0)
+    moments = [{"step": 1}, {"is_writing": True}, {"step": 5}, {"is_writing": True}, {"seconds": draw.uniform(0.1, 1)}]
+    assert_killed_ends_the_same(server, command(model, data, killed), straight, killed, moments)
 
 
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(server, model, data, tmp_path):
@@ -82,6 +98,7 @@ def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(server, model, d
     assert history(out)[-1]["step"] == step
 
 
+@pytest.mark.slow
 def test_the_command_itself_killed_and_started_again(data, tmp_path):
     """As a user does it: python -m gradlr, kill -9, and the same line again."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"

@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 import gradlr
 from gradlr import ArgumentError
 from gradlr.apps.cli import main
-from gradlr.apps.finetune.task import _require_divisible
+from gradlr.apps.finetune.task import require_divisible
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-STEPS = 20
+STEPS = 12
 PATIENCE = 120  # seconds until something that was to happen counts as hanging
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 def command(data, out, *options):
     # With full rank, directions of rounding errors would count as much as any other, and differ with the number of processes.
     short = ["--length", "16", "--batch-size", "4", "--rank", "4", "--steps", str(STEPS), "--save-every", "3"]
-    every = ["--eval-every", "10", "--log-every", "1", "--device", "cpu", "--shard", "dp"]
+    every = ["--eval-every", "6", "--log-every", "1", "--device", "cpu", "--shard", "dp"]
     return ["finetune", "--model", "builtin", "--data", str(data), "--out", str(out), *short, *every, *options]
 
 
@@ -118,7 +118,7 @@ def test_two_processes_train_what_one_does_and_one_of_them_speaks(straight, data
     assert main(command(data, tmp_path / "one")) == 0
     assert not torch.distributed.is_initialized()
     for one, two in zip(history(tmp_path / "one"), history(out), strict=True):
-        # Sums of float32 in another order, grown over twenty steps.
+        # Sums of float32 in another order, grown over twelve steps.
         assert {**one, "loss": 0, "validation_loss": 0} == {**two, "loss": 0, "validation_loss": 0}
         assert [one.get(key) for key in ("loss", "validation_loss")] == [
             pytest.approx(two[key], rel=1e-4) if key in two else None for key in ("loss", "validation_loss")
@@ -133,37 +133,81 @@ def stopped_and_saved(out, told):
     return step
 
 
+def stopped_by_one_and_killed(run, out, step):
+    """One process is told to stop, and both do; torchrun starts them again, then one is killed. The step of the stop."""
+    run.wait_for(lambda: logged_step(out) >= step)
+    os.kill(run.workers()[1], signal.SIGTERM)
+    run.wait_for(lambda: "stopped after" in run.told())
+    stopped = stopped_and_saved(out, run.told())
+    run.wait_for(lambda: logged_step(out) >= stopped + 2)
+    os.kill(run.workers()[1], signal.SIGKILL)
+    return stopped
+
+
+def test_stopped_and_killed_in_one_process_they_start_again_and_end_the_same(straight, data, tmp_path):
+    out = tmp_path / "out"
+    with Launched(command(data, out, "--overwrite"), tmp_path / "log", "--max-restarts", "2") as run:
+        step = stopped_by_one_and_killed(run, out, 2)
+        status, told = run.end()
+    assert status == 0, told
+    assert told.count("going on from step") == 2 and f"going on from step {step} of {STEPS}" in told
+    assert_same(straight[0], out)
+
+
+@pytest.mark.slow
 def test_killed_stopped_and_started_again_they_end_the_same(straight, data, tmp_path):
     out, log = tmp_path / "out", tmp_path / "log"
     with Launched(command(data, out), log) as run:  # all of them killed while a checkpoint is written
         run.wait_for(lambda: logged_step(out) >= 2)
         run.wait_for(lambda: list(out.glob("checkpoint.pt.*.part")))
     with Launched(command(data, out), log) as run:  # the signal that torchrun hands on to all
-        run.wait_for(lambda: logged_step(out) >= 5)
+        run.wait_for(lambda: logged_step(out) >= 4)
         run.process.send_signal(signal.SIGTERM)
         status, told = run.end()
     assert status != 0
     stopped_and_saved(out, told)
     with Launched(command(data, out, "--save-every", "5"), log, "--max-restarts", "2") as run:
-        run.wait_for(lambda: logged_step(out) >= 8)
-        os.kill(run.workers()[1], signal.SIGTERM)  # that one of them hears alone
-        run.wait_for(lambda: "stopped after" in run.told())
-        step = stopped_and_saved(out, run.told())
-        run.wait_for(lambda: logged_step(out) >= step + 2)
-        os.kill(run.workers()[1], signal.SIGKILL)
+        step = stopped_by_one_and_killed(run, out, 6)
         status, told = run.end()
     assert status == 0, told
     assert told.count("going on from step") == 3 and f"going on from step {step} of {STEPS}" in told
     assert_same(straight[0], out)
 
 
+def sharded(data, out, model):
+    return command(data, out, "--model", str(model), "--steps", "8", "--save-every", "2", "--shard", "fsdp")
+
+
+def test_shards_train_what_one_process_does_and_go_on_from_a_checkpoint(data, tmp_path):
+    """`--shard fsdp` on a model of transformers; one of the processes is killed, and torchrun starts both again."""
+    folder, out, alone = llama(tmp_path / "llama"), tmp_path / "out", tmp_path / "alone"
+    with Launched(sharded(data, out, folder), tmp_path / "log", "--max-restarts", "1") as run:
+        run.wait_for(lambda: logged_step(out) >= 3)
+        os.kill(run.workers()[1], signal.SIGKILL)
+        status, told = run.end()
+    assert status == 0, told
+    assert told.count("going on from step") == 1
+    line = sharded(data, alone, folder)
+    assert main(line[: line.index("--shard")] + line[line.index("--shard") + 2 : -2]) == 0
+    for one, two in zip(history(alone), history(out), strict=True):
+        # Sums of float32 in another order, grown over eight steps.
+        assert [one.get(key) for key in ("step", "loss", "validation_loss")] == [
+            pytest.approx(two[key], rel=1e-4) if key in two else None for key in ("step", "loss", "validation_loss")
+        ]
+    shapes = [
+        {name: value.shape for name, value in load_file(path / "model" / "model.safetensors").items()} for path in (out, alone)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
 def test_shards_are_killed_and_started_again_and_end_the_same(data, tmp_path):
-    """`--shard fsdp` on a model of transformers: killed while shards are written, and straight through."""
+    """Bit for bit: killed while shards are written, and straight through."""
     folder = llama(tmp_path / "llama")
     results = []
     for name in ("straight", "killed"):
         out = tmp_path / name
-        line = command(data, out, "--model", str(folder), "--steps", "8", "--save-every", "2", "--shard", "fsdp")
+        line = sharded(data, out, folder)
         if name == "killed":
             with Launched(line, tmp_path / "log") as run:
                 run.wait_for(lambda: logged_step(out) >= 3)  # noqa: B023 (called at once)
@@ -196,6 +240,6 @@ def test_one_without_the_other_is_told(data, tmp_path, monkeypatch, capsys):
 
 def test_a_batch_that_does_not_divide_is_told():
     with pytest.raises(ArgumentError, match=r"--batch-size 5 is that of all 2 processes together.*: give 4"):
-        _require_divisible(5, 2)
+        require_divisible(5, 2)
     with pytest.raises(ArgumentError, match=r"--batch-size 1 .*: give 4"):
-        _require_divisible(1, 4)
+        require_divisible(1, 4)

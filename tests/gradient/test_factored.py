@@ -6,7 +6,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from gradlr.gradient import Dense, OuterProduct, RowSparse, Sketched
-from gradlr.layers.linear_maps import layer_op
+from gradlr.layers import layer_op
 from gradlr.params.kinds import plan_parameters
 
 # name -> layer, shape of its input. Strides, dilations and paddings that leave a rest, kernels of one, and no tokens at all.

@@ -1,8 +1,10 @@
 """What runs in each process of tests/integrations/test_processes.py: trainers that spread over several processes, on the CPU."""
 
 import os
+import re
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 
 import lightning
 import pytest
@@ -156,6 +158,16 @@ def accelerate_trains_replicas(rank, size):
     assert loop.model is loop.plain and f"processes={size}" in repr(loop.opt)  # no DistributedDataParallel
     assert_same_everywhere(loop.plain)
     compare(loop, size, **EXACT, max_grad_norm=0.5)
+
+
+def the_documented_loop_trains_replicas(rank, size):
+    launch(rank, size)
+    text = (Path(gradlr.__file__).parents[1] / "docs" / "loops.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if "Accelerator(" in block]
+    names = {}
+    exec(code, names)
+    assert names["accelerator"].num_processes == size and f"processes={size}" in repr(names["opt"])
+    assert_same_everywhere(names["model"])
 
 
 def accelerate_accumulates_in_replicas(rank, size):
@@ -423,6 +435,9 @@ def trainer_resumes_replicas(rank, size):
 
 def trainer_resumes_under_fsdp(rank, size):
     _trainer_resumes(rank, size, "trainer-whole", cls=AsOnGPUs, **FSDP2)
+
+
+def trainer_resumes_under_fsdp_from_shards(rank, size):
     config = {**FSDP2["fsdp_config"], "state_dict_type": "SHARDED_STATE_DICT"}
     _trainer_resumes(rank, size, "trainer-shards", cls=AsOnGPUs, fsdp=True, fsdp_config=config)
 

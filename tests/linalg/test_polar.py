@@ -1,191 +1,15 @@
-"""Polar factors: against a float64 singular value decomposition, and Newton–Schulz against Muon's own function."""
+"""Newton–Schulz steps: Muon's own function, the polynomial of the singular values, and close to the polar factor."""
 
 import numpy as np
 import pytest
 import torch
+from reference.decompositions import polar_factor
 from shapes import MATRICES, matrix
 
-from gradlr.errors import ShapeError
-from gradlr.linalg import leading_directions, newton_schulz, polar_factor
+from gradlr.linalg import newton_schulz
+from gradlr.linalg.polar import newton_schulz_by_gram
 
 NAMES = list(MATRICES)
-# Result within float64 rounding over the ratio of singular values (≤ 1e3 here), or within float32 rounding of entries ≤ 1.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def tall(name, dtype=torch.float64):
-    x = matrix(name, dtype)
-    return x if x.shape[-2] >= x.shape[-1] else x.mT.contiguous()
-
-
-def from_svd(x, function=np.ones_like, rtol=1e-5):
-    """U diag(function(s)) Vᵀ with masked null directions, in float64."""
-    u, s, vh = np.linalg.svd(x.double().numpy(), full_matrices=False)
-    values = np.where(s > rtol * s.max(-1, keepdims=True), function(s), 0)
-    return torch.from_numpy((u * values[..., None, :]) @ vh)
-
-
-def with_singular_values(values, rows=20):
-    values = torch.tensor(values, dtype=torch.float64)
-    u = torch.linalg.qr(torch.randn(rows, len(values), dtype=torch.float64)).Q
-    v = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64)).Q
-    return u * values @ v.mT
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_polar_factor_is_that_of_the_decomposition(name, dtype):
-    x = tall(name, dtype)
-    result = polar_factor(x)
-    assert result.dtype == dtype and result.shape == x.shape
-    torch.testing.assert_close(result.double(), from_svd(x), rtol=0, atol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("name", ["tall", "square", "one_row", "one_column", "batched"])
-def test_a_full_rank_matrix_gives_orthonormal_columns(name):
-    result = polar_factor(tall(name))
-    eye = torch.eye(result.shape[-1], dtype=torch.float64).expand(*result.shape[:-2], -1, -1)
-    torch.testing.assert_close(result.mT @ result, eye, rtol=0, atol=TOLERANCE[torch.float64])
-
-
-def test_zero_gives_zero():
-    assert torch.equal(polar_factor(torch.zeros(2, 12, 9)), torch.zeros(2, 12, 9))
-
-
-def test_a_zero_matrix_in_a_batch_stays_zero_and_the_others_do_not_notice():
-    x = tall("batched")
-    x[1] = 0
-    result = polar_factor(x)
-    assert (result[1] == 0).all()
-    torch.testing.assert_close(result, from_svd(x), rtol=0, atol=TOLERANCE[torch.float64])
-
-
-def test_null_directions_are_masked():
-    x = with_singular_values([3.0, 1.0, 0.03, 3e-7, 0.0])
-    values = torch.linalg.svdvals(polar_factor(x))
-    expected = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0], dtype=torch.float64)
-    torch.testing.assert_close(values, expected, rtol=0, atol=TOLERANCE[torch.float64])
-
-
-@pytest.mark.parametrize(("rtol", "kept"), [(1e-4, 4), (1e-2, 3), (0.2, 2), (0.9, 1)])
-def test_rtol_decides_which_directions_count(rtol, kept):
-    x = with_singular_values([1.0, 0.5, 0.1, 1e-3])
-    assert torch.linalg.svdvals(polar_factor(x, rtol=rtol)).sum().item() == pytest.approx(kept, abs=1e-9)
-
-
-def test_a_masked_direction_of_float32_noise_is_masked_too():
-    x = tall("deficient", torch.float32)
-    assert torch.linalg.matrix_rank(polar_factor(x), rtol=1e-3) == 2
-
-
-@pytest.mark.parametrize("scale", [1e30, 1e-30, 1e-3])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_polar_factor_does_not_depend_on_the_scale(name, scale):
-    x = tall(name, torch.float32)
-    result = polar_factor(x * scale)
-    assert result.isfinite().all()
-    torch.testing.assert_close(result, polar_factor(x), rtol=0, atol=TOLERANCE[torch.float32])
-
-
-def test_rotating_the_rows_rotates_the_result():
-    x = tall("tall")
-    rotation = torch.linalg.qr(torch.randn(24, 24, dtype=torch.float64)).Q
-    torch.testing.assert_close(polar_factor(rotation @ x), rotation @ polar_factor(x), rtol=0, atol=TOLERANCE[torch.float64])
-
-
-def saturating(s):
-    return s / (1 + s)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_weights_set_the_singular_values(name):
-    x = tall(name)
-    result, expected = polar_factor(x, weights=saturating), from_svd(x, saturating)
-    torch.testing.assert_close(result, expected, rtol=0, atol=TOLERANCE[torch.float64])
-
-
-def test_weights_of_one_change_nothing():
-    x = tall("batched")
-    torch.testing.assert_close(polar_factor(x, weights=torch.ones_like), polar_factor(x), rtol=0, atol=0)
-
-
-def test_weights_equal_to_the_values_give_back_the_matrix():
-    x = tall("tall")
-    torch.testing.assert_close(polar_factor(x, weights=lambda s: s), x, rtol=0, atol=TOLERANCE[torch.float64])
-
-
-@pytest.mark.parametrize("name", ["deficient", "zero"])
-def test_weights_do_not_revive_masked_directions(name):
-    x = tall(name)
-    torch.testing.assert_close(polar_factor(x, weights=torch.ones_like), from_svd(x), rtol=0, atol=TOLERANCE[torch.float64])
-
-
-def test_weights_see_the_singular_values_descending_in_float64():
-    seen = []
-    x = tall("batched", torch.float32)
-    polar_factor(x, weights=lambda s: seen.append(s) or torch.ones_like(s))
-    (values,) = seen
-    assert values.dtype == torch.float64
-    # Values from float64 arithmetic on the same float32 entries.
-    np.testing.assert_allclose(values.numpy(), np.linalg.svd(x.double().numpy(), compute_uv=False), rtol=1e-10)
-
-
-def test_half_precision_comes_out_in_float32():
-    x = tall("tall", torch.bfloat16)
-    assert polar_factor(x).dtype == torch.float32
-    torch.testing.assert_close(polar_factor(x), polar_factor(x.float()), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("function", [polar_factor, leading_directions, newton_schulz])
-@pytest.mark.parametrize("name", NAMES)
-def test_the_input_is_left_alone(name, function):
-    # bfloat16 too: there newton_schulz need not convert.
-    for dtype in (torch.float64, torch.bfloat16):
-        x = tall(name, dtype)
-        before = x.clone()
-        function(x)
-        assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 7), (7,)], ids=str)
-def test_a_matrix_that_is_not_tall_is_refused_with_its_shape(shape):
-    with pytest.raises(ShapeError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
-        polar_factor(torch.zeros(shape))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_leading_directions_are_orthogonal_and_diagonalize(name):
-    x = tall(name)
-    q, energies = leading_directions(x)
-    eye = torch.eye(x.shape[-1], dtype=torch.float64).expand_as(q)
-    # float64 rounding; the energies of these matrices are of order 100.
-    torch.testing.assert_close(q.mT @ q, eye, rtol=0, atol=1e-12)
-    torch.testing.assert_close((x @ q).mT @ (x @ q), torch.diag_embed(energies), rtol=0, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", NAMES)
-def test_energies_are_the_squared_singular_values_descending(name, dtype):
-    x = tall(name, dtype)
-    q, energies = leading_directions(x)
-    expected = np.linalg.svd(x.double().numpy(), compute_uv=False) ** 2
-    assert energies.dtype == torch.float64 and q.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # Absolute: the Gram matrix knows squares to 1e-16 of the largest, which is of order 100.
-    np.testing.assert_allclose(energies.numpy(), expected, atol=1e-11)
-    assert (energies >= 0).all() and (energies.diff(dim=-1) <= 0).all()
-
-
-@pytest.mark.parametrize("scale", [1e30, 1e-30])
-@pytest.mark.parametrize("name", NAMES)
-def test_leading_directions_of_huge_and_tiny_entries_are_finite_and_ordered(name, scale):
-    q, energies = leading_directions(tall(name, torch.float32) * scale)
-    _, unscaled = leading_directions(tall(name, torch.float32))
-    assert q.isfinite().all() and energies.isfinite().all()
-    # float32 rounding of the scaled entries.
-    torch.testing.assert_close(energies / scale**2, unscaled, rtol=1e-5, atol=1e-4)
-
-
-# --- Newton–Schulz ------------------------------------------------------------------------------------------------------
 
 
 def zeropower_via_newtonschulz5(G, steps):  # noqa: N803 (as published: kellerjordan.github.io/posts/muon)
@@ -290,3 +114,54 @@ def test_newton_schulz_in_float16_survives_entries_and_norms_beyond_its_range(sc
     result, expected = newton_schulz(x * scale, dtype=torch.float16), newton_schulz(x, dtype=torch.float32)
     # float16 rounding, 1e-3, over five steps.
     torch.testing.assert_close(result.float(), expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_input_is_left_alone(name):
+    # bfloat16 too: there nothing need be converted.
+    for dtype in (torch.float64, torch.bfloat16):
+        x = matrix(name, dtype)
+        before = x.clone()
+        newton_schulz(x)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", ["tall", "wide", "one_row", "one_column"])
+def test_the_polar_factor_of_the_result_is_that_of_the_matrix(name):
+    x = matrix(name)
+    x = x if x.shape[-2] >= x.shape[-1] else x.mT
+    # Singular vectors stay where they are: rounding, times the condition.
+    torch.testing.assert_close(polar_factor(newton_schulz(x, dtype=torch.float64)), polar_factor(x), rtol=0, atol=1e-9)
+
+
+# --- on the Gram matrix ---------------------------------------------------------------------------------------------------
+
+
+def of_unit_peak(name, dtype=torch.float64):
+    x = matrix(name, dtype)
+    x = x if x.shape[-2] >= x.shape[-1] else x.mT
+    return x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("name", NAMES)
+def test_the_steps_on_the_gram_matrix_are_those_on_the_matrix(name, steps):
+    x = of_unit_peak(name)
+    found, expected = newton_schulz_by_gram(x, steps=steps), newton_schulz(x, steps=steps, dtype=torch.float64)
+    # Values near zero grow by 3.4 a step, their squares in the Gram matrix by 12, and its rounding of 1e-16 with them.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_float32_they_stay_near_those_in_float64(name):
+    x = of_unit_peak(name, torch.float32)
+    # As above, from a rounding of 6e-8.
+    torch.testing.assert_close(newton_schulz_by_gram(x).double(), newton_schulz_by_gram(x.double()), rtol=0, atol=1e-3)
+
+
+def test_values_far_below_the_largest_do_not_leave_the_band_in_float32():
+    u = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64)).Q
+    v = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
+    x = (u * torch.logspace(0, -7, 8, dtype=torch.float64) @ v.mT).float()
+    values = torch.linalg.svdvals(newton_schulz_by_gram(x / x.abs().max()).double())
+    assert values.isfinite().all() and values.max() < 1.25

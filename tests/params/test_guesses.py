@@ -31,7 +31,10 @@ class RotaryEmbedding(Odd):
 
 
 GUESSES = {
-    "four axes": (lambda: Odd(2, 3, 4, 5), r"'weight' \(2, 3, 4, 5\).*taken as 6 matrices of 4 x 5.*\"kind\": \"table\".*views="),
+    "four axes": (
+        lambda: Odd(2, 3, 4, 5),
+        r"'weight' \(2, 3, 4, 5\).*taken as 6 matrices of 4 x 5.*\"kind\": \"embedding\".*views=",
+    ),
     "one in front": (lambda: Odd(1, 6, 8, name="extra"), r"'extra' \(1, 6, 8\).*taken as a 6 x 8 matrix"),
     "name": (lambda: Odd(6, 8, name="position_weight"), "taken as a 6 x 8 matrix"),
     "class": (lambda: RotaryEmbedding(6, 8), "'weight'"),
@@ -47,7 +50,7 @@ def test_what_could_be_anything_is_told_once_with_the_way_to_overrule_it(name):
     with pytest.warns(GradlrWarning, match=message) as told:
         attached(model)[2].detach()
     assert len(told) == 1 and told[0].filename.endswith("models.py")  # where attach is called
-    for kind in ("matrix", "table", "vector"):
+    for kind in ("matrix", "embedding", "vector"):
         attached(model, groups=[{"match": "*", "kind": kind}])[2].detach()
 
 

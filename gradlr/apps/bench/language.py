@@ -28,6 +28,7 @@ class FineTuning(Workload):
     batch_size: int = 8
     length: int = 128
     validation_windows: int = 256
+    name = "pretrained"
 
     def model(self, seed: int, device: str) -> nn.Module:
         torch.manual_seed(seed)
@@ -55,7 +56,7 @@ class FineTuning(Workload):
 class FromScratch(FineTuning):
     """A byte transformer of the same shape, trained from its initialization on library sources."""
 
-    steps: int = 200
+    name = "scratch"
     needs_pretrained = False
 
     def model(self, seed: int, device: str) -> nn.Module:
@@ -71,3 +72,4 @@ class SmallBatches(FineTuning):
     """`FineTuning` with 256 bytes a step, where gradients are noisy and momentum matters."""
 
     batch_size: int = 2
+    name = "small-batches"

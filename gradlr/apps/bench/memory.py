@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import tempfile
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from ... import rules
-from .environment import environment
+from .environment import environment, markdown
 from .peers import PEERS
 from .train_steps import Baseline, TrainStep, adamw, forward_backward, fused_adamw, gradlr
 
@@ -38,67 +39,70 @@ def peak_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> i
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = work()
     del kept
-    return _peak_of(_memory_events(profiler))
-
-
-def _memory_events(profiler: profile) -> list[tuple[float, int]]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    return [(event["ts"], event["args"]["Bytes"]) for event in events if event.get("name") == "[memory]"]
+    changes = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))
 
 
-def _peak_of(events: list[tuple[float, int]]) -> int:
-    held = peak = 0
-    for _, change in sorted(events, key=lambda event: event[0]):
-        held += change
-        peak = max(peak, held)
-    return peak
+def peak_of_steps(
+    make: Callable[[], TrainStep], loss: Callable[[], Tensor], *, steps: int, device: torch.device | str = "cpu"
+) -> tuple[int, TrainStep]:
+    """(peak bytes above what is held already, over making a TrainStep and its first `steps` steps; the TrainStep)."""
+    made: list[TrainStep] = []
 
+    def work() -> TrainStep:
+        made.append(make())
+        for _ in range(steps):
+            made[0].step(loss)
+        return made[0]
 
-def stack(width: int, depth: int, device: str) -> nn.Sequential:
-    """`depth` Linears of `width` × `width` without bias: 100 MiB of float32 at 1024 and 25."""
-    torch.manual_seed(0)
-    return nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(depth)))
+    return peak_bytes(work, device), made[0]
 
 
 def methods(rank: int, peers: Sequence[str] = ()) -> list[Baseline]:
     """What is compared, gradlr's at the given rank; the named peers at a quarter of full rank, LoRA at 32."""
     bare = rules.TrackedMomentum(residual=0)
     return [
-        Baseline("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True), ()),
-        Baseline("adamw_fused", "AdamW (fused)", fused_adamw, ()),
-        Baseline("no_optimizer", "forward + backward, no optimizer", forward_backward, ()),
+        Baseline("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True)),
+        Baseline("adamw_fused", "AdamW (fused)", fused_adamw),
+        Baseline("no_optimizer", "forward + backward, no optimizer", forward_backward),
         *(PEERS[name] for name in peers),
-        Baseline("adamw_in_backward", "AdamW inside backward", gradlr(rule="adam"), ()),
-        Baseline("backward", 'gradlr, apply="backward"', gradlr(rank=rank), ()),
-        Baseline("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare), ()),
-        Baseline("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step"), ()),
-        Baseline("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor"), ()),
-        Baseline("adaptor_step", 'gradlr, capture="adaptor", apply="step"',
-                  gradlr(rank=rank, capture="adaptor", apply="step"), ()),
-        Baseline("one_sided", 'gradlr, capture="one_sided"', gradlr(rank=rank, capture="one_sided"), ()),
+        Baseline("adamw_in_backward", "AdamW inside backward", gradlr(rule="adam")),
+        Baseline("backward", 'gradlr, apply="backward"', gradlr(rank=rank)),
+        Baseline("backward_no_residual", 'gradlr, apply="backward", no residual', gradlr(rank=rank, rule=bare)),
+        Baseline("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step")),
+        *adaptors(rank),
         Baseline("one_sided_step", 'gradlr, capture="one_sided", apply="step"',
-                  gradlr(rank=rank, capture="one_sided", apply="step"), ()),
+                 gradlr(rank=rank, capture="one_sided", apply="step")),
     ]  # fmt: skip
 
 
+def adaptors(rank: int) -> list[Baseline]:
+    """gradlr without a weight gradient."""
+    return [
+        Baseline("adaptor", 'gradlr, capture="adaptor"', gradlr(rank=rank, capture="adaptor")),
+        Baseline("adaptor_step", 'gradlr, capture="adaptor", apply="step"', gradlr(rank=rank, capture="adaptor", apply="step")),
+        Baseline("one_sided", 'gradlr, capture="one_sided"', gradlr(rank=rank, capture="one_sided")),
+    ]
+
+
 def training_peak(baseline: Baseline, width: int, depth: int, tokens: int, device: str, steps: int = 3) -> tuple[int, int]:
-    """(peak bytes above the parameters over `steps` steps, attach and state included; bytes of state)."""
-    baseline.make(stack(8, 1, device), 1e-3)  # what it imports, it imports here: the profiler loses count over that
-    model = stack(width, depth, device)
+    """(peak bytes above the parameters over `steps` steps, attach and state included; bytes of state).
+
+    Args:
+        width, depth: Of a stack of Linears without bias: 100 MiB of float32 at 1024 and 25.
+        tokens: Rows of the input.
+    """
+    baseline.make(nn.Sequential(nn.Linear(8, 8)), 1e-3)  # what it imports, it imports here: the profiler loses count over that
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False, device=device) for _ in range(depth)))
     x = torch.randn(tokens, width, device=device)
-    train_steps = []
-
-    def work() -> TrainStep:
-        train_steps.append(baseline.make(model, 1e-3))
-        for _ in range(steps):
-            train_steps[0].step(lambda: model(x).square().mean())
-        return train_steps[0]
-
-    peak = peak_bytes(work, device)
-    return peak, train_steps[0].state_bytes()
+    make, loss = (lambda: baseline.make(model, 1e-3)), (lambda: model(x).square().mean())
+    peak, train_step = peak_of_steps(make, loss, steps=steps, device=device)
+    return peak, train_step.state_bytes()
 
 
 def measure(
@@ -116,6 +120,5 @@ def measure(
 
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
-    lines = ["| method | peak above the parameters, MiB | of it state, MiB |", "|---|---|---|"]
-    lines += [f"| {row['label']} | {row['peak_mib']:.1f} | {row['state_mib']:.1f} |" for row in report["results"]]
-    return "\n".join(lines)
+    rows = ((row["label"], f"{row['peak_mib']:.1f}", f"{row['state_mib']:.1f}") for row in report["results"])
+    return markdown(("method", "peak above the parameters, MiB", "of it state, MiB"), rows)

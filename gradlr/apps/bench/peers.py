@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import statistics
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from .train_steps import Baseline, Loss, TrainStep, ordinary_step, split_by_axes, split_parameters
+from .train_steps import Baseline, Loss, TrainStep, ordinary, split_by_axes, split_parameters
 
 UPDATE_GAP = 200  # the packages' own default; 50 was worse for GaLore and the same for APOLLO
 LORA_RANK = 32
@@ -32,47 +32,41 @@ def galore(model: nn.Module, lr: float) -> TrainStep:
     """
     from galore_torch import GaLoreAdamW
 
-    options = {"update_proj_gap": UPDATE_GAP, "scale": 0.25, "proj_type": "std"}
-    return _projected(GaLoreAdamW, model, lr, options, no_deprecation_warning=True)
+    return _projected(GaLoreAdamW, model, lr, {"scale": 0.25}, no_deprecation_warning=True)
 
 
-def apollo(model: nn.Module, lr: float) -> TrainStep:
+def apollo(model: nn.Module, lr: float, **options: Any) -> TrainStep:
     """apollo-torch's AdamW: random projections, one factor per channel."""
     from apollo_torch import APOLLOAdamW
 
-    options = {"update_proj_gap": UPDATE_GAP, "scale": 1.0, "proj_type": "std", "proj": "random", "scale_type": "channel"}
-    return _projected(APOLLOAdamW, model, lr, options)
+    return _projected(APOLLOAdamW, model, lr, {"proj": "random", "scale": 1.0, "scale_type": "channel", **options})
 
 
 def apollo_mini(model: nn.Module, lr: float) -> TrainStep:
     """APOLLO-Mini: rank 1, one factor per matrix, scale 128."""
-    from apollo_torch import APOLLOAdamW
-
-    options = {"update_proj_gap": UPDATE_GAP, "scale": 128.0, "proj_type": "std", "proj": "random", "scale_type": "tensor"}
-    return _projected(APOLLOAdamW, model, lr, {**options, "rank": 1})
+    return apollo(model, lr, rank=1, scale=128.0, scale_type="tensor")
 
 
 def _projected(make: Callable[..., Any], model: nn.Module, lr: float, options: dict[str, Any], **more: Any) -> TrainStep:
-    matrices, tables, vectors = split_parameters(model)
+    matrices, embeddings, vectors = split_parameters(model)
     flat, folded = split_by_axes(matrices)
-    low_rank = {"params": flat, "rank": low_rank_share(flat), **options}
-    rest = {"params": folded + tables + vectors, "lr": lr / 4}
-    optimizer = make([low_rank, rest], lr=lr, weight_decay=0.0, **more)
+    shared = {"rank": low_rank_share(flat), "update_proj_gap": UPDATE_GAP, "proj_type": "std"}
+    groups = [{"params": flat, **shared, **options}, {"params": folded + embeddings + vectors, "lr": lr / 4}]
+    optimizer = make(groups, lr=lr, weight_decay=0.0, **more)
 
     def projection(parameter: nn.Parameter) -> list[Tensor]:
         # Held by an object that is no tensor; None where it is drawn anew from a seed.
         matrix = getattr(optimizer.state.get(parameter, {}).get("projector"), "ortho_matrix", None)
         return [matrix] if torch.is_tensor(matrix) else []
 
-    return TrainStep(ordinary_step([optimizer]), [optimizer], more_state=projection)
+    return ordinary(optimizer, more_state=projection)
 
 
 def adamw_8bit(model: nn.Module, lr: float) -> TrainStep:
     """bitsandbytes' AdamW with moments in 8 bits, of tensors with 4,096 numbers and more."""
     import bitsandbytes
 
-    optimizers = [bitsandbytes.optim.AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0)]
-    return TrainStep(ordinary_step(optimizers), optimizers)
+    return ordinary(bitsandbytes.optim.AdamW8bit(model.parameters(), lr=lr, weight_decay=0.0))
 
 
 def gradient_release(model: nn.Module, lr: float) -> TrainStep:
@@ -81,20 +75,16 @@ def gradient_release(model: nn.Module, lr: float) -> TrainStep:
 
     optimizer = AdamW(model.parameters(), lr=lr, weight_decay=0.0, gradient_release=True)
     prepare_for_gradient_release(model, optimizer)
-
-    def step(compute: Loss) -> Tensor:
-        loss = compute()
-        loss.backward()
-        return loss
-
-    return TrainStep(step, [optimizer])
+    return TrainStep(ordinary().step, [optimizer])  # backward does it all
 
 
 def adalomo(model: nn.Module, lr: float) -> TrainStep:
     """lomo-optim's AdaLomo: factored second moments, no momentum, fused into backward. For parameters of two axes at most."""
     from lomo_optim import AdaLomo
 
-    with _without_cuda():
+    # AdaLomo makes its state with `.cuda()`; without a GPU it stays where it is.
+    is_on_cpu = not torch.cuda.is_available()
+    with mock.patch.object(Tensor, "cuda", lambda tensor: tensor) if is_on_cpu else nullcontext():
         optimizer = AdaLomo(model, lr=lr, loss_scale=0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     moments = (optimizer.exp_avg_sq, optimizer.exp_avg_sq_row, optimizer.exp_avg_sq_col)
@@ -110,43 +100,31 @@ def adalomo(model: nn.Module, lr: float) -> TrainStep:
     return TrainStep(step, [optimizer], more_state=factors)
 
 
-@contextmanager
-def _without_cuda() -> Iterator[None]:
-    # AdaLomo makes its state with `.cuda()`; without a GPU it stays where it is.
-    if torch.cuda.is_available():
-        yield
-        return
-    with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
-        yield
-
-
 def lora(model: nn.Module, lr: float) -> TrainStep:
     """peft's LoRA on every Linear; a new classifier is trained whole."""
     from peft import LoraConfig, inject_adapter_in_model
 
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    adapted = [name for name in layers if name != "classifier"]
+    classifier = layers.pop("classifier", None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of peft's: the model is no transformers model
-        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=adapted), model)
-    if "classifier" in layers:
-        layers["classifier"].requires_grad_(True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    beside = {id(layers[name].weight): [f"{name}.lora_A.", f"{name}.lora_B."] for name in adapted}
-    named = dict(model.named_parameters())
-    adapters = {
-        weight: [p for name, p in named.items() if name.startswith(tuple(prefixes))] for weight, prefixes in beside.items()
-    }
-    own = {id(parameter) for parameters in adapters.values() for parameter in parameters}
+        inject_adapter_in_model(LoraConfig(r=LORA_RANK, lora_alpha=LORA_RANK, target_modules=list(layers)), model)
+    if classifier is not None:
+        classifier.requires_grad_(True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
+    # A weight's adapters, and an adapter itself: memory beside the model's, with its moments.
+    beside: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        layer, _, rest = name.partition(".lora_")
+        if rest:
+            beside[id(parameter)] = [parameter]
+            beside.setdefault(id(layers[layer].weight), []).append(parameter)
 
     def adapter_state(parameter: nn.Parameter) -> list[Tensor]:
-        # The adapters themselves are memory beside the model's as well.
-        found = adapters.get(id(parameter), [])
-        moments = [value for p in found for value in optimizer.state[p].values() if value.ndim > 0]
-        return [*found, *moments, *([parameter] if id(parameter) in own else [])]
+        adapters = beside.get(id(parameter), [])
+        return [*adapters, *(value for p in adapters for value in optimizer.state[p].values() if value.ndim > 0)]
 
-    return TrainStep(ordinary_step([optimizer]), [optimizer], more_state=adapter_state)
+    return ordinary(optimizer, more_state=adapter_state)
 
 
 @dataclass(frozen=True)
@@ -166,6 +144,7 @@ class Peer(Baseline):
     is_adapter: bool = False
 
     def is_installed(self) -> bool:
+        """Whether its package can be imported."""
         return importlib.util.find_spec(self.module) is not None
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable
 from os import PathLike
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .text import batches, library_sources, validation_batches
 from .transformer import ByteTransformer, evaluate, language_model_loss
@@ -32,22 +31,42 @@ def pretrain(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> float:
-    """Train a ByteTransformer on library_sources() with AdamW, save it to path, return the validation loss.
+    """Train a ByteTransformer on library_sources() with AdamW, save it, and return the validation loss in nats per byte.
 
-    batch_size windows of length bytes a step; the loss is in nats per byte. Position embeddings at or beyond
-    length stay untrained. The file holds config, model (float16 state dict), text, steps and validation_loss,
-    and loads with weights_only=True. Raises FileNotFoundError when the folder of path does not exist.
+    Args:
+        path: Of the file; it holds config, model (float16 state dict), text, steps and validation_loss, and loads with
+            weights_only=True.
+        steps, batch_size, length: Of windows of `length` bytes; position embeddings from there on stay untrained.
+        lr: The highest, see `learning_rate_factor`.
+        seed, device, progress: Of weights and data; where; whether a bar shows it.
+
+    Raises:
+        FileNotFoundError: the folder of path does not exist.
     """
     from tqdm import tqdm  # an extra: loading the checkpoint does without it
 
-    path = _checked_target(path)
+    path = Path(path)
+    # Before the minutes of training, not after them.
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"no folder {path.absolute().parent} to write the checkpoint to")
     text = library_sources()
-    model = _new_model(seed).to(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = ByteTransformer(dim=128, depth=4, heads=4, context=256).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     data = batches(text.train, batch_size=batch_size, length=length, steps=steps, seed=seed)
-    _train(model, tqdm(data, total=steps, desc="pretraining", disable=not progress), steps=steps, lr=lr)
+    for inputs, targets in tqdm(data, total=steps, desc="pretraining", disable=not progress):
+        optimizer.zero_grad()
+        language_model_loss(model, inputs.to(device), targets.to(device)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
+        optimizer.step()
+        schedule.step()
     held_out = validation_batches(text.validation, batch_size=batch_size, length=length, count=VALIDATION_BATCHES)
     loss = evaluate(model, held_out)
-    torch.save(_checkpoint(model, text=text.name, steps=steps, validation_loss=loss), path)
+    weights = {name: value.to("cpu", torch.float16) for name, value in model.state_dict().items()}
+    facts = {"text": text.name, "steps": steps, "validation_loss": loss}
+    torch.save({"config": model.config, "model": weights, **facts}, path)
     return loss
 
 
@@ -55,7 +74,9 @@ def load_pretrained(path: str | PathLike[str] | None = None, device: str | torch
     """Rebuild a pretrained ByteTransformer in float32 on device; the default path is the shipped checkpoint.
 
     The shipped model saw windows of up to 128 bytes: its position embeddings from 128 on are untrained.
-    Raises FileNotFoundError when there is no checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
     """
     path = CHECKPOINT if path is None else Path(path)
     if not path.is_file():
@@ -81,39 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pretrain the byte transformer on library source code.")
     parser.add_argument("path", nargs="?", type=Path, default=CHECKPOINT, help="checkpoint to write")
     path = parser.parse_args().path
-    loss = pretrain(path)
-    print(f"{path}: validation loss {loss:.4f} nats per byte")
-
-
-def _new_model(seed: int) -> ByteTransformer:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ByteTransformer(dim=128, depth=4, heads=4, context=256)
-
-
-def _train(model: nn.Module, data: Iterable[tuple[Tensor, Tensor]], *, steps: int, lr: float) -> None:
-    device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
-    for inputs, targets in data:
-        optimizer.zero_grad()
-        language_model_loss(model, inputs.to(device), targets.to(device)).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)
-        optimizer.step()
-        schedule.step()
-
-
-def _checkpoint(model: ByteTransformer, **facts: str | float) -> dict[str, object]:
-    weights = {name: value.to("cpu", torch.float16) for name, value in model.state_dict().items()}
-    return {"config": model.config, "model": weights, **facts}
-
-
-def _checked_target(path: str | PathLike[str]) -> Path:
-    path = Path(path)
-    # Before the minutes of training, not after them.
-    if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"no folder {path.absolute().parent} to write the checkpoint to")
-    return path
+    print(f"{path}: validation loss {pretrain(path):.4f} nats per byte")
 
 
 if __name__ == "__main__":

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
+import itertools
 import sysconfig
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-SOURCE_HALF = 0
-DOCUMENTATION_HALF = 1
+SOURCE_HALF, DOCUMENTATION_HALF = 0, 1
 VALIDATION_FRACTION = 0.1
 MINIMUM_BYTES = 100_000
 MINIMUM_DOCSTRING = 80
@@ -27,7 +28,7 @@ _SKIPPED_FOLDERS = {
 }  # fmt: skip
 # Build settings of one machine, not text that every installation shares.
 _SKIPPED_PREFIXES = ("_sysconfigdata", "config-")
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+_Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class TextNotFoundError(RuntimeError):
@@ -38,9 +39,10 @@ class TextNotFoundError(RuntimeError):
 class Corpus:
     """A text as bytes, split by whole documents.
 
-    name: what the text is, for tables and checkpoints.
-    train: 1-D uint8 CPU tensor, about the first 90 % of the bytes.
-    validation: 1-D uint8 CPU tensor, the remaining documents (about the last 10 %).
+    Attributes:
+        name: What the text is, for tables and checkpoints.
+        train: 1-D uint8 CPU tensor, about the first 90 % of the bytes.
+        validation: 1-D uint8 CPU tensor, the remaining documents.
     """
 
     name: str
@@ -50,25 +52,18 @@ class Corpus:
 
 @functools.cache
 def library_sources() -> Corpus:
-    """Source code, without docstrings, of one half of the standard library (about 4 MB).
+    """Source code, without docstrings, of one half of the standard library (about 4 MB); the same for each installed Python.
 
-    Deterministic for a given Python installation. Raises TextNotFoundError below 100 kB.
+    Raises:
+        TextNotFoundError: there are less than 100 kB.
     """
     return _corpus("library sources", SOURCE_HALF, _without_docstrings)
 
 
 @functools.cache
 def documentation() -> Corpus:
-    """Docstrings of the half of the standard library that library_sources() leaves out (about 0.8 MB).
-
-    Deterministic for a given Python installation. Raises TextNotFoundError below 100 kB.
-    """
+    """Docstrings of the half of the standard library that library_sources() leaves out (about 0.8 MB); otherwise the same."""
     return _corpus("documentation", DOCUMENTATION_HALF, _docstrings)
-
-
-def module_name(path: Path) -> str:
-    """Name of the top-level module or package that a standard-library file belongs to."""
-    return path.relative_to(library_folder()).parts[0].removesuffix(".py")
 
 
 def library_folder() -> Path:
@@ -76,10 +71,27 @@ def library_folder() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def module_name(path: Path) -> str:
+    """Name of the top-level module or package that a standard-library file belongs to."""
+    return path.relative_to(library_folder()).parts[0].removesuffix(".py")
+
+
 def module_files(half: int) -> list[Path]:
     """Python files of one half (0 or 1) of the top-level modules, sorted; a name's half never changes."""
-    files = (path for entry in _top_level() if _half(entry) == half for path in _python_files(entry))
-    return sorted(path for path in files if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(library_folder()).parts))
+    root, files = library_folder(), list[Path]()
+    for entry in root.iterdir() if root.is_dir() else ():
+        # Skipped here as well as below, because large folders such as site-packages are better never walked.
+        is_text = entry.name not in _SKIPPED_FOLDERS and not entry.name.startswith(_SKIPPED_PREFIXES)
+        if is_text and zlib.crc32(module_name(entry).encode()) % 2 == half:
+            files += entry.rglob("*.py") if entry.is_dir() else [entry] if entry.suffix == ".py" else []
+    return sorted(path for path in files if _SKIPPED_FOLDERS.isdisjoint(path.relative_to(root).parts))
+
+
+def sources(half: int) -> Iterator[tuple[Path, str]]:
+    """The files of one half with what they say, those left out that cannot be read."""
+    for path in module_files(half):
+        with contextlib.suppress(OSError, ValueError):
+            yield path, path.read_text(encoding="utf-8")
 
 
 def batches(
@@ -87,14 +99,24 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Random windows for training steps `start` to `steps - 1`.
 
-    data: 1-D uint8 tensor. Yields (inputs, targets), each int64 of shape (batch_size, length); targets are the
-    inputs moved on by one byte. Batch i depends on (seed, i) alone, so `start=i` resumes without replaying.
-    Raises ValueError when data holds no whole window.
+    Args:
+        data: 1-D uint8 tensor.
+        batch_size, length: Windows a batch, and bytes a window.
+        steps, seed, start: Batch i depends on (seed, i) alone, so `start=i` resumes without replaying.
+
+    Returns:
+        Pairs (inputs, targets), each int64 of shape (batch_size, length); targets are the inputs moved on by one byte.
+
+    Raises:
+        ValueError: data holds no whole window.
     """
     places = _window_places(data, length)
 
     def draw(step: int) -> Tensor:
-        return torch.randint(places, (batch_size,), generator=_generator(seed, step))
+        # A digest, because neighbouring seeds of the generator itself may give related first numbers.
+        digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.randint(places, (batch_size,), generator=generator)
 
     return (_windows(data, draw(step), length) for step in range(start, steps))
 
@@ -104,85 +126,6 @@ def validation_batches(data: Tensor, *, batch_size: int, length: int, count: int
     places = _window_places(data, length)
     starts = torch.arange(count * batch_size) * (places - 1) // max(count * batch_size - 1, 1)
     return (_windows(data, chunk, length) for chunk in starts.view(count, batch_size))
-
-
-def _corpus(name: str, half: int, extract: Callable[[str, ast.Module], str]) -> Corpus:
-    documents = [text.encode() for text in _documents(half, extract) if text]
-    total = sum(map(len, documents))
-    if total < MINIMUM_BYTES:
-        raise TextNotFoundError(
-            f"{name}: found {total} bytes in {library_folder()}, need {MINIMUM_BYTES}; use a Python whose standard "
-            "library is installed as plain .py files (not zipped, stripped or compiled only)"
-        )
-    cut = _split_index([len(document) for document in documents])
-    return Corpus(name, _bytes_tensor(documents[:cut]), _bytes_tensor(documents[cut:]))
-
-
-def _documents(half: int, extract: Callable[[str, ast.Module], str]) -> Iterator[str]:
-    for path in module_files(half):
-        try:
-            source = path.read_text(encoding="utf-8")
-            tree = _parse(source)
-        except (OSError, ValueError, SyntaxError):
-            continue
-        yield extract(source, tree)
-
-
-def _parse(source: str) -> ast.Module:
-    with warnings.catch_warnings():
-        # Old modules hold escapes that newer parsers warn about.
-        warnings.simplefilter("ignore")
-        return ast.parse(source)
-
-
-def _split_index(sizes: list[int]) -> int:
-    """Number of leading documents that hold the training bytes; at least one document stays on each side."""
-    budget = (1 - VALIDATION_FRACTION) * sum(sizes)
-    used = 0
-    for index, size in enumerate(sizes):
-        used += size
-        if used > budget:
-            return min(max(index, 1), len(sizes) - 1)
-    return len(sizes) - 1
-
-
-def _bytes_tensor(documents: list[bytes]) -> Tensor:
-    return torch.frombuffer(bytearray(b"\n\n".join(documents)), dtype=torch.uint8)
-
-
-def _top_level() -> list[Path]:
-    """Modules and packages of the library; large folders such as site-packages are never walked."""
-    root = library_folder()
-    entries = root.iterdir() if root.is_dir() else ()
-    kept = (path for path in entries if path.name not in _SKIPPED_FOLDERS)
-    return [path for path in kept if not path.name.startswith(_SKIPPED_PREFIXES)]
-
-
-def _half(entry: Path) -> int:
-    return zlib.crc32(module_name(entry).encode()) % 2
-
-
-def _python_files(entry: Path) -> Iterable[Path]:
-    return entry.rglob("*.py") if entry.is_dir() else [entry] if entry.suffix == ".py" else []
-
-
-def _documented_nodes(tree: ast.Module) -> list[ast.AST]:
-    """Nodes with a docstring, in the order of the text."""
-    nodes = [node for node in ast.walk(tree) if isinstance(node, _DOCUMENTED) and ast.get_docstring(node, clean=False)]
-    return sorted(nodes, key=lambda node: node.body[0].lineno)
-
-
-def _docstrings(source: str, tree: ast.Module) -> str:
-    texts = (ast.get_docstring(node, clean=True) for node in _documented_nodes(tree))
-    return "\n\n".join(text for text in texts if len(text) > MINIMUM_DOCSTRING)
-
-
-def _without_docstrings(source: str, tree: ast.Module) -> str:
-    cut: set[int] = set()
-    for node in _documented_nodes(tree):
-        cut.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    # Split at "\n" only: splitlines() also splits at form feeds, which the parser does not count as lines.
-    return "\n".join(line for number, line in enumerate(source.split("\n"), 1) if number not in cut)
 
 
 def _window_places(data: Tensor, length: int) -> int:
@@ -197,7 +140,54 @@ def _windows(data: Tensor, starts: Tensor, length: int) -> tuple[Tensor, Tensor]
     return window[:, :-1], window[:, 1:]
 
 
-def _generator(seed: int, step: int) -> torch.Generator:
-    # A digest, because neighbouring seeds of the generator itself may give related first numbers.
-    digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+def _corpus(name: str, half: int, extract: Callable[[str, ast.Module], str]) -> Corpus:
+    documents = []
+    for _, source in sources(half):
+        # Of the library's own files, some are no Python on purpose.
+        with contextlib.suppress(ValueError, SyntaxError):
+            documents.append(extract(source, _parse(source)).encode())
+    documents = [document for document in documents if document]
+    sizes = [len(document) for document in documents]
+    if (total := sum(sizes)) < MINIMUM_BYTES:
+        raise TextNotFoundError(
+            f"{name}: found {total} bytes in {library_folder()}, need {MINIMUM_BYTES}; use a Python whose standard "
+            "library is installed as plain .py files (not zipped, stripped or compiled only)"
+        )
+    cut = _split_index(sizes)
+    train, validation = (
+        torch.frombuffer(bytearray(b"\n\n".join(part)), dtype=torch.uint8) for part in (documents[:cut], documents[cut:])
+    )
+    return Corpus(name, train, validation)
+
+
+def _parse(source: str) -> ast.Module:
+    with warnings.catch_warnings():
+        # Old modules hold escapes that newer parsers warn about.
+        warnings.simplefilter("ignore")
+        return ast.parse(source)
+
+
+def _split_index(sizes: list[int]) -> int:
+    """Number of leading documents that hold the training bytes; at least one document stays on each side."""
+    budget = (1 - VALIDATION_FRACTION) * sum(sizes)
+    fitting = sum(used <= budget for used in itertools.accumulate(sizes))
+    return min(max(fitting, 1), len(sizes) - 1)
+
+
+def _documented_nodes(tree: ast.Module) -> list[tuple[_Documented, str]]:
+    """Nodes with a docstring, and that, in the order of the text."""
+    nodes = [(node, ast.get_docstring(node)) for node in ast.walk(tree) if isinstance(node, _Documented)]
+    return sorted(((node, text) for node, text in nodes if text), key=lambda found: found[0].body[0].lineno)
+
+
+def _docstrings(source: str, tree: ast.Module) -> str:
+    return "\n\n".join(text for _, text in _documented_nodes(tree) if len(text) > MINIMUM_DOCSTRING)
+
+
+def _without_docstrings(source: str, tree: ast.Module) -> str:
+    cut: set[int] = set()
+    for node, _ in _documented_nodes(tree):
+        first = node.body[0]
+        cut.update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    # Split at "\n" only: splitlines() also splits at form feeds, which the parser does not count as lines.
+    return "\n".join(line for number, line in enumerate(source.split("\n"), 1) if number not in cut)

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import ArgumentError
+from ..estimate.collectives import ring_bytes
 
-# Names of torch.ops.c10d and of torch.ops._c10d_functional, without underscores.
+# How names of torch.ops.c10d and of torch.ops._c10d_functional begin, without underscores; None where nothing travels.
 _KINDS = {
     "allreduce": "all-reduce",
     "allgather": "all-gather",
     "reducescatter": "reduce-scatter",
     "broadcast": "broadcast",
+    **dict.fromkeys(("barrier", "monitoredbarrier", "waittensor", "wraptensorautograd", "checkfornan")),
 }
-_NO_TRAFFIC = ("barrier", "monitoredbarrier", "waittensor", "wraptensorautograd", "checkfornan")
-# How often a ring passes the (p - 1) / p of a tensor on: an all-reduce is a reduce-scatter and an all-gather.
-_ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
-
-
-@dataclass(frozen=True)
-class Call:
-    """One collective: its kind, and the bytes of the whole tensor that it reduces, gathers or scatters."""
-
-    kind: str
-    bytes: int
 
 
 class Traffic(TorchDispatchMode):
@@ -39,7 +28,7 @@ class Traffic(TorchDispatchMode):
     from. Those of DTensors are seen as well, and those of backward where it runs on the calling thread, as on the CPU.
 
     Attributes:
-        calls: In their order.
+        calls: Kind and bytes of each, in their order.
 
     Raises:
         ArgumentError: a collective of another kind is called (inside the `with`).
@@ -50,14 +39,14 @@ class Traffic(TorchDispatchMode):
 
         super().__init__()
         self._sharded = DTensor
-        self.calls: list[Call] = []
+        self.calls: list[tuple[str, int]] = []
 
     def bytes(self) -> dict[str, int]:
         """Kind of collective → bytes, summed over its calls."""
-        found: Counter[str] = Counter()
-        for call in self.calls:
-            found[call.kind] += call.bytes
-        return dict(found)
+        found: dict[str, int] = {}
+        for kind, count in self.calls:
+            found[kind] = found.get(kind, 0) + count
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         if any(issubclass(kind, self._sharded) for kind in types):
@@ -65,29 +54,20 @@ class Traffic(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            self._count(func.name(), (*args, *(kwargs or {}).values(), result))
+            plain = func.name().split("::")[1].replace("_", "")
+            start = next((start for start in _KINDS if plain.startswith(start)), None)
+            if start is None:
+                known = ", ".join(filter(None, _KINDS.values()))
+                raise ArgumentError(f"{func.name()} is no collective that is counted here: known are {known}")
+            if (kind := _KINDS[start]) is not None:
+                values = (*args, *(kwargs or {}).values(), result)
+                self.calls.append((kind, max(sum(tensor.nbytes for tensor in _tensors(value)) for value in values)))
         return result
-
-    def _count(self, name: str, values: tuple) -> None:
-        plain = name.split("::")[1].replace("_", "")
-        if plain.startswith(_NO_TRAFFIC):
-            return
-        kind = next((kind for start, kind in _KINDS.items() if plain.startswith(start)), None)
-        if kind is None:
-            raise ArgumentError(f"{name} is no collective that is counted here: known are {', '.join(_KINDS.values())}")
-        self.calls.append(Call(kind, max(sum(tensor.nbytes for tensor in _tensors(value)) for value in values)))
 
 
 def sent_bytes(moved: Mapping[str, int], processes: int) -> int:
-    """What each process sends, on the mean, where rings do the collectives.
-
-    Args:
-        moved: Kind of collective → bytes, as `Traffic.bytes` gives them.
-        processes: p; an all-reduce of N bytes sends 2 N (p - 1) / p, every other kind half of that.
-
-    Source: Patarasuk & Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations (2009), section 3.
-    """
-    return round(sum(_ROUNDS[kind] * count * (processes - 1) / processes for kind, count in moved.items()))
+    """What each of some processes sends, on the mean, where rings do the collectives; of `moved` as `Traffic.bytes` gives it."""
+    return sum(ring_bytes(kind, count, processes) for kind, count in moved.items())
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

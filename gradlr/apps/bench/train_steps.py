@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ... import attach
 from ...errors import GradlrWarning
-from ...params.kinds import MATRIX, plan_parameters
+from ...optimizer import GradLR
+from ...params.kinds import MATRIX, VECTOR, plan_parameters
 from ...tracker import LossTracker
-from .processes import group_of_one
+from .spawn import group_of_one
 
 Loss = Callable[[], Tensor]
+Parameters = list[nn.Parameter]
 
 
 @dataclass
@@ -25,31 +28,33 @@ class TrainStep:
 
     Attributes:
         step: Takes a function that computes the loss, runs backward and the update, and returns the loss.
-        set_rate: Multiplies every learning rate by a factor (a schedule).
         optimizers: The torch optimizers behind it.
         tracker: gradlr's tracker, None for the others.
         more_state: State of a parameter that lies outside of `optimizer.state`, or no tensor there.
     """
 
     step: Callable[[Loss], Tensor]
-    optimizers: list[torch.optim.Optimizer]
+    optimizers: list[Optimizer]
     tracker: LossTracker | None = None
     more_state: Callable[[nn.Parameter], list[Tensor]] = lambda parameter: []
-    _rates: list[list[float]] = field(default_factory=list)
+    _rates: list[float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self._rates = [group["lr"] for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        # Asked anew each time: load_state_dict puts other dictionaries in their places.
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def set_rate(self, factor: float) -> None:
-        for optimizer, rates in zip(self.optimizers, self._rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
+        """Multiply every learning rate that was there at the start by a factor (a schedule)."""
+        for group, rate in zip(self._groups(), self._rates, strict=True):
+            group["lr"] = rate * factor
 
     def mean_rank(self) -> float | None:
         """Mean rank over the matrices at this moment, None but for gradlr."""
-        if self.tracker is None:
-            return None
-        ranks = [record.rank for record in self.optimizers[0].records if record.plan.kind == MATRIX]
+        records = [record for one in self.optimizers if isinstance(one, GradLR) for record in one.records]
+        ranks = [record.rank for record in records if record.plan.kind == MATRIX]
         return sum(ranks) / len(ranks) if ranks else None
 
     def state_numbers(self, parameters: Iterable[nn.Parameter]) -> int:
@@ -59,15 +64,15 @@ class TrainStep:
     def state_bytes(self, parameters: Iterable[nn.Parameter] | None = None) -> int:
         """Bytes of state of the given parameters, or of all, step counters left out."""
         if parameters is None:
-            parameters = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+            parameters = [parameter for group in self._groups() for parameter in group["params"]]
         return sum(value.nbytes for value in self._state(parameters))
 
     def _state(self, parameters: Iterable[nn.Parameter]) -> Iterator[Tensor]:
-        seen: set[int] = set()  # a table that several parameters share counts once
+        seen: set[int] = set()  # what several parameters share, such as bitsandbytes' code table, counts once
         for parameter in parameters:
-            kept = [state for optimizer in self.optimizers if (state := optimizer.state.get(parameter))]
-            values = [value for state in kept for value in state.values() if torch.is_tensor(value) and value.ndim > 0]
-            for value in (*values, *self.more_state(parameter)):
+            kept = [value for one in self.optimizers for value in one.state.get(parameter, {}).values()]
+            tensors = [value for value in kept if torch.is_tensor(value) and value.ndim > 0]
+            for value in (*tensors, *self.more_state(parameter)):
                 if id(value) not in seen:
                     seen.add(id(value))
                     yield value
@@ -75,26 +80,35 @@ class TrainStep:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A named way to train: `make(model, lr)` gives a TrainStep; `rates` is the grid that its learning rate is tuned on."""
+    """A named way to train.
+
+    Attributes:
+        name, label: For arguments, and for tables.
+        make: From a model and a learning rate to a TrainStep.
+        rates: The grid that its learning rate is tuned on; none where nothing is tuned.
+    """
 
     name: str
     label: str
     make: Callable[[nn.Module, float], TrainStep]
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
 
 
-def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """(matrices, tables, vectors), as gradlr sees them; every baseline that treats them apart uses this split."""
+def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters, Parameters]:
+    """(matrices, embeddings, vectors), as gradlr sees them; every baseline that treats them apart uses this split."""
     plans = plan_parameters(model)
-    return tuple([plan.parameter for plan in plans if plan.kind == kind] for kind in ("matrix", "table", "vector"))
+    matrices, vectors = ([plan.parameter for plan in plans if plan.kind == kind] for kind in (MATRIX, VECTOR))
+    return matrices, [plan.parameter for plan in plans if plan.kind not in (MATRIX, VECTOR)], vectors
 
 
-def split_by_axes(matrices: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def split_by_axes(matrices: Parameters) -> tuple[Parameters, Parameters]:
     """(2-D parameters, the others such as convolutions), for packages that take 2-D matrices only."""
     return [p for p in matrices if p.ndim == 2], [p for p in matrices if p.ndim != 2]
 
 
-def ordinary_step(optimizers: list[torch.optim.Optimizer]) -> Callable[[Loss], Tensor]:
+def ordinary(*optimizers: Optimizer, more_state: Callable[[nn.Parameter], list[Tensor]] = lambda parameter: []) -> TrainStep:
+    """Backward, then the step of each optimizer, then no gradients."""
+
     def step(compute: Loss) -> Tensor:
         loss = compute()
         loss.backward()
@@ -103,7 +117,7 @@ def ordinary_step(optimizers: list[torch.optim.Optimizer]) -> Callable[[Loss], T
             optimizer.zero_grad()
         return loss
 
-    return step
+    return TrainStep(step, list(optimizers), more_state=more_state)
 
 
 def forward_backward(model: nn.Module, lr: float) -> TrainStep:
@@ -112,8 +126,7 @@ def forward_backward(model: nn.Module, lr: float) -> TrainStep:
     def step(compute: Loss) -> Tensor:
         loss = compute()
         loss.backward()
-        for parameter in model.parameters():
-            parameter.grad = None
+        model.zero_grad()
         return loss
 
     return TrainStep(step, [])
@@ -121,14 +134,12 @@ def forward_backward(model: nn.Module, lr: float) -> TrainStep:
 
 def sgd(model: nn.Module, lr: float) -> TrainStep:
     """torch's SGD without momentum: the least that an optimizer can do."""
-    optimizers = [torch.optim.SGD(model.parameters(), lr=lr)]
-    return TrainStep(ordinary_step(optimizers), optimizers)
+    return ordinary(torch.optim.SGD(model.parameters(), lr=lr))
 
 
 def adamw(model: nn.Module, lr: float, **options: Any) -> TrainStep:
     """torch's AdamW, one learning rate for everything, no weight decay (as for all baselines)."""
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options)]
-    return TrainStep(ordinary_step(optimizers), optimizers)
+    return ordinary(torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, **options))
 
 
 def fused_adamw(model: nn.Module, lr: float) -> TrainStep:
@@ -137,47 +148,48 @@ def fused_adamw(model: nn.Module, lr: float) -> TrainStep:
 
 
 def adamw_slow_tables(model: nn.Module, lr: float) -> TrainStep:
-    """AdamW with tables at a quarter of the rate: what splitting the rates alone is worth."""
-    matrices, tables, vectors = split_parameters(model)
-    groups = [{"params": matrices + vectors}, {"params": tables, "lr": lr / 4}]
-    optimizers = [torch.optim.AdamW(groups, lr=lr, weight_decay=0.0)]
-    return TrainStep(ordinary_step(optimizers), optimizers)
+    """AdamW with embeddings at a quarter of the rate: what splitting the rates alone is worth."""
+    matrices, embeddings, vectors = split_parameters(model)
+    groups: list[dict[str, Any]] = [{"params": matrices + vectors}, {"params": embeddings, "lr": lr / 4}]
+    return ordinary(torch.optim.AdamW(groups, lr=lr, weight_decay=0.0))
 
 
 def muon(model: nn.Module, lr: float) -> TrainStep:
     """torch's Muon for matrices, AdamW at an eighth of its rate for the rest."""
-    matrices, tables, vectors = split_parameters(model)
+    matrices, embeddings, vectors = split_parameters(model)
     flat, folded = split_by_axes(matrices)
-    optimizers = [
+    return ordinary(
         torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(folded + tables + vectors, lr=lr / 8, weight_decay=0.0),
-    ]
-    return TrainStep(ordinary_step(optimizers), optimizers)
+        torch.optim.AdamW(folded + embeddings + vectors, lr=lr / 8, weight_decay=0.0),
+    )
 
 
 def gradlr(
-    *, table_share: float | None = None, in_group: bool = False, **options: Any
+    *, embedding_share: float | None = None, in_group: bool = False, **options: Any
 ) -> Callable[[nn.Module, float], TrainStep]:
-    """gradlr with the given arguments of `attach`; its vectors and tables follow its one learning rate.
+    """gradlr with the given arguments of `attach`; its vectors and embeddings follow its one learning rate.
 
     Args:
-        table_share: Rate of tables as a share of it; that of `attach` where None.
-        in_group: With `process_group=` of this process alone, made where the model is trained.
+        embedding_share: Rate of embeddings as a share of it; that of `attach` where None.
+        in_group: With `process_group=` of all processes, or of this one alone where it belongs to no group.
         **options: Of `attach`.
     """
 
     def make(model: nn.Module, lr: float) -> TrainStep:
-        tracker = LossTracker()
-        group = {"process_group": group_of_one()} if in_group else {}
+        tracker, chosen = LossTracker(), dict(options)
+        if embedding_share is not None:
+            chosen["kinds"] = {"embedding": {"lr": lr * embedding_share}}
+        if in_group:
+            chosen["process_group"] = group_of_one()
         with warnings.catch_warnings():
             # What an adaptor of so large a rank costs is measured here, too.
             warnings.filterwarnings("ignore", "capture=.* costs more than hooks would", GradlrWarning)
-            tables = {} if table_share is None else {"table_lr": lr * table_share}
-            optimizer = attach(model, tracker, lr=lr, **tables, **group, **options)
+            optimizer = attach(model, tracker, lr=lr, **chosen)
 
         def step(compute: Loss) -> Tensor:
             loss = compute()
-            tracker(loss).backward()
+            tracker(loss)
+            loss.backward()
             optimizer.step()
             return loss
 

@@ -17,10 +17,20 @@ INIT_STD = 0.02
 class ByteTransformer(nn.Module):
     """Pre-norm GPT over the 256 byte values, output head tied to the token embedding.
 
-    dim: width, a multiple of heads. depth: number of blocks. context: longest input in bytes.
-    `config` holds these four, so that ByteTransformer(**config) rebuilds the model.
-    Raises ValueError when heads does not divide dim.
+    Args:
+        dim: Width, a multiple of heads.
+        depth: Number of blocks.
+        heads: Of attention.
+        context: Longest input in bytes.
+
+    Attributes:
+        config: These four, so that `ByteTransformer(**config)` rebuilds the model.
+
+    Raises:
+        ValueError: heads does not divide dim.
     """
+
+    _no_split_modules = ("Block",)  # as in transformers' models: what is sharded as one
 
     def __init__(self, dim: int = 128, depth: int = 4, heads: int = 4, context: int = 256) -> None:
         super().__init__()
@@ -36,7 +46,8 @@ class ByteTransformer(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """Map int64 tokens (batch, length) to next-byte logits (batch, length, 256).
 
-        Raises ValueError when length exceeds the context.
+        Raises:
+            ValueError: length exceeds the context.
         """
         length = tokens.shape[1]
         if length > self.config["context"]:
@@ -53,9 +64,9 @@ class ByteTransformer(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         # Two additions per block feed the residual stream: this keeps its variance independent of depth.
-        for block in self.blocks:
-            for projection in (block.attention.out, block.mlp[-1]):
-                nn.init.normal_(projection.weight, std=INIT_STD / math.sqrt(2 * depth))
+        for name, weight in self.named_parameters():
+            if name.endswith(("attention.out.weight", "mlp.2.weight")):
+                nn.init.normal_(weight, std=INIT_STD / math.sqrt(2 * depth))
 
 
 class Block(nn.Module):
@@ -95,18 +106,19 @@ def language_model_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Te
     return F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten())
 
 
+@torch.no_grad()
 def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Mean of language_model_loss over (inputs, targets) batches, in nats per byte.
 
     Runs in eval mode without gradients, moves batches to the model's device and restores the model's mode.
-    Raises ValueError when there are no batches.
+
+    Raises:
+        ValueError: there are no batches.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        with torch.no_grad():
-            losses = [language_model_loss(model, x.to(device), y.to(device)).item() for x, y in batches]
+        losses = [language_model_loss(model, x.to(device), y.to(device)).item() for x, y in batches]
     finally:
         model.train(was_training)
     if not losses:

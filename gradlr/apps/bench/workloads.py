@@ -17,6 +17,7 @@ class Workload:
         steps: Optimizer steps.
         batch_size: Examples a step.
         warmup: Steps of linear warm-up; linear decay to a tenth follows.
+        name: For arguments and reports.
         rate_scale: Factor on every baseline's grid of learning rates; the grid still grows where its edge is best.
         needs_pretrained: Adapters on frozen weights make sense.
     """
@@ -24,6 +25,7 @@ class Workload:
     steps: int
     batch_size: int
     warmup: int = 10
+    name: ClassVar[str]
     rate_scale: ClassVar[float] = 1.0
     needs_pretrained: ClassVar[bool] = True
 

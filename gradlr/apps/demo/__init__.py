@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ...errors import ArgumentError
 from ..bench.environment import require_device
-from .report import print_table, write_figure, write_results
-from .training import METHODS, InterruptedRun, Plan, train
+from .results import print_table, write_figure, write_results
+from .training import METHODS, Plan, resume_path, train
 
 INTERRUPTED_STATUS = 130
 
@@ -31,27 +31,21 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         ArgumentError: an option is out of range, or the device is not there.
     """
-    plan = _plan(arguments)
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    steps, seed, device, out = arguments.steps, arguments.seed, arguments.device, arguments.out
+    if steps < 1 or seed < 0:
+        raise ArgumentError(f"--steps {steps} --seed {seed}: steps must be at least 1, the seed at least 0")
+    require_device(device)
+    out.mkdir(parents=True, exist_ok=True)
+    plan = Plan(steps, seed, device)
     try:
-        records = [train(method, plan, arguments.out, is_fresh=arguments.fresh) for method in METHODS]
-    except InterruptedRun as stop:
-        print(f"\ninterrupted: {stop}. The same command continues from there; --fresh starts anew.")
-        return INTERRUPTED_STATUS
-    except KeyboardInterrupt:
-        print("\ninterrupted between two steps. The same command continues from the last saved step; --fresh starts anew.")
+        records = [train(method, plan, out, is_fresh=arguments.fresh) for method in METHODS]
+    except KeyboardInterrupt as stop:
+        where = str(stop) or "between two steps"
+        print(f"\ninterrupted {where}. The same command continues from the last saved step; --fresh starts anew.")
         return INTERRUPTED_STATUS
     print_table(records)
-    for path in (write_figure(records, arguments.out), write_results(records, plan, arguments.out)):
-        print(f"wrote {path}")
-    for record in records:
-        record.forget_resume_point()
-    print(f"wrote {records[-1].model_path}: load it with gradlr.apps.bench.pretrain.load_pretrained(path)")
+    print(f"wrote {write_figure(records, out)}\nwrote {write_results(records, plan, out)}")
+    for record in records:  # once everything is written, the next call starts anew
+        resume_path(out, record.method).unlink(missing_ok=True)
+    print(f"wrote {out / 'gradlr-fine-tuned.pt'}: load it with gradlr.apps.bench.pretrain.load_pretrained(path)")
     return 0
-
-
-def _plan(arguments: argparse.Namespace) -> Plan:
-    if arguments.steps < 1 or arguments.seed < 0:
-        raise ArgumentError(f"--steps {arguments.steps} --seed {arguments.seed}: steps must be at least 1, the seed at least 0")
-    require_device(arguments.device)
-    return Plan(steps=arguments.steps, seed=arguments.seed, device=arguments.device)

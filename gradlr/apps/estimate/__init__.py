@@ -1,19 +1,9 @@
 """What training takes: weights, state, gradients, activations and peak of every method, counted without allocating anything."""
 
 from .blank import checkpoint_blocks
-from .collectives import Traffic, replica_traffic, update_traffic
+from .collectives import Traffic
 from .estimation import Estimate, estimate, estimate_all
 from .methods import METHODS
-from .shapes import SHAPES
+from .subject import CONFIGS
 
-__all__ = [
-    "METHODS",
-    "SHAPES",
-    "Estimate",
-    "Traffic",
-    "checkpoint_blocks",
-    "estimate",
-    "estimate_all",
-    "replica_traffic",
-    "update_traffic",
-]
+__all__ = ["CONFIGS", "METHODS", "Estimate", "Traffic", "checkpoint_blocks", "estimate", "estimate_all"]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +25,9 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
     saved = {id(value) for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
     blanks: dict[int, Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        is_cast = dtype is not None and tensor.is_floating_point() and id(tensor) in saved
+        kept = tensor.dtype if dtype is None or id(tensor) not in saved or not tensor.is_floating_point() else dtype
         with mode:
-            form = {"dtype": dtype if is_cast else tensor.dtype, "device": "cpu"}
-            blank = torch.empty_strided(tensor.shape, tensor.stride(), **form)
+            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
             is_parameter = isinstance(tensor, nn.Parameter)
             blanks[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
     return copy.deepcopy(model, blanks)
@@ -46,7 +43,7 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
     Raises:
         ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
     """
-    options = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' new name, and its old
         if hasattr(model, switch):
             getattr(model, switch)(options)
@@ -62,21 +59,9 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """Members of its longest `nn.ModuleList` or `nn.Sequential`; none where none has two."""
+    """The blocks that transformers names, inner ones first; else the members of the longest list of two modules or more."""
+    names = getattr(model, "_no_split_modules", None) or ()
+    if blocks := [module for module in model.modules() if type(module).__name__ in names]:
+        return blocks[::-1]
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList | nn.Sequential) and len(module) > 1]
     return list(max(lists, key=len, default=()))
-
-
-@contextmanager
-def untraced() -> Iterator[None]:
-    """Transformers takes tensors without values for a trace by torch.compile and masks attention then: here it is a step."""
-    imports = sys.modules.get("transformers.utils.import_utils")  # of a model of transformers it is there
-    original = getattr(imports, "is_fake_tensor", None)
-    if original is None:
-        yield
-        return
-    imports.is_fake_tensor = lambda tensor: False
-    try:
-        yield
-    finally:
-        imports.is_fake_tensor = original

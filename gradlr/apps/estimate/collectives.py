@@ -1,8 +1,7 @@
-"""What devices send each other at a step: collectives, as they are called, and formulas for those of gradlr."""
+"""What devices send each other in a step: which collectives are called, and how much they move."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +55,7 @@ def ring_bytes(operation: str, handed: int, gpus: int) -> int:
     return round((2 if operation == ALL_REDUCE else 1) * handed * (gpus - 1) / gpus)
 
 
-def collective(name: str, args: tuple, result: Any) -> tuple[str, int] | None:
+def collective(name: str, args: tuple[Any, ...], result: Any) -> tuple[str, int] | None:
     """Which collective an operation is, and the bytes that it moves; None for everything else.
 
     Args:
@@ -68,36 +67,3 @@ def collective(name: str, args: tuple, result: Any) -> tuple[str, int] | None:
     operation, place = _OPERATIONS[name]
     whole = result if place is None else args[place]
     return operation, sum(one.nbytes for one in ([whole] if isinstance(whole, Tensor) else whole))
-
-
-def replica_traffic(
-    gpus: int, parameters: int, matrices: Sequence[tuple[int, int, int]], vectors: int, table_numbers: int, table_rows: int
-) -> int:
-    """Bytes that gradlr hands to all-reduces in a step with `process_group=`, in float32; `docs/devices.md` tells what they are.
-
-    Args:
-        gpus: N.
-        parameters: Number of attached parameters.
-        matrices: (m, n, r) of each; where r(m + n) ≥ mn the gradient itself is sent.
-        vectors: Entries of all vectors.
-        table_numbers: Entries of the tables' rows that any device has touched.
-        table_rows: Rows of all tables.
-    """
-    sketches = sum(min(r * (m + n), m * n) for m, n, r in matrices)
-    return 4 * (2 + 2 * gpus + parameters + sketches + vectors + table_numbers) + table_rows
-
-
-def update_traffic(shape: tuple[int, int], rank: int, momentum_rank: int, *, has_residual: bool = True) -> int:
-    """Bytes that one update of gradlr hands to all-reduces where a matrix' rows are sharded, as under FSDP2, inside backward.
-
-    All are float32: Gᵀ times the basis, nr; momentum times the basis, kr; largest entries, r, and three passes of Cholesky-QR, r²
-    each; three row and column scalings of the residual, n each, and three numbers; one that says whether all is finite.
-
-    Args:
-        shape: (m, n) of the whole matrix; m does not matter.
-        rank, momentum_rank: r and k.
-        has_residual: Whether the rule adds one (`TrackedMomentum(residual=0)` does not).
-    """
-    _, n = shape
-    r, k = rank, momentum_rank
-    return 4 * (n * r + k * r + r + 3 * r * r + (3 * n + 3 if has_residual else 0) + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +12,13 @@ import torch
 from torch import Tensor
 
 from ...errors import ArgumentError
+from ...report.summary import format_bytes
 from .collectives import Traffic, ring_bytes
-from .devices import Devices, among
-from .ledger import EXCHANGE, KINDS, STATE, MemoryTracker
+from .devices import Devices, fake_process_group
+from .memory_tracker import EXCHANGE, KINDS, STATE, MemoryTracker
 from .methods import METHODS, Method
 from .simulation import simulate
 from .subject import subject_of
-
-_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 @dataclass(frozen=True)
@@ -84,9 +84,9 @@ class Estimate:
         spread = "" if self.shard is None else f", each of {self.gpus} devices under {self.shard}"
         head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{recomputed}{spread}"
         rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in kinds(self.shard)]
-        lines = [f"  {name:<12}{size(largest):>12}{size(then):>14}" for name, largest, then in rows]
+        lines = [f"  {name:<12}{format_bytes(largest):>12}{format_bytes(then):>14}" for name, largest, then in rows]
         title = f"  {'':<12}{'at most':>12}{'at the peak':>14}"
-        peak = f"  {'peak':<12}{'':>12}{size(self.peak):>14}  in {self.peak_stage}"
+        peak = f"  {'peak':<12}{'':>12}{format_bytes(self.peak):>14}  in {self.peak_stage}"
         return "\n".join([head, title, *lines, peak, *map(_traffic_line, self.traffic)])
 
 
@@ -97,15 +97,7 @@ def kinds(shard: str | None) -> tuple[str, ...]:
 
 def _traffic_line(traffic: Traffic) -> str:
     times = f"{traffic.calls:,} {traffic.operation}{'s' if traffic.calls > 1 else ''} of the {traffic.purpose}"
-    return f"  {times}: {size(traffic.handed)}, of which this device sends {size(traffic.sent)} round a ring"
-
-
-def size(count: int) -> str:
-    """Bytes in words: 13.5 GiB."""
-    for unit, name in _UNITS:
-        if count >= unit:
-            return f"{count / unit:,.2f} {name}"
-    return f"{count} B"
+    return f"  {times}: {format_bytes(traffic.handed)}, of which this device sends {format_bytes(traffic.sent)} round a ring"
 
 
 def estimate(
@@ -132,8 +124,8 @@ def estimate(
     Args:
         model: A module on any device (the meta device included; it is not changed), a transformers config, a path to a
             config.json or its folder, or a name: llama-7b, llama-13b, llama-70b, gpt2, minilm.
-        method: One of `gradlr.apps.estimate.METHODS`: adamw, adamw8bit, galore, apollo, lora, gradlr, gradlr_step, ...
-        rank: For gradlr what `attach` takes; for GaLore, APOLLO and LoRA an int. Each one's own default where None.
+        method: One of `gradlr.apps.estimate.METHODS`: adamw, adamw8bit, lora, gradlr, gradlr_step, ...
+        rank: For gradlr what `attach` takes; for LoRA an int, 8. Each one's own default where None.
         dtype: Of the weights; the model's own where None.
         batch_size: Sequences of a step.
         tokens: Tokens of one sequence; 2,048, or the model's context where that is shorter, where None.
@@ -158,12 +150,12 @@ def estimate(
     devices = Devices(gpus, shard, reshard)
     chosen = _method(method, rank, options, shard)
     subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
-    with among(devices) as mesh:
-        ledger, count = simulate(subject, chosen, rank, options, checkpointing=checkpointing, devices=devices, mesh=mesh)
+    with fake_process_group(devices) as mesh:
+        tracker, count = simulate(subject, chosen, rank, options, checkpointing=checkpointing, devices=devices, mesh=mesh)
     return Estimate(
-        subject.name, chosen.name, chosen.label, count, **(ledger.largest | {STATE: ledger.held[STATE]}), peak=ledger.peak,
-        peak_stage=ledger.peak_stage, at_peak=dict(ledger.at_peak), tokens=subject.tokens, batch_size=batch_size,
-        checkpointing=bool(checkpointing), gpus=gpus, shard=shard, traffic=_traffic(ledger, gpus),
+        subject.name, chosen.name, chosen.label, count, **(tracker.largest | {STATE: tracker.held[STATE]}), peak=tracker.peak,
+        peak_stage=tracker.peak_stage, at_peak=dict(tracker.at_peak), tokens=subject.tokens, batch_size=batch_size,
+        checkpointing=bool(checkpointing), gpus=gpus, shard=shard, traffic=_traffic(tracker, gpus),
     )  # fmt: skip
 
 
@@ -176,16 +168,15 @@ def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any 
         rank: For all that have one.
         **arguments: As for `estimate`.
     """
-    shared = {"dtype", "batch_size", "tokens", "checkpointing", "inputs", "loss", "gpus", "shard", "reshard"}
-    common = {key: value for key, value in arguments.items() if key in shared}
-    own = {key: value for key, value in arguments.items() if key not in shared}
+    known = set(inspect.signature(estimate).parameters)
+    common = {key: value for key, value in arguments.items() if key in known}
+    own = {key: value for key, value in arguments.items() if key not in known}
     shard = common.get("shard")
     names = [name for name in METHODS if shard in (None, *METHODS[name].shards)] if methods is None else list(methods)
     chosen = [_method(name, None, {}, shard) for name in names]
+    ranked = {"rank": rank}
     return [
-        estimate(
-            model, method=one.name, **common, rank=rank if one.is_gradlr or one.rank else None, **(own if one.is_gradlr else {})
-        )
+        estimate(model, method=one.name, **common, **(ranked | own if one.is_gradlr else ranked if one.has_adapters else {}))
         for one in chosen
     ]
 
@@ -199,17 +190,16 @@ def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None) ->
         raise ArgumentError(f"method={name!r} is not known to train under shard={shard!r}; these are: {able}")
     if options and not method.is_gradlr:
         raise ArgumentError(f"method={name!r} takes no {next(iter(options))!r}: that is an option of gradlr.attach")
-    if rank is not None and not method.is_gradlr:
-        if method.rank is None:
-            raise ArgumentError(f"method={name!r} has no rank: leave rank out")
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-            raise ArgumentError(f"rank={rank!r}: {name} takes an int of at least 1")
+    if rank is not None and not (method.is_gradlr or method.has_adapters):
+        raise ArgumentError(f"method={name!r} has no rank: leave rank out")
+    if rank is not None and method.has_adapters and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
+        raise ArgumentError(f"rank={rank!r}: {name} takes an int of at least 1")
     return method
 
 
-def _traffic(ledger: MemoryTracker, gpus: int) -> tuple[Traffic, ...]:
+def _traffic(tracker: MemoryTracker, gpus: int) -> tuple[Traffic, ...]:
     found = []
-    for purpose, operation in dict.fromkeys((purpose, operation) for purpose, operation, _ in ledger.traffic):
-        calls, handed = (ledger.traffic[purpose, operation, what] for what in ("calls", "bytes"))
+    for purpose, operation in dict.fromkeys((purpose, operation) for purpose, operation, _ in tracker.traffic):
+        calls, handed = (tracker.traffic[purpose, operation, what] for what in ("calls", "bytes"))
         found.append(Traffic(operation, purpose, calls, handed, ring_bytes(operation, handed, gpus)))
     return tuple(found)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from .shapes import SHAPES
 
+# Names that stand for a config.json of this package.
+_NAMES = ("llama-7b", "llama-13b", "llama-70b", "gpt2", "minilm")
+CONFIGS = {name: Path(__file__).with_name("configs") / f"{name}.json" for name in _NAMES}
 # Tokens of a sequence where none are given and the model's context allows.
 DEFAULT_TOKENS = 2048
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,19 +59,12 @@ def subject_of(
     """
     _check(dtype, batch_size, tokens)
     name = type(model).__name__
-    if isinstance(model, str) and model in SHAPES:
-        kind, shape = SHAPES[model]
-        name, dtype = model, dtype or shape.dtype
-        with torch.device("meta"):
-            model = kind(shape)
-        limit, loss = shape.context, loss or (lambda net, ids: net(ids))
-    else:
-        if isinstance(model, str | Path):
-            name, model = Path(model).name, _config_at(model)
-        if not isinstance(model, nn.Module):
-            model = _model_of(model)
-        limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    limit = limit or getattr(getattr(model, "config", None), "n_positions", None)
+    if isinstance(model, str | Path):
+        name, model = Path(model).name, _config_at(model)
+    if not isinstance(model, nn.Module):
+        model = _model_of(model)
+    config = getattr(model, "config", None)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if inputs is not None:
         return Subject(name, model, dtype, None, lambda: tuple(map(_blank, inputs)), loss or _natural_loss(model))
     if tokens is not None and limit is not None and tokens > limit:
@@ -95,10 +90,10 @@ def _transformers(what: str) -> Any:
 
 
 def _config_at(path: str | Path) -> Any:
-    place = Path(path)
+    place = CONFIGS.get(str(path), Path(path))
     place = place / "config.json" if place.is_dir() else place
     if not place.is_file():
-        known = ", ".join(SHAPES)
+        known = ", ".join(CONFIGS)
         raise ArgumentError(f"{str(path)!r} is no model that is known ({known}), and no config.json or folder with one")
     try:
         return _transformers(str(path)).AutoConfig.from_pretrained(place)
@@ -109,7 +104,7 @@ def _config_at(path: str | Path) -> Any:
 def _model_of(config: Any) -> nn.Module:
     if not hasattr(config, "architectures") or not hasattr(config, "model_type"):
         raise ArgumentError(
-            f"{config!r}: give a torch.nn.Module, a transformers config, a path to a config.json, or one of {', '.join(SHAPES)}"
+            f"{config!r}: give a torch.nn.Module, a transformers config, a path to a config.json, or one of {', '.join(CONFIGS)}"
         )
     library = _transformers("a config")
     names = config.architectures or []

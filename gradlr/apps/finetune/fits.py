@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,49 +15,49 @@ from torch import nn
 from ...errors import ArgumentError
 from ...report.summary import format_bytes
 from ..estimate import Estimate, estimate
-from .losses import cross_entropy
-from .processes import blocks_of
+from ..sharding import blocks_of
+from .model import BuiltinModel, enable_checkpointing
+from .packing import cross_entropy
+
+if TYPE_CHECKING:
+    from .pretrained import PretrainedModel
 
 _MOST_TOKENS = 2**40  # beyond, torch cannot even count the bytes of the logits
 
 
 @dataclass(frozen=True)
-class Need:
+class RequiredMemory:
     """Bytes that a run takes on one device.
 
     Attributes:
         weights: The parameters and buffers.
-        state: The optimizer's state.
+        state: The optimizer's state; None where it, and what a step takes, could not be counted.
         total: At the worst moment, all included; where that could not be counted, the weights alone.
-        is_counted: Whether it could.
-        shards: Number of devices that share weights and state.
     """
 
     weights: int
-    state: int
+    state: int | None
     total: int
-    is_counted: bool = True
-    shards: int = 1
 
     def __str__(self) -> str:
-        if not self.is_counted:
+        if self.state is None:
             return f"{format_bytes(self.weights)} of weights, and for state and activations what could not be counted"
         rest = self.total - self.weights - self.state
         parts = f"{format_bytes(self.weights)} weights, {format_bytes(self.state)} state, {format_bytes(rest)} for a step"
         return f"{format_bytes(self.total)}: {parts}"
 
 
-def required_bytes(
-    language: Any,
+def required_memory(
+    language: BuiltinModel | PretrainedModel,
     *,
     batch_size: int,
     length: int,
     dtype: torch.dtype,
     is_checkpointed: bool,
-    options: dict[str, Any],
+    options: Mapping[str, Any],
     is_exchanging: bool = False,
     shards: int = 1,
-) -> Need:
+) -> RequiredMemory:
     """What a run needs on one device, by `gradlr.estimate`: one step with tensors that have shapes and no values.
 
     Args:
@@ -73,7 +75,7 @@ def required_bytes(
         model = language.skeleton(dtype)
         inputs = torch.empty(batch_size, length, dtype=torch.int64)
         if is_checkpointed:
-            language.enable_checkpointing(language.skeleton(dtype))  # whether it can be
+            enable_checkpointing(language.skeleton(dtype))  # whether it can be
     try:
         found = estimate(
             model, inputs=(inputs,), checkpointing=is_checkpointed, **options,
@@ -83,12 +85,13 @@ def required_bytes(
         raise
     except Exception:  # models may do with values what cannot be done without
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) // shards
-        return Need(weights, 0, weights, is_counted=False, shards=shards)
-    if shards > 1:
-        weights, state = found.weights // shards, found.state // shards
-        rest = found.peak - found.weights - found.state
-        return Need(weights, state, weights + state + rest + _bytes_together(model), shards=shards)
-    return Need(found.weights, found.state, max(found.peak, _bytes_in_exchange(found, model, dtype) if is_exchanging else 0))
+        return RequiredMemory(weights, None, weights)
+    if shards == 1:
+        return RequiredMemory(
+            found.weights, found.state, max(found.peak, _bytes_in_exchange(found, model, dtype) if is_exchanging else 0)
+        )
+    weights, state, rest = found.weights // shards, found.state // shards, found.peak - found.weights - found.state
+    return RequiredMemory(weights, state, weights + state + rest + _bytes_together(model))
 
 
 def _bytes_together(model: nn.Module) -> int:
@@ -110,7 +113,7 @@ def available_bytes(device: str) -> int | None:
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(torch.device(device))[0]
     found = [room for room in (_machine_room(), *_group_rooms()) if room is not None]
-    return min(found) if found else None
+    return min(found, default=None)
 
 
 def _machine_room() -> int | None:
@@ -121,17 +124,14 @@ def _machine_room() -> int | None:
     return None
 
 
-def _group_rooms() -> list[int]:
-    root, own = Path("/sys/fs/cgroup"), Path()
+def _group_rooms() -> list[int | None]:
+    root, own, old = Path("/sys/fs/cgroup"), Path(), Path("/sys/fs/cgroup/memory")
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                own = Path(line.removeprefix("0::/"))
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = Path(next((line.removeprefix("0::/") for line in lines if line.startswith("0::/")), ""))
     folders = [root / part for part in (own, *own.parents)]
     rooms = [_room(folder / "memory.max", folder / "memory.current", folder / "memory.stat") for folder in folders]
-    old = root / "memory"
-    rooms.append(_room(old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", old / "memory.stat"))
-    return [room for room in rooms if room is not None]
+    return [*rooms, _room(old / "memory.limit_in_bytes", old / "memory.usage_in_bytes", old / "memory.stat")]
 
 
 def _room(limit: Path, usage: Path, statistics: Path) -> int | None:
@@ -143,7 +143,7 @@ def _room(limit: Path, usage: Path, statistics: Path) -> int | None:
     return None
 
 
-def require_fit(need: Need, room: int | None, where: str, advice: list[str]) -> None:
+def require_fit(need: RequiredMemory, room: int | None, where: str, advice: list[str]) -> None:
     """Raise an ArgumentError, with the numbers, where a run needs more than there is.
 
     Args:
@@ -154,3 +154,15 @@ def require_fit(need: Need, room: int | None, where: str, advice: list[str]) -> 
     """
     if room is not None and need.total > room:
         raise ArgumentError(f"the run needs about {need}; {where} {format_bytes(room)}. To need less: {', '.join(advice)}")
+
+
+def peak_memory(device: str) -> int | None:
+    """Most bytes held so far: allocated on the GPU, or resident in the process; None if the system does not say."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(torch.device(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

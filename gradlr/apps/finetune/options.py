@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +11,13 @@ import torch
 
 from ...attach import DEFAULT_LR, DEFAULT_MOMENTUM_RANK
 from ...capture.select import CAPTURES
+from ..byte_sizes import parse_bytes
 from ..lora.export import DEFAULT_RANK as DEFAULT_LORA_RANK
 
 # Torch takes seeds of 64 bits; a whole number of epochs beyond is a slip of the keyboard.
 _MOST = 2**63 - 1
 # Sequences, tokens, steps: beyond, too.
 _MOST_COUNTED = 2**31 - 1
-
-_UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +70,7 @@ def _add_memory(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--bf16", action="store_true", help="weights in bfloat16, rounded stochastically")
     group.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
     group.add_argument("--capture", choices=CAPTURES, default="hook", help="how gradients are taken; see docs/capture.md")
-    group.add_argument("--memory-limit", type=_bytes, metavar="SIZE", help="such as 8GiB; default: what the device has free")
+    group.add_argument("--memory-limit", type=parse_bytes, metavar="SIZE", help="such as 8GiB; default: what the device has free")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     group.add_argument("--device", default=device, help="default: cuda if there, else cpu")
     group.add_argument("--shard", choices=["dp", "fsdp"],
@@ -106,10 +104,3 @@ def _number(least: float, most: float = math.inf, *, is_open: bool = True) -> Ca
 
 def _rank(text: str) -> int | float:
     return _whole(1)(text) if text.strip().isdecimal() else _number(0, 1)(text)
-
-
-def _bytes(text: str) -> int:
-    found = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
-    if not found or (found[2] or "B") not in _UNITS:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a size such as 8GiB, 500MiB or 16GB")
-    return round(_number(0)(found[1]) * _UNITS[found[2] or "B"])

@@ -1,4 +1,4 @@
-"""From documents to training sequences: tokens, packed without gaps, in an order that depends on seed and step alone."""
+"""From documents to training sequences: tokens packed without gaps, in an order that depends on seed and step alone; the loss."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ...errors import ArgumentError
 
@@ -66,6 +67,16 @@ class PackedTokens:
         places = self._kept[indices][:, None] * self.length + torch.arange(self.length)
         targets = self._ids[places + 1].long()
         return self._ids[places].long(), targets.masked_fill(~self._is_target[places + 1], IGNORED)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the targets that are not IGNORED, in nats per token, 0-dim float32.
+
+    Args:
+        logits: (batch, length, vocabulary), any floating dtype.
+        targets: int64 (batch, length).
+    """
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)
 
 
 def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,13 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ...errors import ArgumentError
-from ..estimate import checkpoint_blocks
 from .packing import Tokens
 from .reading import Document
 
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _LONGEST_DEFAULT = 1024
-_AT_ONCE = 1024
+# Documents that the tokenizer gets in one call.
+_CHUNK = 1024
 
 
 class PretrainedModel:
@@ -40,36 +38,35 @@ class PretrainedModel:
         note: What else the user should know; None for nothing.
 
     Raises:
-        ArgumentError: config or tokenizer are missing or cannot be read, or the tokenizer has no end-of-text token.
+        ArgumentError: config or tokenizer are missing, cannot be read or do not belong together, or the tokenizer has no
+            end-of-text token.
     """
 
     def __init__(self, path: Path, tokenizer: Path | None) -> None:
         self.name = str(path)
         self._folder = path if path.is_dir() else path.parent
         # A file is asked for by its name: only its config is meant, whatever lies beside it.
-        self.is_from_scratch = path.is_file() or not any(True for pattern in _WEIGHTS for _ in self._folder.glob(pattern))
+        self._weights = [] if path.is_file() else [file for pattern in _WEIGHTS for file in self._folder.glob(pattern)]
+        self.is_from_scratch = not self._weights
         self.config = _config(path)
         text_config = self.config.get_text_config()
         self.positions: int | None = getattr(text_config, "max_position_embeddings", None)
         self.default_length = min(self.positions or _LONGEST_DEFAULT, _LONGEST_DEFAULT)
         self.tokenizer = _tokenizer(tokenizer or self._folder)
         self.padding: int = self.tokenizer.eos_token_id
-        self._vocabulary: int = text_config.vocab_size
         self.note: str | None = None
+        known, embedded = len(self.tokenizer), text_config.vocab_size
+        if known > embedded:
+            raise ArgumentError(
+                f"{self.name}: the tokenizer has {known} tokens, the model embeddings for {embedded}: they do not belong "
+                "together, or tokens were added without model.resize_token_embeddings"
+            )
 
     def identity(self) -> str:
         """What tells this model from another one: names and sizes of its files, and the config itself."""
-        files = sorted((file.name, file.stat().st_size) for pattern in _WEIGHTS for file in self._folder.glob(pattern))
-        what = [[] if self.is_from_scratch else files, self.config.to_json_string(), len(self.tokenizer)]
+        files = sorted((file.name, file.stat().st_size) for file in self._weights)
+        what = [files, self.config.to_json_string(), len(self.tokenizer)]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-    def check_vocabulary(self) -> None:
-        """Raise an ArgumentError where the tokenizer has more tokens than the model has embeddings."""
-        if len(self.tokenizer) > self._vocabulary:
-            raise ArgumentError(
-                f"{self.name}: the tokenizer has {len(self.tokenizer)} tokens, the model embeddings for {self._vocabulary}: they "
-                "do not belong together, or tokens were added without model.resize_token_embeddings"
-            )
 
     def tokenize(self, documents: list[Document], path: Path) -> list[Tokens]:
         """Tokens of each document, the end-of-text token last; what the tokenizer puts in front stays in front.
@@ -77,18 +74,18 @@ class PretrainedModel:
         Raises:
             ArgumentError: a conversation, and no chat template or one that refuses it.
         """
-        if documents[0].messages is not None:
-            return [self._conversation(document, path) for document in documents]
-        return list(self._texts(documents))
-
-    def _texts(self, documents: list[Document]) -> Iterator[Tokens]:
-        source = iter(documents)
-        while chunk := list(islice(source, _AT_ONCE)):
+        found = []
+        for start in range(0, len(documents), _CHUNK):
+            chunk = documents[start : start + _CHUNK]
+            if chunk[0].messages is not None:
+                found += [self._conversation(document, document.messages or (), path) for document in chunk]
+                continue
             heads = self._encode([document.parts[0][0] for document in chunk], is_beginning=True)
             tails = self._encode(["".join(text for text, _ in document.parts[1:]) for document in chunk], is_beginning=False)
             for document, head, tail in zip(chunk, heads, tails, strict=True):
                 flags = [document.parts[0][1]] * len(head) + [True] * (len(tail) + 1)
-                yield Tokens([*head, *tail, self.padding], flags)
+                found.append(Tokens([*head, *tail, self.padding], flags))
+        return found
 
     def _encode(self, texts: list[str], *, is_beginning: bool) -> list[list[int]]:
         if not any(texts):
@@ -97,17 +94,16 @@ class PretrainedModel:
         # Some tokenizers end every text themselves, a prompt too.
         return [ids[:-1] if ids and ids[-1] == self.padding else ids for ids in found]
 
-    def _conversation(self, document: Document, path: Path) -> Tokens:
+    def _conversation(self, document: Document, messages: tuple[dict[str, Any], ...], path: Path) -> Tokens:
         template = self.tokenizer.chat_template
         if not template:
             raise ArgumentError(f"{path}:{document.line}: 'messages' need a chat template, and the tokenizer has none")
-        marks = "{% generation %}" in template or "{%- generation" in template or "{% generation" in template
+        marks = any(mark in template for mark in ("{% generation %}", "{%- generation", "{% generation"))
         if not marks:
             self.note = "the chat template does not mark what the assistant says: every token of a conversation is learned"
+        options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": marks}
         try:
-            found = self.tokenizer.apply_chat_template(
-                list(document.messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=marks
-            )
+            found = self.tokenizer.apply_chat_template(list(messages), **options)
         except Exception as error:  # templates raise what they like
             raise ArgumentError(f"{path}:{document.line}: the chat template refuses this conversation: {error}") from error
         ids = list(found["input_ids"])
@@ -125,19 +121,19 @@ class PretrainedModel:
             torch.manual_seed(seed)
             return self.skeleton(dtype)
         transformers.utils.logging.disable_progress_bar()
+        options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
         try:
-            model, report = AutoModelForCausalLM.from_pretrained(
-                self._folder, dtype=dtype, local_files_only=True, output_loading_info=True
-            )
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self._folder, **options)
         except Exception as error:
             raise ArgumentError(f"{self.name}: the weights cannot be loaded: {_first_line(error)}") from error
+        model, report = loaded
         if missing := sorted(report["missing_keys"]):
             count = f"{len(missing)} in all"
             raise ArgumentError(f"{self.name}: the weights lack {missing[0]!r} ({count}) of the model in config.json")
         return model
 
     def skeleton(self, dtype: torch.dtype) -> nn.Module:
-        """The model with fresh weights.
+        """The model with fresh weights of this dtype, on torch's default device.
 
         Raises:
             ArgumentError: transformers knows no causal language model of this kind.
@@ -147,17 +143,11 @@ class PretrainedModel:
         except ValueError as error:
             raise ArgumentError(f"{self.name}: no causal language model: {_first_line(error)}") from error
 
-    def enable_checkpointing(self, model: nn.Module) -> None:
-        """Keep each layer's input for backward, and nothing from inside it."""
-        if not model.supports_gradient_checkpointing:
-            raise ArgumentError(f"--checkpointing: transformers cannot checkpoint a {type(model).__name__}; leave it out")
-        checkpoint_blocks(model)
-
     def logits(self, model: nn.Module, inputs: Tensor) -> Tensor:
         """Logits (batch, length, vocabulary) of int64 inputs (batch, length)."""
         return model(input_ids=inputs, use_cache=False).logits
 
-    def save(self, model: nn.Module, folder: Path) -> str:
+    def save(self, model: Any, folder: Path) -> str:
         """Write safetensors, config and tokenizer into the folder; returns how to load it, {folder} for the folder."""
         transformers.utils.logging.disable_progress_bar()
         model.save_pretrained(folder)
@@ -189,4 +179,4 @@ def _tokenizer(folder: Path) -> Any:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +56,11 @@ def read_documents(path: Path, field: str | None = None) -> list[Document]:
 
 def _decoded(path: Path) -> str:
     try:
-        content = path.read_bytes()
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         raise ArgumentError(f"{path}: there is no such file") from None
     except OSError as error:
         raise ArgumentError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         byte = f"byte 0x{error.object[error.start]:02x}"
@@ -81,43 +79,37 @@ def _paragraphs(content: str) -> Iterator[Document]:
 
 
 def _records(path: Path, content: str, field: str | None) -> Iterator[Document]:
-    read: Callable[[dict[str, Any], str], tuple[Any, Any]] | None = None
+    fields: tuple[tuple[str, bool], ...] | None = None
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         record = _parsed(line, where)
-        if read is None:
-            read = _form(record, field, where)
-        parts, messages = read(record, where)
-        yield Document(number, parts, messages)
+        if fields is None:  # the first line decides, all others follow it
+            fields = _text_fields(record, field, where)
+        parts = tuple((_text(record, name, where), is_target) for name, is_target in fields)
+        yield Document(number, parts, None if fields else _messages(record, where))
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"{where}: broken JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ArgumentError(f"{where}: broken JSON: nested too deeply") from None
-    except ValueError as error:  # of an integer that Python will not read
-        raise ArgumentError(f"{where}: broken JSON: {error}") from None
+    except (ValueError, RecursionError) as error:  # ValueError also for an integer that Python will not read
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise ArgumentError(f"{where}: broken JSON: {reason}") from None
     if not isinstance(record, dict):
         raise ArgumentError(f'{where}: holds a {type(record).__name__}; each line is an object such as {{"text": "..."}}')
     return record
 
 
-def _form(record: dict[str, Any], field: str | None, where: str) -> Callable[[dict[str, Any], str], tuple[Any, Any]]:
-    # The first line decides, all others follow it.
+def _text_fields(record: dict[str, Any], field: str | None, where: str) -> tuple[tuple[str, bool], ...]:
+    """Names of the fields that hold text, and whether each is to be learned; none for conversations."""
     if field is not None or "text" in record:
-        return lambda record, where: (((_text(record, field or "text", where), True),), None)
+        return ((field or "text", True),)
     if "prompt" in record or "completion" in record:
-        return lambda record, where: (
-            ((_text(record, "prompt", where), False), (_text(record, "completion", where), True)),
-            None,
-        )
+        return (("prompt", False), ("completion", True))
     if "messages" in record:
-        return lambda record, where: ((), _messages(record, where))
+        return ()
     raise ArgumentError(
         f"{where}: no field 'text'; {_fields(record)}. Name the text's field with --field, or give 'prompt' and 'completion', "
         "or 'messages'"

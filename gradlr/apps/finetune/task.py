@@ -5,19 +5,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...errors import ArgumentError
-from .fits import Need
-from .folder import RunFolder
-from .loop import Plan, Run
-from .model import find_model
+from .model import BuiltinModel, find_model
 from .packing import PackedTokens, require_whole_sequence, split, steps_of_epochs
-from .processes import Processes
 from .reading import read_documents
+from .workers import Workers
+
+if TYPE_CHECKING:
+    from .pretrained import PretrainedModel
+
+# The arguments that decide the result as they are given. --checkpointing does not, and may be what a run that ran out of memory
+# needs.
+_DECISIVE = ("field", "validation", "batch_size", "accumulate", "lr", "rank", "momentum_rank", "capture", "max_grad_norm",
+             "weight_decay", "bf16", "seed", "shard")  # fmt: skip
 
 
 @dataclass
@@ -26,72 +32,70 @@ class Task:
 
     Attributes:
         arguments: As they were given.
-        processes: That train it.
+        workers: The processes that train it.
         language: The model, its weights still on the disk.
         data, held_out: To train and to validate on.
         counts: Documents in each.
-        steps: Of the whole run.
-        dtype: Of the weights.
     """
 
     arguments: argparse.Namespace
-    processes: Processes
-    language: Any
+    workers: Workers
+    language: BuiltinModel | PretrainedModel
     data: PackedTokens
     held_out: PackedTokens
     counts: tuple[int, int]
-    steps: int
-    dtype: torch.dtype
 
     @classmethod
-    def prepare(cls, arguments: argparse.Namespace, processes: Processes) -> Task:
+    def prepare(cls, arguments: argparse.Namespace, workers: Workers) -> Task:
         """Read and check data, config and tokenizer.
 
         Raises:
             ArgumentError: the first thing that is wrong.
         """
-        _require_divisible(arguments.batch_size, processes.size)
+        require_divisible(arguments.batch_size, workers.size)
         documents = read_documents(arguments.data, arguments.field)
-        held_out = None
-        if arguments.validation_data is not None:
-            held_out = read_documents(arguments.validation_data, arguments.field)
-        elif len(documents) < 2:
+        if arguments.validation_data is None and len(documents) < 2:
             raise ArgumentError(
                 f"{arguments.data}: holds one document, and one more is needed to validate on: separate documents (blank lines "
                 "in .txt, lines in .jsonl), or give --validation-data"
             )
+        held_out = None if arguments.validation_data is None else read_documents(arguments.validation_data, arguments.field)
         language = find_model(arguments.model, arguments.tokenizer)
         length = arguments.length or language.default_length
         if language.positions is not None and length > language.positions:
             raise ArgumentError(f"--length {length}: {language.name} takes at most {language.positions} tokens")
-        language.check_vocabulary()
-        tokens = language.tokenize(documents, arguments.data)
+        training = language.tokenize(documents, arguments.data)
         if held_out is None:
-            ours, theirs = split(len(tokens), arguments.validation, arguments.seed)
-            training, validating = [tokens[index] for index in ours], [tokens[index] for index in theirs]
+            ours, theirs = split(len(training), arguments.validation, arguments.seed)
+            training, validating = [training[index] for index in ours], [training[index] for index in theirs]
         else:
-            training, validating = tokens, language.tokenize(held_out, arguments.validation_data)
+            validating = language.tokenize(held_out, arguments.validation_data)
         data, held = (PackedTokens(part, length, language.padding) for part in (training, validating))
         require_whole_sequence(data, str(arguments.data))
         if not held.learned:
             where = arguments.validation_data or arguments.data
             raise ArgumentError(f"{where}: the documents to validate on hold nothing to learn")
-        size = arguments.batch_size * arguments.accumulate
-        steps = arguments.steps or steps_of_epochs(arguments.epochs, len(data), size)
-        dtype = torch.bfloat16 if arguments.bf16 else torch.float32
-        return cls(arguments, processes, language, data, held, (len(training), len(validating)), steps, dtype)
+        return cls(arguments, workers, language, data, held, (len(training), len(validating)))
 
     @property
-    def options(self) -> dict[str, Any]:
-        """For `gradlr.attach`, of one process."""
-        arguments = self.arguments
-        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None and arguments.shard != "dp"
-        options = {
-            "lr": arguments.lr, "momentum_rank": arguments.momentum_rank, "capture": arguments.capture,
-            "max_grad_norm": arguments.max_grad_norm, "weight_decay": arguments.weight_decay, "seed": arguments.seed,
-            "apply": "backward" if is_simple else "step",
-        }  # fmt: skip
-        return options if arguments.rank is None else {**options, "rank": arguments.rank}
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return torch.bfloat16 if self.arguments.bf16 else torch.float32
+
+    @property
+    def own_batch(self) -> int:
+        """Sequences of a micro-batch in this process."""
+        return self.arguments.batch_size // self.workers.size
+
+    @property
+    def step_size(self) -> int:
+        """Sequences of a step in all processes."""
+        return self.arguments.batch_size * self.arguments.accumulate
+
+    @cached_property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.arguments.steps or steps_of_epochs(self.arguments.epochs, len(self.data), self.step_size)
 
     @property
     def warmup(self) -> int:
@@ -99,60 +103,51 @@ class Task:
         warmup = self.arguments.warmup
         return round(warmup * self.steps) if warmup < 1 else min(round(warmup), self.steps)
 
-    def settings(self) -> dict[str, Any]:
-        """All that decides the result. Checkpointing does not, and may be what a run that ran out of memory needs."""
+    @property
+    def options(self) -> dict[str, Any]:
+        """For `gradlr.attach`, without those that name other processes."""
         arguments = self.arguments
-        given = ("validation", "batch_size", "accumulate", "lr", "rank", "momentum_rank", "capture", "max_grad_norm",
-                 "weight_decay", "bf16", "seed")  # fmt: skip
+        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None and arguments.shard != "dp"
+        names = ["lr", "momentum_rank", "capture", "max_grad_norm", "weight_decay", "seed"]
+        names += [] if arguments.rank is None else ["rank"]
+        return {"apply": "backward" if is_simple else "step", **{name: getattr(arguments, name) for name in names}}
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides the result."""
+        arguments = self.arguments
         files = {"data": arguments.data, "validation_data": arguments.validation_data}
         return {
             "model": self.language.identity(),
             **{name: None if path is None else _digest(path) for name, path in files.items()},
-            "field": arguments.field, "length": self.data.length, "steps": self.steps, "warmup": self.warmup,
-            **{name: getattr(arguments, name) for name in given},
-            "device": torch.device(arguments.device).type, "shard": arguments.shard,
+            "length": self.data.length, "steps": self.steps, "warmup": self.warmup,
+            **{name: getattr(arguments, name) for name in _DECISIVE},
+            "device": torch.device(arguments.device).type,
         }  # fmt: skip
 
-    def tale(self, need: Need) -> str:
-        """What is about to happen."""
-        arguments, data = self.arguments, self.data
-        size = arguments.batch_size * arguments.accumulate
-        scratch = f"{self.language.name} holds no weights: TRAINING FROM SCRATCH, from random ones\n"
-        lines = scratch if self.language.is_from_scratch else f"model {self.language.name}\n"
-        lines += f"note: {self.language.note}\n" if self.language.note else ""
+    def describe(self, memory: object) -> str:
+        """What is about to happen, in lines for people; `memory` is what the run needs, in words."""
+        arguments, data, name, note = self.arguments, self.data, self.language.name, self.language.note
+        scratch = f"{name} holds no weights: TRAINING FROM SCRATCH, from random ones"
         source = arguments.validation_data or f"drawn with --seed {arguments.seed}"
-        return lines + (
-            f"training on {self.counts[0]:,} documents: {data.size:,} tokens, {data.learned:,} of them learned, {len(data):,} "
-            f"sequences of {data.length}\n"
-            f"validating on {self.counts[1]:,} documents ({source}): {self.held_out.size:,} tokens\n"
-            f"{self.steps} steps of {size} sequences ({self.steps * size / len(data):.2f} epochs), warm-up {self.warmup}\n"
-            f"{self._processes_message()}memory about {need}"
+        share = f"{self.own_batch} of each {arguments.batch_size} sequences; for each of them, "
+        several = (
+            "" if arguments.shard is None else f"{self.workers.size} processes (--shard {arguments.shard}), each with {share}"
         )
-
-    def _processes_message(self) -> str:
-        count, arguments = self.processes.size, self.arguments
-        if arguments.shard is None:
-            return ""
-        share = f"{arguments.batch_size // count} of each {arguments.batch_size} sequences"
-        return f"{count} processes (--shard {arguments.shard}), each with {share}; for each of them, "
-
-    def start(self, folder: RunFolder) -> Run:
-        """Load the weights, attach; everything is as it was before the first step."""
-        arguments = self.arguments
-        plan = Plan(
-            self.steps, arguments.batch_size, arguments.accumulate, self.warmup, arguments.seed, self.processes.device,
-            arguments.save_every, arguments.eval_every, arguments.log_every,
-        )  # fmt: skip
-        model = self.language.load(self.dtype, arguments.seed)
-        if arguments.checkpointing:
-            self.language.enable_checkpointing(model)
-        model = self.processes.placed(model)
-        opt = self.processes.attach(model, self.options)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(opt, plan.rate_factor)
-        return Run(self.language, model, opt, scheduler, self.data, self.held_out, plan, folder, self.processes)
+        lines = [
+            scratch if self.language.is_from_scratch else f"model {name}",
+            f"note: {note}" if note else "",
+            f"training on {self.counts[0]:,} documents: {data.size:,} tokens, {data.learned:,} of them learned, {len(data):,} "
+            f"sequences of {data.length}",
+            f"validating on {self.counts[1]:,} documents ({source}): {self.held_out.size:,} tokens",
+            f"{self.steps} steps of {self.step_size} sequences ({self.steps * self.step_size / len(data):.2f} epochs), warm-up "
+            f"{self.warmup}",
+            f"{several}memory about {memory}",
+        ]
+        return "\n".join(line for line in lines if line)
 
 
-def _require_divisible(batch_size: int, count: int) -> None:
+def require_divisible(batch_size: int, count: int) -> None:
+    """Raise an ArgumentError, with the nearest batch size, where the processes cannot share a batch evenly."""
     if batch_size % count:
         near = max(batch_size // count, 1) * count
         raise ArgumentError(

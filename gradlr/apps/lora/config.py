@@ -50,18 +50,20 @@ def adapter_config(plan: AdapterPlan, model: nn.Module, ranks: dict[str, int]) -
 
 
 def _targets(plan: AdapterPlan) -> list[str] | str:
-    if not plan.targets:
-        return _NO_TARGETS
+    # peft also takes every module whose name ends with one of a list; a text is a pattern for whole names.
+    ends = tuple(f".{name}" for name in plan.targets)
+    is_list_exact = not any(name.endswith(ends) and name not in plan.targets for name in plan.modules)
     names = sorted(plan.targets)
-    return names if plan.are_targets_exact else "|".join(map(re.escape, names))
+    return (names if is_list_exact else "|".join(map(re.escape, names))) or _NO_TARGETS
 
 
 def _is_tie_known(plan: AdapterPlan, model: nn.Module) -> bool:
     """Whether peft can keep the tie: between the input embedding and one head without a bias, under a name that it knows."""
-    if not getattr(getattr(model, "config", None), "tie_word_embeddings", False) or not hasattr(model, "get_input_embeddings"):
+    embedding = getattr(model, "get_input_embeddings", None)
+    if embedding is None or not getattr(getattr(model, "config", None), "tie_word_embeddings", False):
         return False
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    weight = getattr(embedding(), "weight", None)
     tied = [name for name, module in plan.modules.items() if weight is not None and getattr(module, "weight", None) is weight]
-    heads = [name for name in tied if isinstance(plan.modules[name], nn.Linear) and plan.modules[name].bias is None]
+    heads = [name for name in tied if isinstance(head := plan.modules[name], nn.Linear) and head.bias is None]
     is_named = any(name.rpartition(".")[2] in _TIED_NAMES for name in tied)
     return len(tied) == 2 and len(heads) == 1 and is_named and set(tied) <= set(plan.saved)

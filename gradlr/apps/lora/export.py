@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...engine.apply_update import full_precision
+from ...checkpoint.atomic import write_atomically, write_folder_atomically
 from ...errors import ArgumentError
 from ...ranks import require_rank, resolve_rank
-from .compare import changed_names, difference, fitted_base, tensors_of
+from ...tensors import full_precision
+from .compare import compare
 from .config import adapter_config
 from .factors import factorize
-from .folder import CONFIG, WEIGHTS, require_free, write_folder
 from .plan import AdapterPlan, plan_adapter
-from .report import LoraLayer, LoraReport, SavedModule
+from .report import LoraLayer, LoraReport
 
 DEFAULT_RANK = 32
+_WEIGHTS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _DTYPES = (None, torch.float32, torch.bfloat16, torch.float16)
 _PREFIX = "base_model.model."
 
@@ -42,9 +41,10 @@ def export_lora(
 
     `peft.PeftModel.from_pretrained(base_model, path)` loads it. Each changed weight of an `nn.Linear` or transformers' Conv1D
     becomes its best approximation of rank r, W_base + B A, with lora_alpha = r; where biases of these layers changed, they
-    are exact: in `lora_bias` where each of the layers has one, else as peft's `bias="lora_only"`. What no LoRA can hold
-    (embeddings, norms, convolutions, tied weights) is stored exactly with its whole module in `modules_to_save`, a tied weight
-    once per module as peft does it. What did not change is left out.
+    are exact: in `lora_bias` where each of the layers has one, else as peft's `bias="lora_only"`, which peft writes into the
+    base model, so that disabling the adapter does not take them back. What no LoRA can hold (embeddings, norms, convolutions,
+    tied weights) is stored exactly with its whole module in `modules_to_save`, a tied weight once per module: peft keeps the
+    tie between an embedding and a head, and unties others. What did not change is left out.
 
     For an input x, each low-rank layer is off by at most `layer.error · ‖x‖` of the report, `error = ‖ΔW − B A‖`
     (Frobenius) `= sqrt(1 - energy) ‖ΔW‖`; at full rank that is rounding.
@@ -72,29 +72,48 @@ def export_lora(
         OSError: the folder cannot be written; what stood there before is still there.
     """
     serialize = _safetensors()
-    _check_arguments(model, rank, dtype)
-    path, save = Path(path), (save,) if isinstance(save, str) else tuple(save)
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model is a {type(model).__name__}; pass the fine-tuned torch.nn.Module")
+    require_rank("rank", rank)
+    if dtype not in _DTYPES:
+        raise ArgumentError(f"dtype={dtype}: use torch.float32, torch.bfloat16 or torch.float16")
+    path = Path(path)
     require_free(path)
-    state = tensors_of(model)
-    base = fitted_base(state, base_state)
-    changed = changed_names(state, base)
-    plan = plan_adapter(model, changed, save)
+    state, base, changed = compare(model, base_state)
+    plan = plan_adapter(model, changed, (save,) if isinstance(save, str) else tuple(save))
     if not plan.targets and not plan.saved:
         why = next((f"; {name!r}: {reason}" for name, reason in plan.left_out.items()), ": no parameter differs from base_state")
         raise ArgumentError(f"there is nothing to export{why}")
-    tensors, layers = _low_rank(plan, state, base, rank, dtype)
-    saved_tensors, saved = _whole(plan, state, changed)
-    config = adapter_config(plan, model, {layer.name: layer.rank for layer in layers})
+    layers = {name: _low_rank(name, plan, state, base, rank, dtype) for name in plan.targets}
+    tensors = {name: tensor for _, own in layers.values() for name, tensor in own.items()}
+    tensors |= {name: value for name, value in state.items() if name.startswith(tuple(f"{module}." for module in plan.saved))}
+    saved = {module: sum(state[name].nbytes for name in state if name.startswith(f"{module}.")) for module in plan.saved}
+    config = adapter_config(plan, model, {name: layer.rank for name, (layer, _) in layers.items()})
     config |= {"task_type": task_type, "base_model_name_or_path": base_model_name or config["base_model_name_or_path"]}
-    weights = serialize(_placed(tensors | saved_tensors), metadata={"format": "pt"})
-    write_folder(path, {WEIGHTS: weights, CONFIG: json.dumps(config, indent=2).encode()})
-    whole_bytes = sum({value.data_ptr(): value.nbytes for value in (state[name] for name in changed)}.values())
-    return LoraReport(
-        path, layers, saved, plan.left_out, _notes(config, plan), len(state) - len(changed), len(weights), whole_bytes
-    )
+    # A copy of each: tied weights share memory, which safetensors does not store.
+    placed = {_PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    weights, text = serialize(placed, metadata={"format": "pt"}), json.dumps(config, indent=2).encode()
+
+    def fill(folder: Path) -> None:
+        write_atomically(folder / _WEIGHTS, lambda file: file.write(weights))
+        write_atomically(folder / _CONFIG, lambda file: file.write(text))
+
+    write_folder_atomically(path, fill)
+    whole_bytes = sum({state[name].data_ptr(): state[name].nbytes for name in changed}.values())
+    rows = tuple(layer for layer, _ in layers.values())
+    return LoraReport(path, rows, saved, plan.left_out, len(state) - len(changed), len(weights), whole_bytes)
 
 
-def _safetensors():
+def require_free(path: Path) -> None:
+    """Raise an ArgumentError unless `path` can become an adapter's folder: absent, empty, or holding only an earlier adapter."""
+    if path.exists() and not path.is_dir():
+        raise ArgumentError(f"path={str(path)!r} is a file; give a folder")
+    others = sorted(entry.name for entry in path.iterdir() if entry.name not in (_WEIGHTS, _CONFIG)) if path.exists() else []
+    if others:
+        raise ArgumentError(f"path={str(path)!r} holds {others[0]!r}, which is no part of an adapter: give another folder")
+
+
+def _safetensors() -> Callable[..., bytes]:
     try:
         from safetensors.torch import save
     except ImportError as error:
@@ -102,67 +121,31 @@ def _safetensors():
     return save
 
 
-def _check_arguments(model: nn.Module, rank: int | float, dtype: torch.dtype | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise ArgumentError(f"model is a {type(model).__name__}; pass the fine-tuned torch.nn.Module")
-    require_rank("rank", rank)
-    if dtype not in _DTYPES:
-        raise ArgumentError(f"dtype={dtype}: use torch.float32, torch.bfloat16 or torch.float16")
-
-
 def _low_rank(
-    plan: AdapterPlan, state: dict[str, Tensor], base: dict[str, Tensor], rank: int | float, dtype: torch.dtype | None
-) -> tuple[dict[str, Tensor], tuple[LoraLayer, ...]]:
-    tensors, layers = {}, []
-    for name, is_transposed in plan.targets.items():
-        weight = f"{name}.weight"
-        delta = difference(state[weight], base[weight])
-        delta = delta.mT if is_transposed else delta
-        # Where only the bias changed, the least that peft takes.
-        r = resolve_rank(rank, min(delta.shape)) if delta.any() else 1
-        with full_precision(delta.device):
-            factors = factorize(delta, r, dtype or delta.dtype)
-        own = {f"{name}.lora_A.weight": factors.a, f"{name}.lora_B.weight": factors.b} | _bias(plan, name, state, base)
-        size = sum(tensor.nbytes for tensor in own.values())
-        layers.append(LoraLayer(name, tuple(delta.shape), r, factors.difference, factors.error, size))
-        tensors |= own
-    return tensors, tuple(layers)
-
-
-def _bias(plan: AdapterPlan, name: str, state: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
-    bias = f"{name}.bias"
+    name: str, plan: AdapterPlan, state: dict[str, Tensor], base: dict[str, Tensor], rank: int | float, dtype: torch.dtype | None
+) -> tuple[LoraLayer, dict[str, Tensor]]:
+    """One layer's A, B and changed bias, under the names that peft gives them."""
+    weight, bias = f"{name}.weight", f"{name}.bias"
+    delta = _difference(state[weight], base[weight])
+    delta = delta.mT if plan.targets[name] else delta
+    # Where only the bias changed, the least that peft takes.
+    r = resolve_rank(rank, min(delta.shape)) if delta.any() else 1
+    with full_precision(delta.device):
+        a, b = (factor.to(dtype or delta.dtype) for factor in factorize(delta, r))
+        rest = delta - b.to(delta.dtype) @ a.to(delta.dtype)
+    own = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
     if plan.bias_form == "lora_bias":
-        return {f"{name}.lora_B.bias": difference(state[bias], base[bias])}
-    if plan.bias_form == "base_layer" and bias in state:
-        return {f"{name}.base_layer.bias": state[bias]}
-    return {}
+        own[f"{name}.lora_B.bias"] = _difference(state[bias], base[bias])
+    elif plan.bias_form == "base_layer" and bias in state:
+        own[f"{name}.base_layer.bias"] = state[bias]
+    size = sum(tensor.nbytes for tensor in own.values())
+    return LoraLayer(name, tuple(delta.shape), r, _norm(delta), _norm(rest), size), own
 
 
-def _whole(
-    plan: AdapterPlan, state: dict[str, Tensor], changed: Iterable[str]
-) -> tuple[dict[str, Tensor], tuple[SavedModule, ...]]:
-    tensors, saved = {}, []
-    for path in plan.saved:
-        own = {name: value for name, value in state.items() if name.startswith(f"{path}.")}
-        size = sum(value.nbytes for value in own.values())
-        saved.append(SavedModule(path, tuple(name for name in changed if name in own), size))
-        tensors |= own
-    return tensors, tuple(saved)
+def _difference(value: Tensor, base: Tensor) -> Tensor:
+    dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+    return value.to(dtype) - base.to(value.device, dtype)
 
 
-def _placed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # Tied weights share memory, which safetensors does not store.
-    return {_PREFIX + name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _notes(config: dict[str, Any], plan: AdapterPlan) -> tuple[str, ...]:
-    notes = []
-    if config["bias"] != "none":
-        notes.append("biases are written into the base model on loading: disabling the adapter does not take them back")
-    if len(set(plan.targets.values())) > 1:
-        notes.append("Linear and Conv1D layers both: peft warns of fan_in_fan_out on loading, and sets it right itself")
-    shared = Counter(weight.data_ptr() for weight in (getattr(plan.modules[path], "weight", None) for path in plan.saved)
-                     if isinstance(weight, Tensor))  # fmt: skip
-    if max(shared.values(), default=1) > 1 and "ensure_weight_tying" not in config:
-        notes.append("peft unties weights that several modules share: the outputs are right, the loaded model holds them twice")
-    return tuple(notes)
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x, dtype=torch.float64))

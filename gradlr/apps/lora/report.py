@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...report.summary import format_bytes
+from ...report.summary import aligned, format_bytes
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class LoraLayer:
     """
 
     name: str
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     rank: int
     difference: float
     error: float
@@ -32,16 +32,7 @@ class LoraLayer:
     @property
     def energy(self) -> float:
         """Captured share of ‖ΔW‖²."""
-        return captured(self.difference, self.error)
-
-
-@dataclass(frozen=True)
-class SavedModule:
-    """One module that is stored whole, with the names of what changed in it."""
-
-    name: str
-    changed: tuple[str, ...]
-    bytes: int
+        return _captured(self.difference, self.error)
 
 
 @dataclass(frozen=True)
@@ -51,9 +42,8 @@ class LoraReport:
     Attributes:
         path: The adapter's folder.
         layers: The low-rank layers.
-        saved: The modules stored whole (`modules_to_save`).
+        saved: Name of each module that is stored whole (`modules_to_save`), and its bytes.
         left_out: Name of each changed parameter that is not in the adapter, and why.
-        notes: What to know before loading it.
         unchanged: Number of parameters and buffers that are as they were in the base model.
         bytes: Size of the file of weights.
         whole_bytes: Size of everything that changed, in the model's own dtype.
@@ -61,9 +51,8 @@ class LoraReport:
 
     path: Path
     layers: tuple[LoraLayer, ...]
-    saved: tuple[SavedModule, ...]
+    saved: dict[str, int]
     left_out: dict[str, str]
-    notes: tuple[str, ...]
     unchanged: int
     bytes: int
     whole_bytes: int
@@ -72,32 +61,23 @@ class LoraReport:
     def energy(self) -> float:
         """Captured share of the squared difference over all low-rank layers."""
         difference = math.hypot(*(layer.difference for layer in self.layers))
-        return captured(difference, math.hypot(*(layer.error for layer in self.layers)))
+        return _captured(difference, math.hypot(*(layer.error for layer in self.layers)))
 
     def __str__(self) -> str:
-        rows = [("layer", "shape", "rank", "energy", "size")]
-        rows += [_row(layer) for layer in self.layers]
-        rows += [(module.name, "whole", "", "", format_bytes(module.bytes)) for module in self.saved]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
-        lines += [f"note: {note}" for note in self.notes]
-        return "\n".join([f"LoRA adapter in {self.path}", *("  " + line for line in [*lines, self._totals()])])
-
-    __repr__ = __str__
-
-    def _totals(self) -> str:
+        rows = [
+            (layer.name, " x ".join(map(str, layer.shape)), str(layer.rank), f"{layer.energy:.2%}", format_bytes(layer.bytes))
+            for layer in self.layers
+        ]
+        rows += [(name, "whole", "", "", format_bytes(size)) for name, size in self.saved.items()]
         share = f" with {self.energy:.2%} of the squared difference" if self.layers else ""
         rest = f"{len(self.saved)} modules whole, {len(self.left_out)} parameters left out, {self.unchanged} unchanged"
         sizes = f"{format_bytes(self.bytes)} for {format_bytes(self.whole_bytes)} of changed weights"
-        return f"{len(self.layers)} low-rank layers{share}, {rest}; {sizes}"
+        lines = [f"LoRA adapter in {self.path}", *aligned(("layer", "shape", "rank", "energy", "size"), rows)]
+        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n  ".join([*lines, f"{len(self.layers)} low-rank layers{share}, {rest}; {sizes}"])
+
+    __repr__ = __str__
 
 
-def captured(difference: float, error: float) -> float:
-    """Share of the squared difference that is not error; 1 where there is no difference."""
+def _captured(difference: float, error: float) -> float:
     return max(0.0, 1 - (error / difference) ** 2) if difference else 1.0
-
-
-def _row(layer: LoraLayer) -> tuple[str, ...]:
-    shape = " x ".join(map(str, layer.shape))
-    return layer.name, shape, str(layer.rank), f"{layer.energy:.2%}", format_bytes(layer.bytes)

@@ -1,0 +1,92 @@
+"""The one place where the estimate puts functions of its own in the place of others', each for the time of one simulation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...distributed.communicator import Communicator
+from .memory_tracker import MemoryTracker
+
+
+@contextmanager
+def replaced(owner: Any, **others: Callable[..., Any]) -> Iterator[None]:
+    """Attributes of a class or module are others meanwhile; an owner that is None, or lacks one of them, is left alone."""
+    originals = {name: getattr(owner, name, None) for name in others}
+    if None in originals.values():
+        yield
+        return
+    for name, other in others.items():
+        setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(owner, name, original)
+
+
+@contextmanager
+def stub_collectives(tracker: MemoryTracker, zeros: float, touched_rows: Callable[[Tensor], int]) -> Iterator[None]:
+    """The other processes' part in what gradlr's processes say to each other: all is well, and all have the same.
+
+    Args:
+        tracker: Answers what is read from tensors without values.
+        zeros: So many of the first entries of what is summed over the processes read as zero, and those after them as one.
+        touched_rows: Of an embedding's mask, with a byte for each row: how many rows any device has touched.
+    """
+    all_reduce = Communicator.all_reduce
+
+    def answered_all_reduce(self: Communicator, numbers: Tensor, *others: Any) -> None:
+        all_reduce(self, numbers, *others)
+        is_mask = numbers.dtype == torch.uint8
+        tracker.tell(numbers, touched_rows if is_mask else lambda scalar: float(scalar.storage_offset() >= zeros))
+
+    with replaced(
+        Communicator,
+        all_reduce=answered_all_reduce,
+        all_gather_object=lambda self, told: [told] * self.size,
+        broadcast=lambda self, model: None,
+    ):
+        yield
+
+
+@contextmanager
+def stub_internals(tracker: MemoryTracker) -> Iterator[None]:
+    """Torch and transformers do in a simulation what they do in a step, and no more; what is not installed is left alone."""
+    propagator = getattr(sys.modules.get("torch.distributed.tensor._sharding_prop"), "ShardingPropagator", None)
+    propagate: Any = getattr(propagator, "_propagate_tensor_meta_non_cached", None)
+    resize = torch.UntypedStorage.resize_
+
+    def unbooked(self: Any, *schema: Any) -> Any:
+        with tracker.aside():
+            return propagate(self, *schema)
+
+    def counted_resize(storage: torch.UntypedStorage, size: int) -> Any:
+        tracker.resize(storage, size)
+        return resize(storage, size)
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(torch.UntypedStorage, resize_=counted_resize))
+        # Transformers takes tensors without values for a trace by torch.compile, and would mask attention then.
+        library = sys.modules.get("transformers.utils.import_utils")
+        stack.enter_context(replaced(library, is_fake_tensor=lambda tensor: False))
+        # To know a result's shape, DTensor runs each operation once on whole tensors without values, in real training as well.
+        stack.enter_context(replaced(propagator, _propagate_tensor_meta_non_cached=unbooked))
+        yield
+
+
+@contextmanager
+def first_shard_only() -> Iterator[None]:
+    """FSDP2 divides each parameter into all N shards to keep one, a minute for a thousand devices: here rank 0's is made."""
+
+    def chunks(tensor: Tensor, count: int, dim: int) -> list[Tensor]:
+        size = tensor.size(dim)
+        return [tensor.narrow(dim, 0, min(size, -(-size // count)))] * count
+
+    with replaced(sys.modules.get("torch.distributed.fsdp._fully_shard._fsdp_param"), _chunk_with_empty=chunks):
+        yield

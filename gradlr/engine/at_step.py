@@ -1,0 +1,83 @@
+"""`apply="step"`: gradients wait, compressed, and are committed together, all of them or none."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+from ..errors import ParallelError
+from ..gradient import GradientOperator
+from ..tensors import full_precision
+from .commit import Prepared
+from .policy import CommitPolicy
+from .record import ParamRecord
+
+
+class AtStep(CommitPolicy):
+    """Adds gradients up until `step()`, which accumulation, clipping, GradScaler and data parallel training need."""
+
+    def _take(self, record: ParamRecord, gradient: GradientOperator) -> None:
+        self.skipped.look(gradient.is_finite(), lambda: self.checks.bad_gradient_message(record))
+        self.pending.add(record, gradient)
+
+    def step(self) -> None:
+        """Write all that waits, or nothing: all is prepared before the first weight is written."""
+        with full_precision(self.pending.norm_proxy.parameter.device):
+            self._exchange()
+            if len(self.pending) or self.skipped.reason:
+                self._commit_all()
+        if self.sync.ranks_follow == "step":
+            self.bases.forget_all()
+            self._follow_loss()
+
+    def _exchange(self) -> None:
+        """See that what waits belongs together, and tell the other processes."""
+        losses = self.tracker.recent(self.checks.shown_losses) if self.sync.tells_mean else []
+        try:
+            self.checks.on_step(pending=len(self.pending))
+            self.sync.check(self.pending)
+        except Exception:  # the others wait for this process
+            with suppress(ParallelError):
+                self.sync.exchange(self.pending, losses, self.skipped, has_failed=True)
+            raise
+        result = self.sync.exchange(self.pending, losses, self.skipped)
+        if result.loss is not None:
+            self.tracker.record_mean(result.loss)
+
+    def _commit_all(self) -> None:
+        prepared = [] if self.skipped.reason else self._prepare()
+        verdict = self.sync.all_finite(self.skipped) if prepared else self.skipped.verdict()
+        if self.skipped.reason:
+            self.pending.clear()
+            self.bases.forget_all()
+            self.skipped.skip(is_quiet=False)
+            return
+        for one in prepared:
+            one.is_finite = one.is_finite if verdict is None else verdict
+            self.committer.commit(one)
+        if verdict is not None:
+            self.skipped.await_verdict(verdict, [one.record for one in prepared])
+        self.pending.clear()
+
+    def _prepare(self) -> list[Prepared]:
+        pending, clipper = self.pending, self.pending.clipper
+        norm, factor = pending.norm(), pending.read_factor()
+        if clipper.is_active:
+            count = self.tracker.count
+            self.skipped.look(norm.isfinite(), lambda: f"the norm of all gradients is not finite at loss number {count}")
+            factor = factor * clipper.factor(norm)
+        if self.skipped.reason:  # the same in all processes, which know one norm
+            return []
+        pending.scale(factor)
+        prepared: list[Prepared] = []
+        for record in pending.records():
+            gradient = pending.pop(record)
+            prepared.append(self.committer.compute(record, gradient, gradient.is_finite()))
+            self.skipped.look(prepared[-1].is_finite, lambda record=record: self.checks.bad_gradient_message(record))
+        if not self.skipped.reason:
+            self.grad_norm = norm
+        return prepared
+
+    def drop(self) -> None:
+        """Drop what waits: it counts for no step."""
+        super().drop()
+        self.checks.gradients_dropped()

@@ -1,0 +1,40 @@
+"""`apply="backward"`: each weight is updated as its gradient arrives."""
+
+from __future__ import annotations
+
+from ..gradient import GradientOperator
+from ..tensors import is_async
+from .policy import CommitPolicy
+from .record import ParamRecord
+
+
+class InBackward(CommitPolicy):
+    """Commits every gradient at once. Errors come at once as well: what was updated before them stays so."""
+
+    _dropped_serial: int | None = None
+
+    def _take(self, record: ParamRecord, gradient: GradientOperator) -> None:
+        if self._dropped_serial == self.tracker.serial:
+            self.bases.forget(record)
+            return
+        layout, is_finite = record.plan.layout, gradient.is_finite()
+        is_late = is_async(is_finite)
+        if layout.is_whole and not is_late and not is_finite:
+            raise self.checks.not_finite(record)  # rules are promised finite gradients
+        prepared = self.committer.compute(record, gradient, is_finite)
+        if not layout.is_whole:
+            # Each process takes part in what the others compute, and all hear of what is not finite.
+            prepared.is_finite = ~layout.anywhere(~prepared.is_finite)
+        if is_late:
+            self.checks.read_later(record, prepared.is_finite)
+        elif not prepared.is_finite:
+            raise self.checks.not_finite(record)
+        self.committer.commit(prepared)
+
+    def _on_bad_loss(self) -> None:
+        self._dropped_serial = self.tracker.serial
+        self.skipped.skip(is_quiet=False)
+
+    def step(self) -> None:
+        """There is nothing left to do but to see that all is well."""
+        self.checks.on_step(pending=0)

@@ -1,0 +1,127 @@
+"""What waits for `opt.step()`: a sketch of each matrix's gradient, or the gradient itself where that is smaller."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..gradient import Dense, GradientOperator, OuterProduct, RowSparse, Sketched
+from ..tensors import AsyncScalar, compute_dtype_and_device, is_async
+from .bases import Bases
+from .grad_norm import GradClipper, GradNormProxy
+from .record import ParamRecord
+from .skipped_steps import SkippedSteps
+from .state_store import StateStore
+from .sync import Sync
+
+
+class Pending:
+    """The gradients of a step, as operators that add, and their global norm.
+
+    Args:
+        store: State of the parameters.
+        bases: In which gradients are sketched where these are known before the gradient.
+        sync: The other processes.
+        skipped: Told where values were clipped.
+        clipper: Whether the norm must be known exactly.
+
+    Attributes:
+        gradients: Number of a parameter → what waits for it.
+        norm_proxy: The global norm, where `GradScaler` and `clip_grad_norm_` look for it.
+    """
+
+    def __init__(self, store: StateStore, bases: Bases, sync: Sync, skipped: SkippedSteps, clipper: GradClipper) -> None:
+        self.store, self.bases, self.sync, self.skipped, self.clipper = store, bases, sync, skipped, clipper
+        self.gradients: dict[int, GradientOperator] = {}
+        self.norm_proxy = GradNormProxy(**compute_dtype_and_device(store.records[0].plan.parameter))
+        self._blank: dict[int, AsyncScalar] = {}
+
+    def __len__(self) -> int:
+        return len(self.gradients)
+
+    def records(self) -> list[ParamRecord]:
+        """The parameters that have a gradient here, in their order."""
+        return [record for record in self.store.records if record.index in self.gradients]
+
+    def add(self, record: ParamRecord, gradient: GradientOperator) -> None:
+        """Add a gradient to what waits for its parameter."""
+        if self.norm_proxy.is_touched and not self.sync.shares_bases:
+            # Clipped between two micro-batches: what has come so far is scaled, what comes now is not.
+            factor = self.read_factor()
+            self.scale(factor)
+            self.norm_proxy.settle(factor)
+        held, energy = self._not_blank(record.index), None
+        if held is not None:
+            held = held.add_(gradient)  # type: ignore[attr-defined]  # what waits can
+        else:
+            # The norm of a gradient that was never formed costs as much as forming it: its sketch's will do, unless it matters.
+            if not self.sync.shares_bases and (self.clipper.is_active or not isinstance(gradient, OuterProduct)):
+                energy = gradient.squared_norm()
+            held = self.sync.hold(record, gradient, self)
+            if isinstance(held, Sketched):
+                self._blank[record.index] = AsyncScalar(held.is_blank())
+        self.gradients[record.index] = held
+        self.norm_proxy.record(record.index, self.sync.energy(record, energy, held))
+
+    def _not_blank(self, index: int) -> GradientOperator | None:
+        # A sketch of zeros, as of an empty micro-batch, is dropped: bases that came from it would serve no other gradient.
+        flag = self._blank.pop(index, None)
+        return None if flag is not None and flag.read() else self.gradients.get(index)
+
+    def sketched(self, record: ParamRecord, gradient: GradientOperator) -> GradientOperator:
+        """A step's first gradient in the bases that suit it, or as it is where nothing smaller would serve."""
+        if record.rule.is_elementwise or isinstance(gradient, Sketched) or _is_small(record, gradient):
+            return without_activations(gradient)
+        sketch = record.rule.sketch(gradient, self.store.read(record), self.store.context(record))
+        sketch.whole = as_dense(gradient) if record.observer is not None else None
+        return sketch
+
+    def read_factor(self) -> Tensor:
+        """What a scaler or clipping has multiplied the norm with, 0-dim.
+
+        Raises:
+            ArgumentError: values were clipped instead. Where asking would wait for the device, the step is left out.
+        """
+        if not self.skipped.look(self.norm_proxy.is_even(), lambda: "value clipping"):
+            raise ArgumentError(
+                "gradients were clipped by value (clip_grad_value_?) over opt.param_groups: what waits for step() is a sketch, "
+                "whose entries are not the gradient's. Clip by norm instead: torch.nn.utils.clip_grad_norm_, or max_grad_norm= "
+                "of attach. What waited for this step is dropped"
+            )
+        return self.norm_proxy.factor()
+
+    def scale(self, factor: Tensor) -> None:
+        """Multiply all that waits."""
+        if is_async(factor) or factor != 1:
+            for index, gradient in self.gradients.items():
+                self.gradients[index] = gradient.scaled(factor.to(gradient.dtype))
+
+    def norm(self) -> Tensor:
+        """Global norm of all that waits, scaled or clipped where somebody did so, 0-dim."""
+        return self.norm_proxy.norm()
+
+    def pop(self, record: ParamRecord) -> GradientOperator:
+        """Take a gradient out: it waits no longer, so that its memory is free as soon as its update is made."""
+        return self.gradients.pop(record.index)
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.gradients, self._blank = {}, {}
+        self.norm_proxy.clear()
+
+
+def _is_small(record: ParamRecord, gradient: GradientOperator) -> bool:
+    # A sketch has two bases and two products: r columns on the right, r + k on the left. Of a shard, what would wait here.
+    layout = record.plan.layout
+    m, n = (-(-size // axis.parts) for axis, size in zip((layout.rows, layout.columns), record.plan.shape[-2:], strict=True))
+    return isinstance(gradient, Dense) and (2 * record.rank + record.momentum_rank) * (m + n) >= m * n
+
+
+def without_activations(gradient: GradientOperator) -> GradientOperator:
+    """The gradient in its own numbers: the activations that make an outer product would be kept alive until `step()`."""
+    return gradient if isinstance(gradient, Dense | RowSparse | Sketched) else as_dense(gradient)
+
+
+def as_dense(gradient: GradientOperator) -> Dense:
+    """The gradient with its entries in memory."""
+    return gradient if isinstance(gradient, Dense) else Dense(gradient.matrix, is_owned=True)

@@ -1,0 +1,142 @@
+"""What both ways of taking updates have in common: how a loss, a backward and a gradient are received."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import GradlrError
+from ..gradient import GradientOperator
+from ..tracker import LossTracker
+from .attached_parameters import AttachedParameters
+from .bases import Bases
+from .commit import Committer
+from .loop_checks import LoopChecks
+from .pending import Pending
+from .record import ParamRecord
+from .skipped_steps import SkippedSteps
+from .state_store import StateStore
+from .sync import Sync
+
+
+class CommitPolicy:
+    """Hears the tracker, receives gradients, and decides when they are committed; a subclass says when.
+
+    Args:
+        tracker: Shown each loss; calls `on_loss` and `on_backward`.
+        store: State of the parameters.
+        committer: Makes and writes updates.
+        pending: What waits for `step()`; stays empty where weights change inside backward.
+        checks: Tells what is wrong with a loop.
+        attached: Tells what has become of the model.
+        skipped: Steps left out because something was not finite.
+        bases: What one-sided layers project on.
+        sync: The other processes.
+
+    Attributes:
+        grad_norm: Global norm of the last step's gradients, 0-dim; None before the first, and where backward updates.
+        tells_mean: Whether the tracker hears of the mean loss of several processes from here.
+    """
+
+    grad_norm: Tensor | None = None
+
+    def __init__(
+        self,
+        tracker: LossTracker,
+        *,
+        store: StateStore,
+        committer: Committer,
+        pending: Pending,
+        checks: LoopChecks,
+        attached: AttachedParameters,
+        skipped: SkippedSteps,
+        bases: Bases,
+        sync: Sync,
+    ) -> None:
+        self.tracker, self.store, self.committer, self.pending = tracker, store, committer, pending
+        self.checks, self.attached, self.skipped, self.bases, self.sync = checks, attached, skipped, bases, sync
+        self._followers = [record for record in store.records if not record.rule.is_elementwise]
+        self.tells_mean = sync.tells_mean
+        self._bad_loss: str | None = None
+        # Number of autograd's graph task whose gradients are to be left out, and why.
+        self._bad_backward: tuple[int, str] | None = None
+
+    @torch.no_grad()
+    def on_loss(self, tracker: LossTracker) -> None:
+        """A loss was shown: tell what went wrong since the last one, then fix the ranks."""
+        self.read_skipped()
+        self.checks.on_loss(pending=len(self.pending.gradients))
+        if tracker.open_backwards:
+            self.reset()
+        self.attached.check()
+        self._bad_loss = self.sync.on_loss(tracker, self.store)
+        if self.sync.ranks_follow == "loss":
+            self._follow_loss()
+
+    def read_skipped(self) -> None:
+        """Learn which steps the device has left out: the host has counted them."""
+        for record in self.skipped.read():
+            self.store.uncount(record)
+
+    def _follow_loss(self) -> None:
+        # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
+        for record in self._followers:
+            if record.index not in self.pending.gradients and self.bases.held(record) is None:
+                record.follow_loss(self.tracker.ratio)
+
+    def on_backward(self, scale: Tensor) -> None:
+        """Backward has reached the loss; `scale` is d(total)/d(loss)."""
+        self.checks.on_backward(scale)
+        if self._bad_loss is not None:
+            # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
+            self._bad_backward = torch._C._current_graph_task_id(), self._bad_loss
+
+    def receive(self, record: ParamRecord, gradient: GradientOperator) -> None:
+        """Take the gradient of one parameter."""
+        try:
+            self.checks.on_gradient(record)
+            if self._bad_backward is not None:
+                self._leave_out_bad_backward()
+            with torch.autocast(gradient.device.type, enabled=False):  # the rule computes in float32 or wider
+                self._take(record, gradient)
+        except GradlrError:
+            self.reset()
+            raise
+        record.last_loss = self.tracker.serial
+
+    def _leave_out_bad_backward(self) -> None:
+        if self._bad_backward is not None and self._bad_backward[0] in self.tracker.open_backwards:
+            self.skipped.reason, self._bad_backward = self._bad_backward[1], None
+            self._on_bad_loss()
+
+    def _on_bad_loss(self) -> None:
+        """The loss of the backward under way is not finite; `skipped.reason` says so."""
+
+    def _take(self, record: ParamRecord, gradient: GradientOperator) -> None:
+        raise NotImplementedError
+
+    def step(self) -> None:
+        """`opt.step()` was called."""
+        raise NotImplementedError
+
+    def drop(self) -> None:
+        """Drop what waits, as `opt.zero_grad()` does; a step that was to be left out ends here, and counts as skipped."""
+        if self.skipped.drop():
+            self.bases.forget_all()
+        self.pending.clear()
+
+    def reset(self) -> None:
+        """The error or warning at hand says what happened: the next loss begins afresh."""
+        self.skipped.clear()
+        self.pending.clear()
+        for record in self.store.records:
+            record.plan.parameter.grad = None
+        self.checks.gradients_dropped()
+
+    def restart(self, skipped: int) -> None:
+        """A checkpoint was loaded, with that number of skipped steps: nothing has happened since."""
+        self.skipped.count = skipped
+        self.skipped.clear()
+        self.pending.clear()
+        self.bases.forget_all()
+        self.checks.forget()

@@ -1,0 +1,165 @@
+"""Which options each parameter trains with: those of its group, of its kind, and of the whole model, the nearest first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+from ..errors import ArgumentError
+from ..ranks import RankSchedule, as_schedule, require_rank
+from ..rules import Rule, resolve
+from ..rules.base import require_fraction, require_number
+from .kinds import KINDS, MATRIX, Kind, ParameterPlan, kind_named, with_kind
+
+_OPTIONS = ("lr", "rank", "momentum_rank", "beta", "weight_decay", "rule", "kind", "kinds")
+
+
+@dataclass
+class ParameterGroup:
+    """Parameters that share a kind and all options; becomes one entry of `opt.param_groups`."""
+
+    label: str
+    kind: str
+    plans: list[ParameterPlan]
+    rule: Rule
+    schedule: RankSchedule
+    momentum_rank: int | float
+    lr: float
+    beta: float
+    weight_decay: float
+
+    def for_torch(self) -> dict[str, Any]:
+        """One entry of `param_groups`: plain values only, so that a state_dict loads with `weights_only=True`."""
+        named = [(plan.name, plan.parameter) for plan in self.plans]
+        options = {"lr": self.lr, "beta": self.beta, "weight_decay": self.weight_decay}
+        return {"params": named, "label": self.label, "kind": self.kind, "rule": self.rule.name, **options}
+
+
+class _Scope(NamedTuple):
+    """Options that are given in one place: of a group, or of the whole model.
+
+    Attributes:
+        options: For all parameters there.
+        kinds: For those of one kind, which are nearer to it.
+    """
+
+    options: Mapping[str, Any]
+    kinds: Mapping[str, Mapping[str, Any]]
+
+
+def parameter_groups(
+    plans: list[ParameterPlan],
+    groups: Sequence[dict[str, Any]],
+    kinds: Mapping[str, Mapping[str, Any]] | None,
+    **options: Any,
+) -> list[ParameterGroup]:
+    """The parameters, by group and kind, with the options of each.
+
+    Args:
+        plans: Of all trainable parameters.
+        groups, kinds: As `gradlr.attach` takes them.
+        options: lr, rank, momentum_rank, beta, weight_decay and rule of the whole model.
+
+    Raises:
+        ArgumentError: an option is out of range, unknown or without effect, or a group matches nothing.
+    """
+    if not isinstance(groups, list | tuple) or not all(isinstance(group, dict) for group in groups):
+        raise ArgumentError(f'groups={groups!r}: give a list of dicts, such as [{{"match": "encoder.*", "lr": 1e-3}}]')
+    model = _Scope(options, _checked_kinds("kinds", kinds))
+    found, rest = [], list(plans)
+    for index, group in enumerate(groups):
+        patterns = _patterns(index, group)
+        members = [plan for plan in rest if any(fnmatchcase(plan.name, pattern) for pattern in patterns)]
+        if not members:
+            raise ArgumentError(
+                f"groups[{index}]: {' or '.join(map(repr, patterns))} matches no trainable parameter that an earlier group left; "
+                f"names look like {plans[0].name!r}"
+            )
+        rest = [plan for plan in rest if plan not in members]
+        if "kind" in group:
+            members = [with_kind(plan, group["kind"]) for plan in members]
+        own = {key: value for key, value in group.items() if key not in ("match", "kind", "kinds")}
+        scope = _Scope(own, _checked_kinds(f"groups[{index}]['kinds']", group.get("kinds")))
+        _require_used(patterns[0], scope, {plan.kind for plan in members})
+        found += _by_kind(patterns[0], (scope, model), members)
+    return found + _by_kind("", (model,), rest)
+
+
+def _patterns(index: int, group: dict[str, Any]) -> list[str]:
+    unknown = sorted(set(group) - {"match", *_OPTIONS})
+    if unknown or "match" not in group:
+        what = f"unknown option {unknown[0]!r}" if unknown else 'no "match"'
+        raise ArgumentError(f'groups[{index}] has {what}; give "match" and any of {", ".join(_OPTIONS)}')
+    given = group["match"]
+    patterns = list(given) if isinstance(given, list | tuple) else [given]
+    if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ArgumentError(f'groups[{index}]: "match" is {given!r}; give a glob such as "encoder.*", or a list of them')
+    return patterns
+
+
+def _checked_kinds(where: str, kinds: Any) -> dict[str, Mapping[str, Any]]:
+    """What was given for each kind, by the kind's own name."""
+    if kinds is None:
+        return {}
+    if not isinstance(kinds, Mapping) or not all(isinstance(row, Mapping) for row in kinds.values()):
+        raise ArgumentError(f'{where}={kinds!r}: give a dict of dicts, such as {{"embedding": {{"lr": 1e-4}}}}')
+    known = {kind_named(name): row for name, row in kinds.items()}
+    if len(known) < len(kinds):
+        raise ArgumentError(f"{where} has both 'embedding' and 'table', which are two words for one kind: give one of them")
+    for name, row in known.items():
+        allowed = ("lr", "rule", "weight_decay") if KINDS[name].decays else ("lr", "rule")
+        if unknown := sorted(set(row) - set(allowed)):
+            raise ArgumentError(f"{where}[{name!r}] has {unknown[0]!r}; options of a kind {name} are {', '.join(allowed)}")
+    return known
+
+
+def _used_by(kind: Kind) -> set[str]:
+    """The options of a group that do something for a parameter of that kind."""
+    used = {"lr", "beta"}
+    used |= {"weight_decay"} if kind.decays else set()
+    used |= {"rank", "momentum_rank"} if kind.is_compressed else set()
+    return used | ({"rule"} if kind.name == MATRIX else set())
+
+
+def _require_used(label: str, scope: _Scope, kinds: set[str]) -> None:
+    used = set().union(*(_used_by(KINDS[kind]) for kind in kinds))
+    idle = [repr(key) for key in sorted(scope.options.keys() - used)]
+    idle += [f"kinds[{kind!r}]" for kind in scope.kinds if kind not in kinds]
+    if idle:
+        raise ArgumentError(
+            f"group {label!r}: {idle[0]} does nothing for its parameters, each a {' or '.join(sorted(kinds))}; "
+            f"options that do are {', '.join(sorted(used | {'kind', 'kinds'}))}"
+        )
+
+
+def _by_kind(label: str, scopes: Sequence[_Scope], plans: list[ParameterPlan]) -> list[ParameterGroup]:
+    # All kinds are made, so that options out of range are found also where no parameter takes them.
+    made = [_group(label, kind, scopes, [plan for plan in plans if plan.kind == kind.name]) for kind in KINDS.values()]
+    return [group for group in made if group.plans]
+
+
+def _group(label: str, kind: Kind, scopes: Sequence[_Scope], members: list[ParameterPlan]) -> ParameterGroup:
+    def nearest(option: str) -> tuple[str, Any, float]:
+        """What to call the nearest value of an option, the value, and which share of it, as a rate, is the kind's own."""
+        for scope in scopes:
+            if option in scope.kinds.get(kind.name, {}):
+                return f"kinds[{kind.name!r}][{option!r}]", scope.kinds[kind.name][option], 1.0
+            # A rule that is given for a group or for the whole model is one for matrices.
+            if option in scope.options and (option != "rule" or kind.name == MATRIX):
+                return option, scope.options[option], kind.lr_share
+        return option, kind.rule, 1.0
+
+    where_lr, rate, share = nearest("lr")
+    where_rule, named, _ = nearest("rule")
+    where_decay, decay, _ = nearest("weight_decay")
+    _, momentum_rank, _ = nearest("momentum_rank")
+    lr, decay, rule = require_number(where_lr, rate), require_number(where_decay, decay), resolve(named)
+    if not (kind.is_compressed or rule.is_elementwise):
+        raise ArgumentError(f"{where_rule}={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
+    require_rank("momentum_rank", momentum_rank)
+    return ParameterGroup(
+        f"{label} {kind.name}".strip(), kind.name, members, rule, as_schedule(nearest("rank")[1]), momentum_rank,
+        lr=lr * share, beta=require_fraction("beta", nearest("beta")[1]), weight_decay=decay if kind.decays else 0.0,
+    )  # fmt: skip

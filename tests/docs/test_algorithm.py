@@ -1,0 +1,87 @@
+"""The sixty lines of docs/algorithm.md are the rule: run as they stand there, beside `TrackedMomentum`, in float64."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import gradlr
+from gradlr.gradient import Dense
+from gradlr.rules import TrackedMomentum, UpdateContext
+
+PAGE = Path(gradlr.__file__).parents[1] / "docs" / "algorithm.md"
+(CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+STEPS = 8
+SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
+# r at each step, where k = 4. At 10 two of the shapes have nothing left for the residual; below 4 the momentum shrinks with r.
+RANKS = {"fixed": [6] * STEPS, "falling": [10, 8, 6, 4, 4, 3, 2, 2], "rising": [1, 2, 3, 4, 5, 6, 8, 10]}
+MOMENTUM_RANK = 4
+# float64: rounding of 1e-16, times 485 for five Newton–Schulz steps (3.4445 each, near zero), times a thousand for the small
+# directions that the orthonormal basis, the power steps and the residual's scaling divide by: 5e-11.
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def documented():
+    names = {}
+    exec(CODE, names)
+    return names["tracked_momentum"]
+
+
+def rule_with(residual):
+    # Matrix products and Cholesky factors, where there is a choice.
+    choice = {"arithmetic": "products"} if "arithmetic" in inspect.signature(TrackedMomentum).parameters else {}
+    return TrackedMomentum(residual=residual, **choice)
+
+
+def context(step, rank):
+    return UpdateContext(rank, MOMENTUM_RANK, 0.9, step, torch.Generator().manual_seed(step))
+
+
+def gradients(shape, seed=0):
+    """With a common part of a few directions, which momentum can follow, and noise of full rank."""
+    generator = torch.Generator().manual_seed(seed)
+    m, n = shape
+    common = torch.randn(m, 3, dtype=torch.float64, generator=generator) @ torch.randn(
+        3, n, dtype=torch.float64, generator=generator
+    )
+    return [common + torch.randn(m, n, dtype=torch.float64, generator=generator) for _ in range(STEPS)]
+
+
+def both(shape, ranks, residual, given):
+    """Direction and momentum of the rule and of the page, step by step, each from its own state."""
+    update_of, rule = documented(), rule_with(residual)
+    state = rule.init(torch.Size(shape), context(1, max(ranks)), dtype=torch.float64, device=torch.device("cpu"))
+    left, right = torch.zeros_like(state["P"]), torch.zeros_like(state["R"])
+    for step, (gradient, rank) in enumerate(zip(given, ranks, strict=True), start=1):
+        fresh = torch.randn(shape[1], rank, dtype=torch.float64, generator=context(step, rank).generator) / shape[1] ** 0.5
+        direction, left, right = update_of(gradient, left, right, fresh, residual=residual)
+        update, state = rule.update(Dense(gradient.clone()), state, context(step, rank))
+        ours = update.left @ update.right.mT
+        ours = ours if update.dense is None else ours + update.dense
+        yield ours, direction, state["P"] @ state["R"].mT, left @ right.mT
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
+@pytest.mark.parametrize("residual", [0.0, 0.5])
+def test_the_page_is_the_rule(shape, ranks, residual):
+    for ours, theirs, momentum, page_momentum in both(shape, ranks, residual, gradients(shape)):
+        assert ours.norm() > 0
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        torch.testing.assert_close(momentum, page_momentum, **CLOSE)
+
+
+def test_a_step_without_gradient_changes_nothing_in_either():
+    given = gradients((24, 10))
+    given[3] = torch.zeros_like(given[3])
+    for step, (ours, theirs, momentum, page_momentum) in enumerate(both((24, 10), RANKS["fixed"], 0.5, given)):
+        assert bool(ours.any()) == bool(theirs.any()) == (step != 3)
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+        torch.testing.assert_close(momentum, page_momentum, **CLOSE)
+
+
+def test_it_fits_on_a_page():
+    assert len([line for line in CODE.splitlines() if line.strip()]) <= 60
