@@ -54,8 +54,7 @@ def test_few_files_lie_loose():
 
 @pytest.mark.parametrize(("apply", "most"), [("backward", 70), ("step", 110)])
 def test_one_update_takes_few_calls(apply, most):
-    count, _ = house.calls(apply)
-    assert 0 < count <= most
+    assert 0 < len(house.calls(apply)) <= most
 
 
 def test_importing_the_package_does_not_import_torchs_compiler():

@@ -69,8 +69,8 @@ def test_at_full_rank_the_projection_is_the_gradient():
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_training_lowers_the_loss(rule, apply):
     model, tracker, opt = attached(mlp(16, 3), capture="one_sided", rule=rule, rank=8, apply=apply)
-    losses = train(model, opt, tracker, 60)
-    assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
+    losses = train(model, opt, tracker, 30)
+    assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
 
 
 @pytest.mark.parametrize("is_one_backward", [False, True])

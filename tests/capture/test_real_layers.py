@@ -68,6 +68,7 @@ def test_training_is_that_of_hook_capture(name):
 
 
 @QUIET
+@pytest.mark.sampled
 @pytest.mark.parametrize("capture", ["adaptor", "one_sided", "auto"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 @pytest.mark.parametrize("name", list(NETWORKS))

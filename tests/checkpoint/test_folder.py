@@ -1,4 +1,4 @@
-"""Folders of shards, in one process; tests/parallel writes them with several."""
+"""Folders of shards, in one process; tests/distributed writes them with several."""
 
 import copy
 from types import SimpleNamespace

@@ -70,6 +70,7 @@ def test_memory_that_is_given_up_is_an_error():
         tracker(1.0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("options", [{}, {"apply": "step"}, {"capture": "adaptor"}, {"capture": "one_sided"}], ids=str)
 @pytest.mark.parametrize("ending", ["dropped", "detached", "interrupted"])
 def test_twenty_models_leave_nothing_behind(options, ending):

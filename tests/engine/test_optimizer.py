@@ -25,6 +25,7 @@ def test_after_backward_every_weight_is_updated_and_no_gradient_is_left():
     assert all(torch.equal(old, new) for old, new in zip(after, model.parameters(), strict=True))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rule", ["tracked_momentum", "factor_moments", "adam"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_training_lowers_the_loss(rule, apply):
@@ -306,6 +307,7 @@ def test_under_the_context_manager_hooks_go_at_the_end():
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.synchronous("a compiled forward knows nothing of the mode")
 @pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 def test_compiled_blocks_are_updated_as_well(capture):
     results = []

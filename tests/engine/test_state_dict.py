@@ -155,6 +155,7 @@ def test_frozen_layers_do_not_shift_the_state():
 # -- a thousand damaged state_dicts ------------------------------------------------------------------------------------
 
 
+@pytest.mark.synchronous("what is refused is refused before any device is asked")
 @pytest.mark.parametrize("options", [{"rank": gradlr.ByLoss(4)}, {"rule": "factor_moments", "apply": "step"}])
 def test_a_damaged_state_is_refused_whole_or_trains_on(options):
     def start():
