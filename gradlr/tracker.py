@@ -114,7 +114,7 @@ class LossTracker:
 
     @property
     def value(self) -> float | None:
-        """The latest loss that was read, NaN and infinity included; None before the first. Late by one call on an asynchronous device."""
+        """The latest loss that was read, also NaN or infinity; None before the first. One call late on an asynchronous device."""
         return self._history[-1] if self._history else None
 
     @property
