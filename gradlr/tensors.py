@@ -64,6 +64,8 @@ class AsyncScalar:
             self._value = torch.empty((), dtype=scalar.dtype, device="cpu", pin_memory=True)
             self._value.copy_(scalar.detach(), non_blocking=True)
             self._event = torch.cuda.current_stream(scalar.device).record_event()
+        elif is_async(scalar):
+            self._value = self._value.clone()  # somebody may write into the tensor before it is read
 
     def read(self) -> float:
         """The value; NaN and infinity included, booleans as 0 and 1."""

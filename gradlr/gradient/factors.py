@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
 from ..linalg.normalize import widen
+from ..tensors import is_async
 from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
@@ -85,7 +86,7 @@ class RowSparse(GradientOperator):
     def summed(cls, rows: Tensor, values: Tensor, count: int) -> RowSparse:
         """The same, where rows may come several times: theirs are added up.
 
-        On the CPU only as many rows are kept as differ; elsewhere as many as came, since their number would have to be asked for.
+        Only as many rows are kept as differ; on an asynchronous device as many as came, since asking for their number would wait.
         """
         if not rows.numel():
             return cls(rows, values, count)
@@ -93,7 +94,7 @@ class RowSparse(GradientOperator):
         ordered = rows[order]
         is_first = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
         places = is_first.cumsum(0) - 1
-        kept = min(int(places[-1]) + 1, count) if rows.device.type == "cpu" else len(rows)
+        kept = min(int(places[-1]) + 1, count) if not is_async(rows) else len(rows)
         wide = widen(values)
         total = wide.new_zeros((kept, values.shape[-1])).index_add_(0, places, wide[order])
         # Unused places keep the first row's number, with zeros.
