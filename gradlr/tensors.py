@@ -59,13 +59,12 @@ class AsyncScalar:
     """
 
     def __init__(self, scalar: Tensor) -> None:
-        self._value, self._event = scalar.detach(), None
+        # A copy where it is read late: what it was taken from may be overwritten by then.
+        self._value, self._event = scalar.detach().clone() if is_async(scalar) else scalar.detach(), None
         if scalar.device.type == "cuda":
             self._value = torch.empty((), dtype=scalar.dtype, device="cpu", pin_memory=True)
             self._value.copy_(scalar.detach(), non_blocking=True)
             self._event = torch.cuda.current_stream(scalar.device).record_event()
-        elif is_async(scalar):
-            self._value = self._value.clone()  # somebody may write into the tensor before it is read
 
     def read(self) -> float:
         """The value; NaN and infinity included, booleans as 0 and 1."""

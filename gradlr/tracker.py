@@ -114,7 +114,7 @@ class LossTracker:
 
     @property
     def value(self) -> float | None:
-        """The latest loss that was read, NaN and infinity included; None before the first. On an asynchronous device one call late."""
+        """The latest loss that was read, NaN and infinity included; None before the first. Late by one call on an asynchronous device."""
         return self._history[-1] if self._history else None
 
     @property
@@ -204,7 +204,7 @@ class LossTracker:
     def _record(self, value: float) -> None:
         self._history.append(value)
         for listener in self._listeners:
-            if listener.tells_mean:
+            if getattr(listener, "tells_mean", False):
                 return
         self.record_mean(value)
 

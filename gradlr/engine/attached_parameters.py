@@ -153,8 +153,9 @@ def wrapped_error(name: str, wrapper: str) -> AttachError:
     """The model is in a wrapper that averages gradients after hooks have taken them."""
     return AttachError(
         f"{name} is wrapped in {wrapper}: hooks would see each replica's own gradient, and replicas would drift apart. Attach to "
-        'the plain module with apply="step" and process_group=, which sends less than the wrapper does. A trainer that insists '
-        "on wrapping (accelerate, Lightning) takes it through gradlr.integrations, which keep the wrapper away"
+        'the plain module with apply="step" and process_group=torch.distributed.group.WORLD, which sends less than the wrapper '
+        "does. Trainers that wrap by themselves: with accelerate, call gradlr.integrations.accelerate.attach before prepare; "
+        "with transformers, use gradlr.integrations.transformers.Trainer; Lightning trains with devices=1 only (docs/devices.md)"
     )
 
 

@@ -76,13 +76,11 @@ def squared_norm(x: Tensor) -> Tensor:
 def all_entries_finite(x: Tensor) -> Tensor:
     """0-dim boolean: whether no entry is NaN or infinite, in one pass without a temporary.
 
-    A sum can overflow where the entries do not: on a synchronous device each of them is looked at then; where asking would wait
-    for the device, entries that sum to more than 1e38 count as infinite.
+    A sum can overflow where the entries do not: on the CPU each of them is looked at then; where asking would wait for the
+    device, entries that sum to more than 1e38 count as infinite.
     """
     finite = x.sum(dtype=None if x.dtype == torch.float64 else torch.float32).isfinite()
-    if not is_async(x) and not finite:
-        return x.isfinite().all()
-    return finite
+    return finite if is_async(x) or finite else x.isfinite().all()
 
 
 class _Transposed(GradientOperator):

@@ -44,6 +44,8 @@ class Trainer(transformers.Trainer):
         AttachError: DataParallel, or an engine that gradlr does not know; both as `gradlr.attach`, too.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(self, *args: Any, gradlr: dict[str, Any] | None = None, **kwargs: Any) -> None:
         self._options = gradlr
         # What a micro-batch's mean loss was multiplied with: its share of the step.

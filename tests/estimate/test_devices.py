@@ -214,8 +214,9 @@ def test_it_is_refused_inside_a_process_group():
         distributed.destroy_process_group()
 
 
-def test_the_command_prints_memory_and_traffic(capsys):
-    arguments = ["estimate", "minilm", "--tokens", "8", "--methods", "adamw"]
+def test_the_command_prints_memory_and_traffic(capsys, tmp_path):
+    SMALL.save_pretrained(tmp_path)
+    arguments = ["estimate", str(tmp_path), "--tokens", "8", "--methods", "adamw"]
     assert main([*arguments, "gradlr", "--gpus", "8", "--shard", "fsdp", "--limit", "100MiB"]) == 0
     memory, traffic = capsys.readouterr().out.split("\n\n")
     assert memory.splitlines()[0].endswith("| exchange | peak | sent a step | fits 0.09766 GiB |")

@@ -164,7 +164,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
 
 def test_importing_the_package_leaves_the_function_in_its_place():
     code = (
-        "import gradlr, gradlr.apps.estimate, gradlr.apps.estimate.estimation, gradlr.apps.bench.estimate;"
+        "import gradlr, gradlr.apps.estimate, gradlr.apps.estimate.estimation;"
         "from gradlr import estimate;"
         "assert callable(gradlr.estimate) and estimate is gradlr.estimate is gradlr.apps.estimate.estimate"
     )

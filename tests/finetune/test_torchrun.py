@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import gradlr
 from gradlr import ArgumentError
+from gradlr.apps.bench.pretrain import load_pretrained
 from gradlr.apps.cli import main
 from gradlr.apps.finetune.task import require_divisible
 
@@ -133,24 +134,21 @@ def stopped_and_saved(out, told):
     return step
 
 
-def stopped_by_one_and_killed(run, out, step):
-    """One process is told to stop, and both do; torchrun starts them again, then one is killed. The step of the stop."""
+def stop_one(run, out, step):
+    """One process is told to stop, and both do; torchrun starts them again. The step after which they stopped."""
     run.wait_for(lambda: logged_step(out) >= step)
     os.kill(run.workers()[1], signal.SIGTERM)
     run.wait_for(lambda: "stopped after" in run.told())
-    stopped = stopped_and_saved(out, run.told())
-    run.wait_for(lambda: logged_step(out) >= stopped + 2)
-    os.kill(run.workers()[1], signal.SIGKILL)
-    return stopped
+    return stopped_and_saved(out, run.told())
 
 
-def test_stopped_and_killed_in_one_process_they_start_again_and_end_the_same(straight, data, tmp_path):
+def test_stopped_in_one_process_both_stop_and_started_again_they_end_the_same(straight, data, tmp_path):
     out = tmp_path / "out"
-    with Launched(command(data, out, "--overwrite"), tmp_path / "log", "--max-restarts", "2") as run:
-        step = stopped_by_one_and_killed(run, out, 2)
+    with Launched(command(data, out, "--overwrite"), tmp_path / "log", "--max-restarts", "1") as run:
+        step = stop_one(run, out, 2)
         status, told = run.end()
     assert status == 0, told
-    assert told.count("going on from step") == 2 and f"going on from step {step} of {STEPS}" in told
+    assert told.count("going on from step") == 1 and f"going on from step {step} of {STEPS}" in told
     assert_same(straight[0], out)
 
 
@@ -167,47 +165,49 @@ def test_killed_stopped_and_started_again_they_end_the_same(straight, data, tmp_
     assert status != 0
     stopped_and_saved(out, told)
     with Launched(command(data, out, "--save-every", "5"), log, "--max-restarts", "2") as run:
-        step = stopped_by_one_and_killed(run, out, 6)
+        step = stop_one(run, out, 6)
+        run.wait_for(lambda: logged_step(out) >= step + 2)
+        os.kill(run.workers()[1], signal.SIGKILL)
         status, told = run.end()
     assert status == 0, told
     assert told.count("going on from step") == 3 and f"going on from step {step} of {STEPS}" in told
     assert_same(straight[0], out)
 
 
-def sharded(data, out, model):
-    return command(data, out, "--model", str(model), "--steps", "8", "--save-every", "2", "--shard", "fsdp")
+def sharded(data, out, *options):
+    return command(data, out, "--steps", "8", "--save-every", "2", "--shard", "fsdp", *options)
 
 
 def test_shards_train_what_one_process_does_and_go_on_from_a_checkpoint(data, tmp_path):
-    """`--shard fsdp` on a model of transformers; one of the processes is killed, and torchrun starts both again."""
-    folder, out, alone = llama(tmp_path / "llama"), tmp_path / "out", tmp_path / "alone"
-    with Launched(sharded(data, out, folder), tmp_path / "log", "--max-restarts", "1") as run:
+    """`--shard fsdp`; one of the processes is killed, and torchrun starts both again."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    with Launched(sharded(data, out), tmp_path / "log", "--max-restarts", "1") as run:
         run.wait_for(lambda: logged_step(out) >= 3)
         os.kill(run.workers()[1], signal.SIGKILL)
         status, told = run.end()
     assert status == 0, told
     assert told.count("going on from step") == 1
-    line = sharded(data, alone, folder)
-    assert main(line[: line.index("--shard")] + line[line.index("--shard") + 2 : -2]) == 0
+    line = [one for one in sharded(data, alone) if one not in ("--shard", "dp", "fsdp")]
+    assert main(line) == 0
     for one, two in zip(history(alone), history(out), strict=True):
         # Sums of float32 in another order, grown over eight steps.
         assert [one.get(key) for key in ("step", "loss", "validation_loss")] == [
             pytest.approx(two[key], rel=1e-4) if key in two else None for key in ("step", "loss", "validation_loss")
         ]
-    shapes = [
-        {name: value.shape for name, value in load_file(path / "model" / "model.safetensors").items()} for path in (out, alone)
-    ]
-    assert shapes[0] == shapes[1]
+    trained, other = (load_pretrained(path / "model" / "byte-transformer.pt").state_dict() for path in (out, alone))
+    # Softmax knows no bias of keys: its gradient is rounding, which Adam makes large.
+    for name in (name for name in trained if not name.endswith("qkv.bias")):
+        torch.testing.assert_close(trained[name], other[name], rtol=0, atol=1e-3, msg=name)
 
 
 @pytest.mark.slow
 def test_shards_are_killed_and_started_again_and_end_the_same(data, tmp_path):
     """Bit for bit: killed while shards are written, and straight through."""
-    folder = llama(tmp_path / "llama")
+    folder = str(llama(tmp_path / "llama"))
     results = []
     for name in ("straight", "killed"):
         out = tmp_path / name
-        line = sharded(data, out, folder)
+        line = sharded(data, out, "--model", folder)
         if name == "killed":
             with Launched(line, tmp_path / "log") as run:
                 run.wait_for(lambda: logged_step(out) >= 3)  # noqa: B023 (called at once)

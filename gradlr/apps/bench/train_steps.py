@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ... import attach
 from ...errors import GradlrWarning
 from ...optimizer import GradLR
-from ...params.kinds import MATRIX, VECTOR, plan_parameters
+from ...params.kinds import EMBEDDING, MATRIX, VECTOR, plan_parameters
 from ...tracker import LossTracker
 from .spawn import group_of_one
 
@@ -96,9 +96,10 @@ class Baseline:
 
 def split_parameters(model: nn.Module) -> tuple[Parameters, Parameters, Parameters]:
     """(matrices, embeddings, vectors), as gradlr sees them; every baseline that treats them apart uses this split."""
-    plans = plan_parameters(model)
-    matrices, vectors = ([plan.parameter for plan in plans if plan.kind == kind] for kind in (MATRIX, VECTOR))
-    return matrices, [plan.parameter for plan in plans if plan.kind not in (MATRIX, VECTOR)], vectors
+    found: dict[str, Parameters] = {MATRIX: [], EMBEDDING: [], VECTOR: []}
+    for plan in plan_parameters(model):
+        found[plan.kind].append(plan.parameter)
+    return found[MATRIX], found[EMBEDDING], found[VECTOR]
 
 
 def split_by_axes(matrices: Parameters) -> tuple[Parameters, Parameters]:

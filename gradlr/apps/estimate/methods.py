@@ -16,7 +16,8 @@ from ...attach import attach
 from ...errors import ArgumentError
 from ...gradient import GradientOperator, RowSparse
 from ...optimizer import GradLR
-from ...params.kinds import EMBEDDING, MATRIX, is_sharded, plan_parameters
+from ...params.kinds import EMBEDDING, MATRIX, plan_parameters
+from ...tensors import is_sharded
 from ...tracker import LossTracker
 from .devices import DP, FSDP, SHARDS
 from .memory_tracker import GRADIENTS, STATE, WORKSPACE, MemoryTracker
@@ -178,9 +179,9 @@ class GradlrTraining(TorchTraining):
 
     def touched_rows(self, mask: Tensor, tokens: int) -> int:
         """Lookups touch one row a token; a head, and an embedding that is one too, touch all."""
-        tables = [record for record in self.optimizer.records if record.plan.kind == EMBEDDING]
-        starts = itertools.accumulate((record.plan.shape[0] for record in tables), initial=0)
-        record = next(record for record, start in zip(tables, starts, strict=False) if start == mask.storage_offset())
+        embeddings = [record for record in self.optimizer.records if record.plan.kind == EMBEDDING]
+        starts = itertools.accumulate((record.plan.shape[0] for record in embeddings), initial=0)
+        record = next(record for record, start in zip(embeddings, starts, strict=False) if start == mask.storage_offset())
         parameter = record.plan.parameter
         is_few = isinstance(waiting_gradient(self.optimizer, parameter), RowSparse) or parameter in self.lookups
         return min(len(mask), tokens) if is_few else len(mask)

@@ -51,8 +51,8 @@ def simulate(
         tracker.move(fed, ACTIVATIONS)
         tokens = devices.gpus * sum(value.numel() for value in tensors_of(fed) if not value.is_floating_point())
         # Of replicas' header (docs/devices.md), losses, statuses and checksums are zeros; that a parameter was used is a one.
-        zeros = 2 + 2 * devices.gpus if devices.shard == DP else math.inf
-        with stub_collectives(tracker, zeros, lambda mask: training.touched_rows(mask, tokens)):
+        header = 2 + 2 * devices.gpus if devices.shard == DP else 0
+        with stub_collectives(tracker, header, lambda mask: training.touched_rows(mask, tokens)):
             training = method.prepare(model, tracker, _attach_options(method, rank, devices) | options)
             _run(training, tracker, lambda: subject.loss(model, *fed), devices)
     return tracker, count

@@ -31,20 +31,21 @@ def replaced(owner: Any, **others: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def stub_collectives(tracker: MemoryTracker, zeros: float, touched_rows: Callable[[Tensor], int]) -> Iterator[None]:
+def stub_collectives(tracker: MemoryTracker, header: int, touched_rows: Callable[[Tensor], int]) -> Iterator[None]:
     """The other processes' part in what gradlr's processes say to each other: all is well, and all have the same.
 
     Args:
         tracker: Answers what is read from tensors without values.
-        zeros: So many of the first entries of what is summed over the processes read as zero, and those after them as one.
+        header: So many of the first numbers of replicas' buffer read as zeros, and those after them as ones; 0 for shards.
         touched_rows: Of an embedding's mask, with a byte for each row: how many rows any device has touched.
     """
     all_reduce = Communicator.all_reduce
 
     def answered_all_reduce(self: Communicator, numbers: Tensor, *others: Any) -> None:
         all_reduce(self, numbers, *others)
-        is_mask = numbers.dtype == torch.uint8
-        tracker.tell(numbers, touched_rows if is_mask else lambda scalar: float(scalar.storage_offset() >= zeros))
+        # Shards send numbers as bits, int64, to which all others add zeros.
+        answers = {torch.uint8: touched_rows, torch.int64: lambda scalar: 0.0}
+        tracker.tell(numbers, answers.get(numbers.dtype, lambda scalar: float(scalar.storage_offset() >= header)))
 
     with replaced(
         Communicator,

@@ -116,6 +116,8 @@ def _model_of(config: Any) -> nn.Module:
             model = kind(config)
         else:
             model = (library.AutoModelForCausalLM if is_causal else library.AutoModel).from_config(config)
+    # Transformers goes by the class's name, which tells it nothing for GPT-2, and warns that it takes this very loss.
+    model.loss_type = getattr(config, "loss_type", None) or getattr(model, "loss_type", None)
     return model if dtype is None else model.to(dtype)
 
 
