@@ -86,7 +86,7 @@ class RowSparse(GradientOperator):
     def summed(cls, rows: Tensor, values: Tensor, count: int) -> RowSparse:
         """The same, where rows may come several times: theirs are added up.
 
-        On the CPU only as many rows are kept as differ; elsewhere as many as came, since their number would have to be asked for.
+        Only as many rows are kept as differ; on an asynchronous device as many as came, since asking for their number would wait.
         """
         if not rows.numel():
             return cls(rows, values, count)

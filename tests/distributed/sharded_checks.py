@@ -416,25 +416,21 @@ def an_overflow_on_one_rank_skips_the_step_on_all(rank, size):
     before = _parts_of(model)
     with pytest.MonkeyPatch.context() as patch:
         # One entry, in the part of the last process.
-        take = opt._take
+        hooks = model.up.weight._post_accumulate_grad_hooks
+        (key,) = hooks
+        take = hooks[key]
 
-        def overflowing(parameter, gradient):
-            if parameter is model.up.weight and rank == size - 1:
-                gradient.to_local()[0, 0] = math.inf
-            take(parameter, gradient)
+        def overflowing(parameter):
+            if rank == size - 1:
+                parameter.grad.to_local()[0, 0] = math.inf
+            take(parameter)
 
-        hook = next(iter(model.up.weight._post_accumulate_grad_hooks))
-        patch.setitem(model.up.weight._post_accumulate_grad_hooks, hook, lambda parameter: _hand_over(parameter, overflowing))
+        patch.setitem(hooks, key, overflowing)
         with pytest.warns(gradlr.GradlrWarning, match=f"left out whole: NaN or infinity in .* on rank {size - 1}"):
             train(model, tracker, opt, 1, part=share_of(rank, size), start=1)
     assert opt.skipped == 1 and all(map(torch.equal, before, _parts_of(model)))
     train(model, tracker, opt, 1, part=share_of(rank, size))
     assert not any(map(torch.equal, before[:1], _parts_of(model)[:1]))
-
-
-def _hand_over(parameter, take):
-    gradient, parameter.grad = parameter.grad, None
-    take(parameter, gradient)
 
 
 def _backward_and_step(loss, opt):

@@ -12,7 +12,7 @@ from processes import assert_passed, run_documented_loop, run_in_processes, sele
 from replicated_checks import check
 
 from gradlr import ArgumentError, ParallelError
-from gradlr.distributed import propagate_errors
+from gradlr.distributed.communicator import propagate_errors
 
 
 @pytest.fixture(scope="module")

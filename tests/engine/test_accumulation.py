@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.rules import TrackedMomentum
+from gradlr.tensors import is_async
 
 pytestmark = [pytest.mark.also_asynchronous, pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")]
 CAPTURES = pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
@@ -176,7 +177,9 @@ def test_tables_wait_by_the_rows_that_were_touched():
     for step in range(3):
         tracker(model(torch.tensor([step, 7, 4000])).square().mean()).backward()
     pending = opt.pending.gradients[[record.plan.name for record in opt.records].index("0.weight")]
-    assert sorted(pending.rows.tolist()) == [0, 1, 2, 7, 4000]
+    assert sorted(set(pending.rows.tolist())) == [0, 1, 2, 7, 4000]
+    # How many of the nine differ, an asynchronous device is not asked.
+    assert len(pending.rows) == (9 if is_async(pending.rows) else 5)
     before = model[0].weight.detach().clone()
     opt.step()
     is_changed = (model[0].weight != before).any(dim=1)

@@ -312,6 +312,30 @@ def test_nothing_between_loss_and_step_waits_for_the_device(options, capture, no
         opt.zero_grad()
 
 
+def embedded():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8)).double()
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.parametrize("rule", ["rowwise_rmsprop", "adam"])
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_rows_that_come_several_times_are_added_up_without_being_counted(rule, apply, monkeypatch):
+    """Places that are left over hold the first row's number and zeros: they must not move it, nor its state."""
+    results = []
+    for is_async in (True, False):
+        with monkeypatch.context() as patch:
+            if not is_async:
+                patch.delitem(gradlr.tensors._OVERRIDES, "cpu")
+            model, tracker, opt = attached(embedded(), capture="adaptor", apply=apply, kinds={"embedding": {"rule": rule}})
+            for step in range(4):
+                for _ in range(2 if apply == "step" else 1):
+                    tracker(model(torch.tensor([step, 7, 7, 3])).square().mean()).backward()
+                opt.step()
+            results.append((weights(model), copy.deepcopy(opt.state_dict()["state"])))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_updates_are_those_of_a_synchronous_device(monkeypatch):
     """Bit for bit, in every way of training."""
     for options in ({}, {"apply": "step"}, {"apply": "step", "max_grad_norm": 0.1}, {"rule": "factor_moments"}):
