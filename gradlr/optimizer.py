@@ -85,7 +85,10 @@ class GradLR(torch.optim.Optimizer):
         )  # fmt: skip
         if apply == "step" and sync.norm_in_groups:
             self.param_groups[-1]["params"].append(self.pending.norm_proxy.parameter)
-        self._captures = [HookCapture([record.plan for record in self.records], self), AdaptorCapture(layers, self)]
+        self._captures: tuple[HookCapture, AdaptorCapture] = (
+            HookCapture([record.plan for record in self.records], self),
+            AdaptorCapture(layers, self),
+        )
         self._is_built, self._is_detached = True, False
         tracker.subscribe(self.policy)
 
@@ -137,7 +140,7 @@ class GradLR(torch.optim.Optimizer):
         self._opt_called = getattr(self, "_opt_called", False) or self.apply == "backward"
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]  # torch overloads it
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
 
         A step is taken whole or not at all: where a loss, a gradient or an update is not finite, nothing changes, what was

@@ -192,7 +192,7 @@ class LossTracker:
         return self.state_dict()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__()
+        LossTracker.__init__(self)
         self.load_state_dict(state)
 
     def _collect(self) -> None:

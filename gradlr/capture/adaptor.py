@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..errors import BackwardError
@@ -18,52 +18,37 @@ from ..layers import LayerOp, layer_op
 from ..layers.embedding import is_plain_embedding
 from ..linalg.normalize import widen
 from .hook import Receiver
-from .layer_swap import (
-    AdaptedLayer,
-    Capture,
-    CapturedLayer,
-    LayerCapture,
-    adapted_class,
-    autocasted,
-    captures,
-    unseen_by_checkpoints,
-)
+from .layer_swap import CapturedLayer, SwappedLayer, TakenWeight, autocasted, swapped_class, taken, unseen_by_checkpoints
 
 
-@dataclass(frozen=True)
-class _Adaptor(Capture):
-    is_one_sided: bool
-
-
-class _AdaptorLayer(AdaptedLayer):
+class _AdaptorLayer(SwappedLayer):
     def _captured(self, x: Tensor) -> Tensor | None:
-        """The layer's output, whose backward hands the weight's gradient over; None where the layer's own forward is to do it."""
-        capture = captures.get(self.weight)
+        how = taken.get(self.weight)
         # A hook on the weight itself wants to see, or to change, the gradient.
         is_hooked = bool(self.weight._backward_hooks)
-        if capture is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
+        if how is None or is_hooked or not self.weight.requires_grad or not _is_ordinary_backward():
             return None
-        if capture.layer_op is None:
-            return self._look_up(x) if is_plain_embedding(self) else None
+        if how.layer_op is None:
+            return self._look_up(x, how) if is_plain_embedding(cast(nn.Embedding, self)) else None
         # Asked anew: its stride, padding or dilation may have been changed. What no map fits is left to the hook.
         found = layer_op(self)
-        if found is None or found.view != capture.layer_op.view or not found.accepts(x):
+        if found is None or found.view != how.layer_op.view or not found.accepts(x):
             return None
         x = autocasted(x)
-        basis = _basis(capture, found, self.weight, x, self.training) if capture.is_one_sided else None
-        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), capture, found, basis)
+        basis = _basis(how, found, self.weight, x, self.training) if how.is_one_sided else None
+        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), how, found, basis)
 
-    def _look_up(self, ids: Tensor) -> Tensor:
+    def _look_up(self, ids: Tensor, how: TakenWeight) -> Tensor:
         padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)
-        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), captures[self.weight], padding_index)
+        return _EmbeddingByRows.apply(ids, self.weight, weakref.ref(self.weight), how, padding_index)
 
 
-def _basis(capture: _Adaptor, found: LayerOp, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
+def _basis(how: TakenWeight, found: LayerOp, weight: Tensor, x: Tensor, is_training: bool) -> Tensor:
     # Fitted to the inputs at hand: it stands for them until the weight's next update.
     def covariance_matmul(right: Tensor) -> Tensor:
         return found.covariance_matmul(widen(x.detach()), right)
 
-    optimizer = capture.living_receiver()
+    optimizer = how.living_receiver()
     with unseen_by_checkpoints():
         return optimizer.bases.right(optimizer.store.by_id[id(weight)], covariance_matmul, is_training=is_training)
 
@@ -76,7 +61,7 @@ def _is_ordinary_backward() -> bool:
 
 class _WithoutWeightGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, owner, capture, layer_op, basis):
+    def forward(ctx, x, weight, bias, owner, how, layer_op, basis):
         kept = x
         if basis is not None:
             with torch.autocast(x.device.type, enabled=False):
@@ -84,7 +69,7 @@ class _WithoutWeightGradient(torch.autograd.Function):
         # Under checkpointing the saved weight comes back as another object: `owner` is the parameter itself.
         ctx.save_for_backward(kept, weight)
         # The basis lives as long as the graph, also where checkpointing has packed what was saved.
-        ctx.owner, ctx.capture, ctx.layer_op, ctx.x_shape, ctx.basis = owner, capture, layer_op, x.shape, basis
+        ctx.owner, ctx.how, ctx.layer_op, ctx.x_shape, ctx.basis = owner, how, layer_op, x.shape, basis
         return layer_op.forward(x, weight, bias)
 
     @staticmethod
@@ -96,13 +81,13 @@ class _WithoutWeightGradient(torch.autograd.Function):
         x_gradient = layer_op.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
         bias_gradient = layer_op.bias_gradient(delta) if needs_bias else None
         weight_gradient = None
-        destination = _destination(ctx.owner(), ctx.capture)
+        destination = _destination(ctx.owner(), ctx.how)
         if destination == "returned" and basis is not None:
             raise _input_not_kept(weight.shape)
         if destination == "returned":
             weight_gradient = layer_op.weight_gradient(delta, kept).to(weight.dtype)
         elif destination == "optimizer":
-            ctx.capture.living_receiver().receive(ctx.owner(), _operator(layer_op, delta, kept, basis))
+            ctx.how.living_receiver().receive(ctx.owner(), _operator(layer_op, delta, kept, basis))
         return x_gradient, weight_gradient, bias_gradient, None, None, None, None
 
 
@@ -116,9 +101,9 @@ def _operator(layer_op: LayerOp, delta: Tensor, kept: Tensor, basis: Tensor | No
 class _EmbeddingByRows(torch.autograd.Function):
     # A sparse gradient adds to whatever else the weight is used for, a tied head included; the hook sees the sum.
     @staticmethod
-    def forward(ctx, ids, weight, owner, capture, padding_index):
+    def forward(ctx, ids, weight, owner, how, padding_index):
         ctx.save_for_backward(ids)
-        ctx.owner, ctx.capture, ctx.padding_index, ctx.shape = owner, capture, padding_index, weight.shape
+        ctx.owner, ctx.how, ctx.padding_index, ctx.shape = owner, how, padding_index, weight.shape
         return F.embedding(ids, weight, padding_index)
 
     @staticmethod
@@ -127,13 +112,13 @@ class _EmbeddingByRows(torch.autograd.Function):
         rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
         if ctx.padding_index is not None:
             values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
-        if _destination(ctx.owner(), ctx.capture) == "returned":
+        if _destination(ctx.owner(), ctx.how) == "returned":
             return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None, None
         gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
         return None, gradient, None, None, None
 
 
-def _destination(weight: Tensor, capture: Capture) -> str:
+def _destination(weight: Tensor, how: TakenWeight) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
     if not weight.requires_grad:  # frozen since the forward
         return "nowhere"
@@ -144,7 +129,7 @@ def _destination(weight: Tensor, capture: Capture) -> str:
     if not is_accumulated:
         return "nowhere"
     # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one.
-    is_ours = captures.get(weight) is capture and not torch.is_grad_enabled()
+    is_ours = taken.get(weight) is how and not torch.is_grad_enabled()
     return "optimizer" if is_ours else "returned"
 
 
@@ -169,18 +154,26 @@ def _input_not_kept(shape: torch.Size) -> BackwardError:
     )
 
 
-class AdaptorCapture(LayerCapture):
-    """Changes the class of layers, so that they hand their gradient to the receiver; gives them back in `remove`.
+class AdaptorCapture:
+    """Changes the class of layers, so that they hand their gradient to the receiver; gives it back in `remove`.
 
     Args:
-        layers: What to capture; none of them captured already.
+        layers: What to capture, none of them captured already; held weakly.
         receiver: Its `receive(weight, operator)` is called inside backward, and its bases are asked in the forward of one-sided
             layers; held weakly.
     """
 
     def __init__(self, layers: Iterable[CapturedLayer], receiver: Receiver) -> None:
         layers, reference = list(layers), weakref.ref(receiver)
-        super().__init__(layers)
+        self._modules = [weakref.ref(layer.module) for layer in layers]
         for layer in layers:
-            layer.module.__class__ = adapted_class(type(layer.module), _AdaptorLayer)
-            captures[layer.module.weight] = _Adaptor(reference, layer.layer_op, layer.is_one_sided)
+            layer.module.__class__ = swapped_class(type(layer.module), _AdaptorLayer)  # type: ignore[arg-type]
+            taken[layer.weight] = TakenWeight(reference, layer.layer_op, layer.is_one_sided)
+
+    def remove(self) -> None:
+        """Give the layers their own class again. Calling it again does nothing."""
+        for reference in self._modules:
+            module = reference()
+            if isinstance(module, SwappedLayer):
+                module._let_go()
+        self._modules = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def operator_of(parameter: Tensor, gradient: Tensor, view: View, layout: Layout)
     return Dense(matrix, is_owned=is_ours or not share_memory(matrix, gradient), layout=layout)
 
 
-def _shard(gradient: Tensor, parameter: Tensor) -> Tensor:
+def _shard(gradient: Any, parameter: Any) -> Tensor:
     """Of a sharded gradient what belongs to the parameter's part in this process."""
     if gradient.placements != parameter.placements:  # partial sums, as of a norm under sequence parallelism
         gradient = gradient.redistribute(placements=parameter.placements)

@@ -7,10 +7,9 @@ import functools
 import gc
 import inspect
 import weakref
-from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from torch.utils.checkpoint import _CachedTorchDispatchMode, _CachingTorchDispat
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..layers import LayerOp
-from .hook import lost_optimizer
+from .hook import Receiver, lost_optimizer
 
 _SELECTIVE = (_CachedTorchDispatchMode, _CachingTorchDispatchMode)
 
@@ -38,20 +37,27 @@ class CapturedLayer:
     layer_op: LayerOp | None
     is_one_sided: bool = False
 
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight."""
+        return cast(Tensor, self.module.weight)
+
 
 @dataclass(frozen=True)
-class Capture:
+class TakenWeight:
     """How one weight's gradient is taken, and who receives it.
 
     Attributes:
         receiver: The optimizer.
         layer_op: What the layer computed when it was attached; None for an embedding.
+        is_one_sided: Whether the projected input is saved for backward.
     """
 
-    receiver: weakref.ref[Any]
+    receiver: weakref.ref[Receiver]
     layer_op: LayerOp | None
+    is_one_sided: bool
 
-    def living_receiver(self) -> Any:
+    def living_receiver(self) -> Receiver:
         """The optimizer; an AttachError where it does not exist any more."""
         receiver = self.receiver()
         if receiver is None:
@@ -60,53 +66,48 @@ class Capture:
 
 
 # weight -> how its gradient is taken. A copied or unpickled module is not in here: an ordinary layer.
-captures: WeakIdKeyDictionary = WeakIdKeyDictionary()
+taken: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-class AdaptedLayer:
-    """Mixed into a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
+class SwappedLayer(nn.Module):
+    """Put over a layer's class, so that hooks, names, state_dict and `isinstance` stay what they were."""
 
     _gradlr_original: type[nn.Module]
     _gradlr_input: str
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    padding_idx: int | None
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Tensor:
+        """As the layer's own, unless the weight's gradient is to be handed over."""
         # By position, or by the name that the layer's own forward gives it.
         x = inputs[0] if len(inputs) == 1 and not named else None if inputs or len(named) != 1 else named.get(self._gradlr_input)
-        output = self._captured(x) if isinstance(x, Tensor) and _is_plain(x) else None
-        return self._uncaptured(*inputs, **named) if output is None else output
+        is_plain = isinstance(x, Tensor) and x.layout == torch.strided and not x.is_nested
+        output = self._captured(x) if is_plain and x is not None else None
+        return super().forward(*inputs, **named) if output is None else output
 
-    def _uncaptured(self, *inputs: Tensor, **named: Tensor) -> Tensor:
-        return super().forward(*inputs, **named)
-
-    def __reduce_ex__(self, protocol: int):
+    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # A copy or a pickle is of the original class: nothing of gradlr is in it.
-        return copyreg._reconstructor, (self._gradlr_original, object, None), self._contents()
+        return copyreg._reconstructor, (self._gradlr_original, object, None), self.__dict__  # type: ignore[attr-defined]
 
     def _captured(self, x: Tensor) -> Tensor | None:
         """The layer's output, whose backward hands the weight's gradient over; None where the layer's own forward is to do it."""
         raise NotImplementedError
 
-    def _contents(self) -> dict[str, Any]:
-        return self.__dict__
-
     def _let_go(self) -> None:
         """Become the layer of before; called once."""
-        captures.pop(self.weight, None)
-        self.__class__ = self._gradlr_original
+        taken.pop(self.weight, None)
+        self.__class__ = self._gradlr_original  # type: ignore[assignment]  # which this one was put over
 
 
 @functools.cache
-def adapted_class(original: type[nn.Module], over: type[AdaptedLayer]) -> type[nn.Module]:
+def swapped_class(original: type[nn.Module], over: type[SwappedLayer]) -> type[nn.Module]:
     """The layer's class with another one put over it."""
     input_name = list(inspect.signature(original.forward).parameters)[1]
     # The backward changes weights, which no compiler may move. Not as a decorator: it would import torch._dynamo with gradlr.
     forward = torch.compiler.disable(over.forward)
     contents = {"_gradlr_original": original, "_gradlr_input": input_name, "__doc__": over.__doc__, "forward": forward}
-    return type(f"Adapted{original.__name__}", (over, original), contents)
-
-
-def _is_plain(x: Tensor) -> bool:
-    return x.layout == torch.strided and not x.is_nested
+    return type(f"Swapped{original.__name__}", (over, original), contents)
 
 
 def autocasted(x: Tensor) -> Tensor:
@@ -124,25 +125,10 @@ def unseen_by_checkpoints() -> AbstractContextManager[None]:
 
 def release_abandoned(model: nn.Module) -> None:
     """Make those layers of the model plain again whose optimizer does not exist any more."""
-    adapted = [module for module in model.modules() if isinstance(module, AdaptedLayer)]
-    if adapted:
+    swapped = [module for module in model.modules() if isinstance(module, SwappedLayer)]
+    if swapped:
         gc.collect()  # a scheduler makes its optimizer part of a reference cycle
-    for module in adapted:
-        capture = captures.get(module.weight)
-        if capture is None or capture.receiver() is None:
+    for module in swapped:
+        how = taken.get(module.weight)
+        if how is None or how.receiver() is None:
             module._let_go()
-
-
-class LayerCapture:
-    """Holds layers whose class was changed, weakly; gives them their own again in `remove`."""
-
-    def __init__(self, layers: Iterable[CapturedLayer]) -> None:
-        self._modules = [weakref.ref(layer.module) for layer in layers]
-
-    def remove(self) -> None:
-        """Give the layers their own class again. Calling it again does nothing."""
-        for reference in self._modules:
-            module = reference()
-            if isinstance(module, AdaptedLayer):
-                module._let_go()
-        self._modules = []

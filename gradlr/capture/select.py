@@ -43,18 +43,16 @@ def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: s
         return []
     by_weight = {id(record.plan.parameter): record for record in records}
     uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
-    layers, slow = [], []
+    layers: list[CapturedLayer] = []
+    slow: list[ParamRecord] = []
     for module in model.modules():
         record = by_weight.get(id(module._parameters.get("weight")))
         layer = None if record is None else _layer(module, record, capture)
-        if layer is None:
+        if record is None or layer is None or layer.weight._backward_hooks:
             continue
-        is_shared = uses[id(module.weight)] > 1
         # Convolutions may share a weight and differ in stride or padding.
         is_alike = isinstance(layer.layer_op, LinearOp) and not record.rule.is_elementwise
-        if layer.layer_op is not None and is_shared and (is_immediate or not is_alike):
-            continue
-        if module.weight._backward_hooks:
+        if layer.layer_op is not None and uses[id(layer.weight)] > 1 and (is_immediate or not is_alike):
             continue
         if is_slower_than_hook(record, layer.is_one_sided):
             if capture == "auto":

@@ -8,6 +8,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Communicator:
             if tensor.numel() and not tensor.is_meta:
                 # As bytes: every dtype is broadcast so.
                 flat = tensor.detach().contiguous().reshape(-1)
-                self._asking(lambda flat=flat: distributed.broadcast(flat.view(torch.uint8), source, group=self.group))
+                self._asking(partial(distributed.broadcast, flat.view(torch.uint8), source, group=self.group))
                 tensor.copy_(flat.view(tensor.shape))
 
     def assert_same_on_all_ranks(self, told: dict[str, str]) -> None:

@@ -80,7 +80,7 @@ def with_layout(plan: ParameterPlan, all_reduce: AllReduce) -> ParameterPlan:
     Warns:
         GradlrWarning: they cut through what the layer's own view takes apart: it is taken as one matrix then.
     """
-    parameter = plan.parameter
+    parameter: Any = plan.parameter
     if not is_sharded(parameter):
         return plan
     places = _places(plan.name, parameter)
@@ -96,9 +96,10 @@ def with_layout(plan: ParameterPlan, all_reduce: AllReduce) -> ParameterPlan:
 
 def _number(parameter: DTensor) -> int:
     mesh, number = parameter.device_mesh, 0
+    coordinate: Any = mesh.get_coordinate()
     for index, placement in enumerate(parameter.placements):
         if _sharded_axis(placement, parameter.ndim) is not None:
-            number = number * mesh.size(index) + mesh.get_coordinate()[index]
+            number = number * mesh.size(index) + coordinate[index]
     return number
 
 
@@ -109,14 +110,14 @@ def _without_view(plan: ParameterPlan, dim: int) -> ParameterPlan:
             f"{where}, and the view {plan.view.pattern!r} takes that axis apart: the shards cut through its parts. Shard another "
             "axis (shard_placement_fn of fully_shard), or leave the view out"
         )
-    tale = f"{where} across what {plan.view.pattern!r} would take apart: it is taken as one matrix"
-    warnings.warn(tale, GradlrWarning, stacklevel=4)
+    message = f"{where} across what {plan.view.pattern!r} would take apart: it is taken as one matrix"
+    warnings.warn(message, GradlrWarning, stacklevel=4)
     return replace(plan, view=View())
 
 
 def _axis(plan: ParameterPlan, axis: int, places: dict[int, Tensor], all_reduce: AllReduce) -> Axis:
     """One axis of the plan's view, from where the parameter's own axes lie."""
-    parameter = plan.parameter
+    parameter: Any = plan.parameter
     before, after, sizes = plan.view.named_axes(parameter.shape)
     # A sharded axis of the parameter is one name.
     sharded = {before[dim][0]: dim for dim in places if before[dim][0] in after[axis]}
@@ -129,8 +130,7 @@ def _axis(plan: ParameterPlan, axis: int, places: dict[int, Tensor], all_reduce:
     along = [index for index, placement in enumerate(parameter.placements) if _sharded_axis(placement, ndim) in sharded.values()]
     groups = tuple(weakref.ref(mesh.get_group(index)) for index in along)
     parts = math.prod(mesh.size(index) for index in along)
-    here = {"count": plan.shape[axis], "places": numbers.reshape(-1)}
-    return SharedAxis(**here, groups=groups, parts=parts, all_reduce=all_reduce)
+    return SharedAxis(count=plan.shape[axis], places=numbers.reshape(-1), groups=groups, parts=parts, all_reduce=all_reduce)
 
 
 def _sharded_axis(placement: Any, ndim: int) -> int | None:
@@ -141,7 +141,8 @@ def _sharded_axis(placement: Any, ndim: int) -> int | None:
 def _places(name: str, parameter: DTensor) -> dict[int, Tensor]:
     """Sharded axis of the parameter → which of its entries lie here, in their order."""
     mesh, shape, local = parameter.device_mesh, parameter.shape, parameter.to_local().shape
-    coordinate, places = mesh.get_coordinate(), {}
+    coordinate: Any = mesh.get_coordinate()
+    places: dict[int, Tensor] = {}
     for index, placement in enumerate(parameter.placements):
         dim = _sharded_axis(placement, len(shape))
         if dim is not None:

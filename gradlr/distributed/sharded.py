@@ -164,7 +164,7 @@ class Sharded(Sync):
             )
 
 
-def _group_of(mesh: Any) -> distributed.ProcessGroup:
+def _group_of(mesh: Any) -> distributed.ProcessGroup | None:
     if mesh.ndim == 1:
         return mesh.get_group()
     if mesh.size() == distributed.get_world_size():

@@ -39,8 +39,8 @@ def apply_update(
     """
     decay = 1 - lr * weight_decay
     weight = parameter if view.pattern is None else view.of(parameter)
-    if update.rows is not None:
-        _write_rows(weight, update, lr, decay, generator)
+    if update.rows is not None and update.dense is not None:
+        _write_rows(weight, update.rows, update.dense, lr, decay, generator)
     elif weight.dtype in _NARROW or update.row_scale is not None:
         _write_in_blocks(weight, update, lr, decay, generator)
     else:
@@ -69,36 +69,40 @@ def _row_blocks(weight: Tensor) -> list[tuple[Any, ...]]:
     return [(..., slice(start, start + size), slice(None)) for start in range(0, weight.shape[-2], size)]
 
 
-def _write_rows(table: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
+def _write_rows(
+    table: Tensor, rows: Tensor, values: Tensor, lr: float, decay: float | Tensor, generator: torch.Generator | None
+) -> None:
+    is_narrow = table.dtype in _NARROW
     if isinstance(decay, Tensor) or decay != 1:
-        if table.dtype in _NARROW:
+        if is_narrow:
             _write_in_blocks(table, Update(), lr, decay, generator)
         else:
             table.mul_(decay)
-    if table.dtype not in _NARROW or not len(update.rows):
-        table.index_add_(0, update.rows, update.dense.to(table.dtype), alpha=-lr)
+    if not is_narrow or not len(rows):
+        table.index_add_(0, rows, values.to(table.dtype), alpha=-lr)
         return
-    wide = table[update.rows].float().add_(update.dense, alpha=-lr)
+    wide = table[rows].float().add_(values, alpha=-lr)
     rounded = stochastic_round(wide, table.dtype, generator=generator)
-    # The first row may come again with zeros in `dense`: it is written with one and the same value each time.
-    is_again = (update.rows == update.rows[:1]).index_fill_(0, update.rows.new_zeros(1), False)
-    places = torch.arange(len(update.rows), device=table.device).masked_fill_(is_again, 0)
-    table.index_copy_(0, update.rows, rounded[places])
+    # The first row may come again with zeros in `values`: it is written with one and the same value each time.
+    is_again = rows.eq(rows[:1]).index_fill_(0, rows.new_zeros(1), False)
+    places = torch.arange(len(rows), device=table.device).masked_fill_(is_again, 0)
+    table.index_copy_(0, rows, rounded[places])
 
 
 def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) -> None:
+    left, right, dense = update.left, update.right, update.dense
     if isinstance(decay, Tensor):
         weight.mul_(decay)
         decay = 1.0
-    if update.dense is None and update.left is not None:
-        _add_product(weight, update.left, update.right, decay, -lr)
-        return
-    if update.left is not None:
-        _add_product(update.dense, update.left, update.right, 1.0, 1.0)
+    if left is not None and right is not None:
+        if dense is None:
+            _add_product(weight, left, right, decay, -lr)
+            return
+        _add_product(dense, left, right, 1.0, 1.0)
     if decay != 1:
         weight.mul_(decay)
-    if update.dense is not None:
-        weight.add_(update.dense, alpha=-lr)
+    if dense is not None:
+        weight.add_(dense, alpha=-lr)
 
 
 def _add_product(target: Tensor, left: Tensor, right: Tensor, beta: float, alpha: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 
 from ..errors import ParallelError
 from ..gradient import GradientOperator
@@ -72,7 +73,7 @@ class AtStep(CommitPolicy):
         for record in pending.records():
             gradient = pending.pop(record)
             prepared.append(self.committer.compute(record, gradient, gradient.is_finite()))
-            self.skipped.look(prepared[-1].is_finite, lambda record=record: self.checks.bad_gradient_message(record))
+            self.skipped.look(prepared[-1].is_finite, partial(self.checks.bad_gradient_message, record))
         if not self.skipped.reason:
             self.grad_norm = norm
         return prepared

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import warnings
 import weakref
+from typing import Any
 
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -64,12 +65,12 @@ class AttachedParameters:
             (weakref.ref(module), name, parameter)
             for module in model.modules()
             for name, parameter in module._parameters.items()
-            if id(parameter) in self._plans
+            if parameter is not None and id(parameter) in self._plans
         ]
         # Between forward and backward FSDP2 puts others in the place of its shards: plain tensors, or those of a smaller mesh.
         sharded = [plan for plan in plans if is_sharded(plan.parameter)]
         self._sharded_names = {plan.name for plan in sharded}
-        self._meshes = {plan.parameter.device_mesh for plan in sharded}
+        self._meshes: set[Any] = {plan.parameter.device_mesh for plan in sharded}  # type: ignore[attr-defined]  # DTensors
         self._checks = 0
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)

@@ -133,9 +133,9 @@ def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tupl
         r = left.shape[-1]
         is_right = is_right and left.shape == (*batch, m, r) and right.shape == (*batch, n, r)
     if not is_right or (left is None) != (right is None):
-        found = {key: tuple(part.shape) for key, part in vars(update).items() if isinstance(part, Tensor)}
+        shapes = {key: tuple(part.shape) for key, part in vars(update).items() if isinstance(part, Tensor)}
         raise ShapeError(
-            f"rule {rule.name!r} made an update with parts of shapes {found} for a parameter seen as {tuple(shape)}; "
+            f"rule {rule.name!r} made an update with parts of shapes {shapes} for a parameter seen as {tuple(shape)}; "
             "gradlr.rules.Update says what they must be"
         )
     return result

@@ -80,11 +80,11 @@ class LoopChecks:
             self.raise_unread()
         if tracker.open_backwards and self._is_interrupted():
             self._discard_interrupted()
-            self._warn(self._interrupted_message(self.changed, pending))
+            _warn(self._interrupted_message(self.changed, pending))
         elif tracker.has_begun and not tracker.has_gradient and not self._may_be_silent:
-            self._warn(self._no_gradient_message(tracker.count - 1))
+            _warn(self._no_gradient_message(tracker.count - 1))
         elif pending and self._loss_count == _MANY_LOSSES:
-            self._warn(
+            _warn(
                 f'the gradients of {_MANY_LOSSES} losses wait and no weight has changed: with apply="step", call opt.step() '
                 "after backward"
             )
@@ -185,7 +185,7 @@ class LoopChecks:
         if self._tracker.has_begun:
             raise AttachError(self._no_gradient_message(self._tracker.count))
         if has_losses and not self._tracker.has_graph:
-            self._warn(
+            _warn(
                 f"opt.step() has nothing to do: since the last step, none of the {self._count} attached parameters received a "
                 "gradient, though losses were shown. Was backward called, on a loss of this very model (not a copy)?"
             )
@@ -203,7 +203,7 @@ class LoopChecks:
         """
         self._broken = tuple(changed)
         if changed:
-            self._warn(
+            _warn(
                 f"opt.step() did not come to its end: {len(changed)} of {self._count} parameters were updated ({changed[0]!r} "
                 "first), the others were not, and what waited for them is dropped. Load the last checkpoint, or go on with a "
                 "step half taken"
@@ -252,10 +252,7 @@ class LoopChecks:
     def _warn_once(self, message: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            self._warn(message, stacklevel=7)
-
-    def _warn(self, message: str, stacklevel: int = 6) -> None:
-        warnings.warn(message, GradlrWarning, stacklevel=stacklevel)
+            _warn(message, stacklevel=7)
 
 
 def changed_message(changed: Sequence[str]) -> str:
@@ -272,3 +269,7 @@ def _scaled_loss(scale: float, what: str) -> BackwardError:
         'For a GradScaler, or a division by accumulation steps, attach with apply="step" and call opt.step(); otherwise show the '
         f"tracker the very scalar that you call backward on. {what}"
     )
+
+
+def _warn(message: str, stacklevel: int = 6) -> None:
+    warnings.warn(message, GradlrWarning, stacklevel=stacklevel)

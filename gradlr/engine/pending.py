@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import Tensor
 
 from ..errors import ArgumentError
@@ -12,7 +14,16 @@ from .grad_norm import GradClipper, GradNormProxy
 from .record import ParamRecord
 from .skipped_steps import SkippedSteps
 from .state_store import StateStore
-from .sync import Sync
+
+
+class Holder(Protocol):
+    """Who decides in which form a gradient waits: `Sync`."""
+
+    shares_bases: bool
+
+    def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator: ...
+
+    def energy(self, record: ParamRecord, energy: Tensor | None, held: GradientOperator) -> Tensor: ...
 
 
 class Pending:
@@ -30,7 +41,7 @@ class Pending:
         norm_proxy: The global norm, where `GradScaler` and `clip_grad_norm_` look for it.
     """
 
-    def __init__(self, store: StateStore, bases: Bases, sync: Sync, skipped: SkippedSteps, clipper: GradClipper) -> None:
+    def __init__(self, store: StateStore, bases: Bases, sync: Holder, skipped: SkippedSteps, clipper: GradClipper) -> None:
         self.store, self.bases, self.sync, self.skipped, self.clipper = store, bases, sync, skipped, clipper
         self.gradients: dict[int, GradientOperator] = {}
         self.norm_proxy = GradNormProxy(**compute_dtype_and_device(store.records[0].plan.parameter))
@@ -52,7 +63,7 @@ class Pending:
             self.norm_proxy.settle(factor)
         held, energy = self._not_blank(record.index), None
         if held is not None:
-            held = held.add_(gradient)  # type: ignore[attr-defined]  # what waits can
+            held = held.add_(gradient)
         else:
             # The norm of a gradient that was never formed costs as much as forming it: its sketch's will do, unless it matters.
             if not self.sync.shares_bases and (self.clipper.is_active or not isinstance(gradient, OuterProduct)):

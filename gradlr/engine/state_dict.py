@@ -51,8 +51,8 @@ def _in_first_group(state_dict: dict[str, Any]) -> Any:
 
 def _check_entries(state_dict: Any) -> None:
     extra = extra_of(state_dict) if isinstance(state_dict, dict) else None
-    has_extra = isinstance(extra, dict) and {"seed", "ranks", "tracker"} <= extra.keys()
-    if not (has_extra and {"state", "param_groups"} <= state_dict.keys()):
+    is_ours = isinstance(extra, dict) and {"seed", "ranks", "tracker"} <= extra.keys()
+    if not isinstance(extra, dict) or not is_ours or not {"state", "param_groups"} <= state_dict.keys():
         raise CheckpointError("this is no state_dict of gradlr: it lacks one of 'state', 'param_groups', 'gradlr'")
     copy = _in_first_group(state_dict)
     if extra is not copy and copy is not None and repr(copy) != repr(extra):  # NaN in a history equals nothing

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,16 @@ from ..rules import State, UpdateContext
 from ..tensors import RandomStreams, mixed_seed
 from .record import ParamRecord
 from .state_dict import check_layout, extra_of, fitted_state
-from .sync import Sync
+
+
+class StateShards(Protocol):
+    """Who knows which part of a sharded state lies in this process: `Sync`."""
+
+    def full_state(self, record: ParamRecord, state: dict[str, Tensor]) -> dict[str, Tensor]: ...
+
+    def local_state(self, record: ParamRecord, saved: dict[str, Any]) -> Any: ...
+
+    def shard_of(self, record: ParamRecord, key: str, value: Tensor) -> tuple[int, ...]: ...
 
 
 class StateStore:
@@ -28,7 +37,7 @@ class StateStore:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, records: list[ParamRecord], sync: Sync, *, seed: int, dtype: torch.dtype
+        self, optimizer: torch.optim.Optimizer, records: list[ParamRecord], sync: StateShards, *, seed: int, dtype: torch.dtype
     ) -> None:
         self.records, self.sync, self.seed, self.dtype = records, sync, seed, dtype
         self.by_id = {id(record.plan.parameter): record for record in records}

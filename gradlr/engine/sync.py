@@ -9,19 +9,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from ..errors import ParallelError
 from ..gradient import GradientOperator
 from ..tracker import LossTracker
+from .pending import Pending
 from .record import ParamRecord
 from .skipped_steps import SkippedSteps
-
-if TYPE_CHECKING:
-    from .pending import Pending
-    from .state_store import StateStore
+from .state_store import StateStore
 
 
 class StepStatus(IntEnum):

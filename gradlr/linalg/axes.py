@@ -15,12 +15,15 @@ class Axis:
     Attributes:
         is_whole: Whether all of it lies here.
         parts: Number of parts.
-        first: Place of the first entry that lies here: another one in each part.
     """
 
     is_whole = True
     parts = 1
-    first = 0
+
+    @property
+    def first(self) -> int:
+        """Place of the first entry that lies here: another one in each part."""
+        return 0
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
         """The sum of what each part's process gives; `x` may be overwritten. Here `x` itself."""

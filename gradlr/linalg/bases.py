@@ -14,8 +14,9 @@ from .normalize import normalize_columns, widen
 # Shifts of a unit diagonal, one per pass: shifted Cholesky-QR, Fukaya et al. 2020 (arXiv 1809.11085). Unshifted, twice-applied
 # Cholesky-QR broke down within a few steps on real gradients, whose spectra decay.
 _SHIFTS = {torch.float32: (1e-5, 1e-6, 1e-6), torch.float64: (1e-12, 1e-13, 1e-13)}
-# The rounding errors of a Gram matrix grow with its columns, and the shift must exceed them. Where 64 columns span two directions,
-# as of a batch of two rows, shifts that did not grow broke down in one of twenty random cases; these in none of 5,040, up to 128.
+# The rounding errors of a Gram matrix grow with its columns, and the shift must exceed them. Where 64 columns span two
+# directions, as of a batch of two rows, shifts that did not grow broke down in one of twenty random cases; these in none of
+# 5,040 with up to 128 columns.
 _SHIFT_COLUMNS = 16
 
 

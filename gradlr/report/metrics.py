@@ -118,15 +118,16 @@ class Observation(AbstractContextManager["Observation"]):
                 raise ArgumentError(f"observe({glob!r}) matches no attached parameter; names look like {records[0].plan.name!r}")
             self._records |= found
         for record in self._records.values():
-            record.observer = record.observer or Observer()
-            record.observer.observations += 1
+            observer = record.observer if isinstance(record.observer, Observer) else Observer()
+            observer.observations += 1
+            record.observer = observer
 
     def stop(self) -> None:
         """Observe no more. Calling it again does nothing."""
         for record in self._records.values():
-            record.observer.observations -= 1
-            if not record.observer.observations:
-                record.observer = None
+            if isinstance(record.observer, Observer):
+                record.observer.observations -= 1
+                record.observer = record.observer if record.observer.observations else None
         self._records = {}
 
     def __exit__(self, *exception: object) -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import gradlr
 from gradlr.apps.bench.memory import peak_bytes
-from gradlr.capture.layer_swap import AdaptedLayer
+from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.gradient import Dense, OuterProduct
 from gradlr.rules import TrackedMomentum
 
@@ -120,7 +120,7 @@ def test_the_module_stays_what_it_was():
     layer.register_forward_hook(lambda *_: hooks.append(1))
     _, tracker, opt = attached(layer, capture="adaptor")
     assert isinstance(layer, nn.Linear)
-    assert isinstance(layer, AdaptedLayer)
+    assert isinstance(layer, SwappedLayer)
     assert list(layer.state_dict()) == keys
     tracker(layer(torch.randn(4, 8)).square().mean()).backward()
     assert hooks == [1]
@@ -168,7 +168,7 @@ def test_a_lost_optimizer_is_told_and_a_new_one_takes_over(capture):
         tracker(nn.functional.mse_loss(model(x), y)).backward()
     model.zero_grad()
     _, tracker, opt = attached(model, capture=capture)
-    assert (isinstance(model[0], AdaptedLayer)) == (capture == "adaptor")
+    assert (isinstance(model[0], SwappedLayer)) == (capture == "adaptor")
     train(model, opt, tracker, 2)
 
 

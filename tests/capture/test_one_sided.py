@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import gradlr
 from gradlr.apps.bench.memory import peak_bytes
-from gradlr.capture.layer_swap import AdaptedLayer
+from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.gradient import Sketched
 from gradlr.rules import FactorMoments, TrackedMomentum
 
@@ -228,7 +228,7 @@ def test_nothing_is_projected_where_nothing_is_trained():
     layer(torch.randn(4, 16, requires_grad=True)).sum().backward()
     assert opt.bases.held(opt.records[0]) is None
     opt.detach()
-    assert type(layer) is nn.Linear and not isinstance(layer, AdaptedLayer)
+    assert type(layer) is nn.Linear and not isinstance(layer, SwappedLayer)
 
 
 @pytest.mark.parametrize("has_backward", [True, False])

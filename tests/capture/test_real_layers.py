@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 import gradlr
-from gradlr.capture.layer_swap import AdaptedLayer
+from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.rules import TrackedMomentum
 
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
@@ -104,13 +104,13 @@ def test_transformers_layers_stay_what_they_were():
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, tracker, opt = attached(model, capture="adaptor")
     layer = model.transformer.h[0].attn.c_attn
-    assert isinstance(layer, AdaptedLayer) and isinstance(layer, Conv1D)
+    assert isinstance(layer, SwappedLayer) and isinstance(layer, Conv1D)
     assert list(model.state_dict()) == list(before)
     copied = copy.deepcopy(model)
     assert type(copied.transformer.h[0].attn.c_attn) is Conv1D
     torch.testing.assert_close(language_loss(copied, 0), language_loss(model, 0), rtol=1e-12, atol=0)
     opt.detach()
-    assert not any(isinstance(module, AdaptedLayer) for module in model.modules())
+    assert not any(isinstance(module, SwappedLayer) for module in model.modules())
 
 
 @QUIET

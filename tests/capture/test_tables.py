@@ -11,7 +11,7 @@ from torch import nn
 
 import gradlr
 from gradlr.apps.bench.memory import peak_bytes
-from gradlr.capture.layer_swap import AdaptedLayer
+from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.gradient import RowSparse
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
@@ -155,7 +155,7 @@ def test_a_heads_rows_are_made_in_blocks(monkeypatch):
 def test_copies_and_detached_embeddings_are_ordinary_ones(copy_of):
     model = nn.Embedding(9, 4)
     _, tracker, opt = attached(model, capture="adaptor")
-    assert isinstance(model, AdaptedLayer) and isinstance(model, nn.Embedding)
+    assert isinstance(model, SwappedLayer) and isinstance(model, nn.Embedding)
     copied = copy_of(model)
     opt.detach()
     for plain in (copied, model):
