@@ -85,11 +85,17 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
+def checkpointing_switch(model):
+    """What turns a transformers model's own checkpointing on: it has another name since transformers 5.23."""
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+
+
 def lora_gpt2():
     """The same under peft's LoRA, whose factors alone are trained."""
     import peft
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, init_lora_weights=False)
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # peft asks transformers by an old name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by an old name
         return peft.get_peft_model(gpt2(), config)

@@ -268,6 +268,7 @@ def test_data_parallel_wrappers_are_refused(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:DTensor random operators may not:UserWarning")  # torch 2.6, of a mesh on the CPU
 def test_sharded_parameters_are_seen_and_several_processes_not_passed_over(tmp_path, monkeypatch):
     from torch.distributed.tensor import distribute_tensor, init_device_mesh
 

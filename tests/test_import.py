@@ -9,7 +9,6 @@ HEAVY = (
     "torch._inductor",
     "torch.distributed.fsdp",
     "torch.distributed.tensor",
-    "sympy",
     "matplotlib",
     "rich",
     "transformers",

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import attached
+from models import attached, checkpointing_switch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -121,7 +121,7 @@ def test_transformers_own_checkpointing_gives_the_same_weights(use_reentrant, ca
     for is_checkpointed in (False, True):
         model = gpt2()
         if is_checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            checkpointing_switch(model)({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
         model, tracker, opt = attached(model.train(), capture=capture, **PLAIN)
         for step in range(3):

@@ -395,7 +395,8 @@ def test_a_file_with_any_entry_damaged_is_refused_whole_or_loaded(tmp_path):
     before = listed([thing.state_dict() for thing in things.values()])
     for where, index, spoiled in list(damaged(content))[::3]:  # a third: reading a file takes its time
         torch.save({"optimizer": optimizer, **spoiled}, path)
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             if is_refused(lambda: gradlr.load(path, **things)):  # noqa: B023 (called at once)
                 refused += 1
                 assert listed([thing.state_dict() for thing in things.values()]) == before, (where, index)

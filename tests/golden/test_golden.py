@@ -4,6 +4,7 @@ Where a change of the numbers is meant, record anew (see golden/record.py):  PYT
 """
 
 import pytest
+import torch
 from golden import digests
 from golden.processes import run, run_in_processes
 from golden.trajectories import DRAWN, TRAJECTORIES
@@ -14,6 +15,8 @@ from golden.trajectories import DRAWN, TRAJECTORIES
 RTOL = 1e-12
 
 ALONE = [name for name, one in TRAJECTORIES.items() if one.processes == 1]
+# FSDP2 of torch 2.6 asks the CPU's streams for events, which they do not have.
+HAS_FSDP_ON_CPU = torch.__version__ >= "2.7"
 IN_TWO = [name for name, one in TRAJECTORIES.items() if one.processes == 2]
 
 
@@ -29,7 +32,7 @@ def assert_as_recorded(name, kept):
 
 @pytest.fixture(scope="module")
 def kept_in_two():
-    return run_in_processes(IN_TWO, 2)
+    return run_in_processes([name for name in IN_TWO if HAS_FSDP_ON_CPU or not name.startswith("sharded")], 2)
 
 
 @pytest.mark.parametrize("name", ALONE)
@@ -39,6 +42,8 @@ def test_steps_end_where_they_were_recorded(name):
 
 @pytest.mark.parametrize("name", IN_TWO)
 def test_steps_of_two_processes_end_where_they_were_recorded(name, kept_in_two):
+    if name not in kept_in_two:
+        pytest.skip("torch 2.6 shards no model on the CPU")
     assert_as_recorded(name, kept_in_two[name])
 
 

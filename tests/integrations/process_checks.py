@@ -14,6 +14,7 @@ from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from models import checkpointing_switch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -222,7 +223,7 @@ def accelerate_shards_by_environment(rank, size):
     """What `accelerate launch` sets by itself; and the model's own checkpointing."""
     launch(rank, size, is_gpu_like=True)
     model = llama(seed=rank)  # rank 0's weights are those that count
-    model.activation_checkpointing_enable()
+    checkpointing_switch(model)()
     with pytest.MonkeyPatch.context() as patch:
         for key, value in LAUNCHED.items():
             patch.setenv(key, value)

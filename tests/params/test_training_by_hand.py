@@ -133,7 +133,8 @@ def bag(model, x):
 
 
 def old_weight_norm():
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
         return nn.utils.weight_norm(nn.Conv1d(2, 5, 3))
 
 
