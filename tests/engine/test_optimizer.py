@@ -339,3 +339,14 @@ def test_a_rank_below_the_momentum_rank_is_kept(apply):
         tracker(model(torch.randn(16, 12)).square().mean()).backward()
         opt.step()
         assert torch.linalg.matrix_rank(before - model.weight, rtol=1e-4) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_a_rank_far_above_that_of_the_gradient_trains(rows):
+    model, tracker, opt = attached(nn.Linear(128, 384), rank=64, momentum_rank=4, lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        x = torch.randn(rows, 128, generator=generator)
+        tracker(model(x).square().mean()).backward()
+        opt.step()
+    assert all(weight.isfinite().all() for weight in model.parameters())

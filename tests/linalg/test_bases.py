@@ -69,6 +69,22 @@ def test_decaying_spectra_like_those_of_gradients_keep_orthonormality(shape, sma
     assert range_error(x, basis) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("columns", [16, 64, 128, 256])
+@pytest.mark.parametrize("directions", [1, 2, 5])
+def test_many_columns_in_few_directions_do_not_break_down(columns, directions):
+    """As of a batch of few rows: most columns are rounding errors of the others."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        sizes = ((384, directions), (directions, 96), (96, columns))
+        left, middle, right = (torch.randn(size, generator=generator) for size in sizes)
+        x = left @ middle @ right
+        basis = orthonormalize(x)
+        values = torch.linalg.svdvals(basis.double())
+        # A column without a direction of its own may be short; none is long.
+        assert basis.isfinite().all() and values.max() < 1 + 1e-6
+        assert range_error(x, basis) < 1e-4
+
+
 def test_spectra_beyond_the_precision_of_float32_keep_orthonormality_roughly():
     # 1e-9 is below the rounding of float32, so the last directions are noise; 1e-2 is far from 1 but tells a breakdown.
     x = decaying((512, 64), 1e-9, torch.float32)
