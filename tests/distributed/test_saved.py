@@ -1,8 +1,5 @@
 """Checkpoints of sharded models: what one, two and four gloo processes save, any other number of them loads."""
 
-import contextlib
-import functools
-import os
 import shutil
 import sys
 from pathlib import Path
@@ -13,8 +10,6 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
 from processes import assert_passed, run_in_processes, selected
 from saved_checks import check
-
-from gradlr.checkpoint import folder as folders
 
 shutil_rmtree = shutil.rmtree
 SIZES = (1, 2, 4)
