@@ -5,6 +5,7 @@ import ast
 import house
 import pytest
 
+
 def test_a_module_imports_only_from_layers_before_its_own():
     assert house.misplaced_imports() == []
 
