@@ -48,6 +48,11 @@ def is_async(tensor: Tensor) -> bool:
     return (_OVERRIDES.get(kind) or _TRAITS.get(kind, _UNKNOWN)).is_async
 
 
+def widest(tensor: Tensor) -> Tensor:
+    """The tensor in the widest floating dtype of its device, for sums that should not round: float64 where it has that."""
+    return tensor.to(device_traits(tensor.device).widest_float)
+
+
 class AsyncScalar:
     """Starts to copy a scalar to the host at once and hands it out when asked.
 

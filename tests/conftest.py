@@ -18,8 +18,6 @@ def _fixed_seed():
 @pytest.fixture
 def asynchronous(monkeypatch):
     """CPU tensors count as those of a device that the host runs ahead of, so that what only a GPU would take is run."""
-    if not hasattr(tensors, "device_traits"):
-        pytest.skip("gradlr.tensors.device_traits is not there yet")
     traits = tensors.DeviceTraits(is_async=True, widest_float=torch.float64)
     monkeypatch.setitem(tensors._OVERRIDES, "cpu", traits)
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..tensors import widest
+
 # torch.nn.utils.clip_grad_norm_ adds the same to the norm it divides by.
 _EPS = 1e-6
 # Two numbers of unit length that differ: what scales a norm keeps their ratio, what cuts values does not.
@@ -94,7 +96,7 @@ class GradNormProxy:
 
     def settle(self, factor: Tensor) -> None:
         """All gradients that wait have been multiplied with the factor."""
-        square = factor.double() ** 2
+        square = widest(factor) ** 2
         self._energies = {key: energy * square for key, energy in self._energies.items()}
         if self._total is not None:
             self._total = self._total * square
