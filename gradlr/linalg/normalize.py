@@ -30,10 +30,11 @@ def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
         axis: How its rows are spread.
 
     Returns:
-        Shape (..., m, r), float32 or wider. Two scalings, so that squares neither overflow nor vanish.
+        Shape (..., m, r), float32 or wider.
     """
     x = widen(x)
     tiny = torch.finfo(x.dtype).tiny
+    # Two scalings, so that squares neither overflow nor vanish.
     x = x / axis.column_peaks(x).clamp_(min=tiny)
     return x * axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True)).clamp_(min=tiny).rsqrt_()
 
@@ -72,10 +73,9 @@ def multi_normalize(
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):
         rows = squares @ columns if whole else layout.columns.inner(squares.mT, columns)
+        # These are reciprocals of squared lengths: the roots are taken once, below.
         rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
         columns = squares.mT @ rows if whole else layout.rows.inner(squares, rows)
         columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
     row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
-    if inplace and y is x:
-        return x.mul_(row_scale).mul_(column_scale)
-    return torch.mul(y, row_scale).mul_(column_scale)
+    return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)
