@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
-from ..linalg.normalize import widen
+from ..linalg.normalize import squared_norm, widen
 from ..tensors import is_async
-from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
+from .operator import Dense, GradientOperator, all_entries_finite
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
 _BLOCK_NUMBERS = 2**22

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..linalg import UNSHARDED, Layout
+from ..linalg.normalize import squared_norm
 from ..tensors import is_async
 
 
@@ -64,11 +65,6 @@ class GradientOperator:
     def matrix(self) -> Tensor:
         """G itself, (..., m, n): for those who cannot do without it."""
         return self.matmul(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
-
-
-def squared_norm(x: Tensor) -> Tensor:
-    """Sum of squares, 0-dim float64."""
-    return torch.linalg.vector_norm(x).double().square()
 
 
 def all_entries_finite(x: Tensor) -> Tensor:

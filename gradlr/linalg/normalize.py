@@ -22,6 +22,11 @@ def largest_entry(x: Tensor) -> Tensor:
     return torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
 
 
+def squared_norm(x: Tensor) -> Tensor:
+    """Sum of squares, 0-dim float64; of numbers in float16 as well, whose squares would overflow."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).double().square()
+
+
 def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     """`x` with every column scaled to unit length; a zero column stays zero.
 

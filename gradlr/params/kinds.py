@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,7 @@ class ParameterPlan:
     natural: View = field(default_factory=View)
     layout: Layout = UNSHARDED
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Shape of the view, of the whole parameter where it is sharded."""
         return self.view.of(outline(self.parameter)).shape
@@ -97,17 +98,12 @@ class ParameterPlan:
     @property
     def shape_here(self) -> torch.Size:
         """Shape of the view of what lies in this process."""
-        return self.matrix_here.shape
+        return self.view.of(self.here).shape
 
     @property
     def here(self) -> Tensor:
         """The parameter's entries in this process, detached: all of them, or its shard's."""
         return local(self.parameter.detach())
-
-    @property
-    def matrix_here(self) -> Tensor:
-        """Their view."""
-        return self.view.of(self.here)
 
 
 def outline(tensor: Tensor) -> Tensor:

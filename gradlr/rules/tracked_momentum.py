@@ -49,15 +49,12 @@ class TrackedMomentum(Rule):
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
-        k = context.momentum_rank
-        return {
-            "P": torch.zeros((*batch, m, k), dtype=dtype, device=device),
-            "R": torch.zeros((*batch, n, k), dtype=dtype, device=device),
-        }
+        rows = {"P": m, "R": n}
+        return {key: torch.zeros((*batch, size, context.momentum_rank), dtype=dtype, device=device) for key, size in rows.items()}
 
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         # The state's shape follows k alone; r, which follows the loss, moves nothing.
-        return {key: fit_columns(state[key], context.momentum_rank).contiguous() for key in ("P", "R")}
+        return {key: fit_columns(value, context.momentum_rank) for key, value in state.items()}
 
     def momentum(self, state: State) -> tuple[Tensor, Tensor]:
         return state["P"], state["R"]
