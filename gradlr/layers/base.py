@@ -141,6 +141,7 @@ class LayerOp:
 
     def covariance_matmul(self, x: Tensor, right: Tensor) -> Tensor:
         """Sum over tokens of patch times patchᵀ (n × n, never made) times `right` (n, r): (n, r)."""
+        # What `project` gives is laid out as an output gradient is: a gradient of r outputs.
         return self.gradient(self.project(x, right), x).mT
 
 

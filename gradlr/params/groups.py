@@ -125,6 +125,7 @@ def _used_by(kind: Kind) -> set[str]:
 
 def _require_used(label: str, scope: _Scope, kinds: set[str]) -> None:
     used = set().union(*(_used_by(KINDS[kind]) for kind in kinds))
+    # An option without effect is a mistake about what a parameter is: it is told, not passed over.
     idle = [repr(key) for key in sorted(scope.options.keys() - used)]
     idle += [f"kinds[{kind!r}]" for kind in scope.kinds if kind not in kinds]
     if idle:

@@ -127,7 +127,7 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if isinstance(parameter, UninitializedParameter):
+        if isinstance(parameter, UninitializedParameter):  # of a lazy module: without a shape, there is nothing to see
             plans.append(ParameterPlan(name, parameter, VECTOR, View()))
             continue
         owner, own_name = owners[id(parameter)]
@@ -169,6 +169,7 @@ def _matrix_or_vector(parameter: Tensor, owner: nn.Module, name: str, natural: V
     is_bias = name == "bias" or name.endswith("_bias")
     if parameter.ndim < 2 or parameter.numel() == 0 or is_bias or layer_type_of(owner).is_norm:
         return VECTOR
+    # One row or one column has one direction: there is nothing to compress.
     return VECTOR if min(natural.of(outline(parameter)).shape[-2:]) == 1 else MATRIX
 
 

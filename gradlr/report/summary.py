@@ -71,6 +71,7 @@ class Report:
         weights, size = sum(math.prod(row.shape) for row in self.rows), sum(_known(self.rows, "state_bytes"))
         share = {"state_share": size / (ADAMW_BYTES_PER_WEIGHT * weights)} if weights else {}
         ranks = _known(self.rows, "rank")
+        # Shares do not add; the energies that they are shares of do.
         captured = [row.numbers for row in self.rows if "energy" in row.numbers]
         whole = math.fsum(one["gradient_norm"] ** 2 for one in captured)
         part = math.fsum(one["energy"] * one["gradient_norm"] ** 2 for one in captured)

@@ -109,17 +109,21 @@ class TrackedMomentum(Rule):
         seen, overlap = gradient.rmatmul(basis), rows.inner(left, basis)
         averaged = seen + beta * (right @ overlap)
         ahead = seen + beta * averaged
-        # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size.
+        # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size. Where none is seen,
+        # as of an expert without tokens, nothing moves, though the momentum still points somewhere.
         peaks = columns.column_peaks(torch.cat([seen, averaged, ahead], dim=-1)).unflatten(-1, (3, -1)).amax(dim=-1)
         is_moving, (_, scale, scale_ahead) = peaks[..., :1] > 0, peaks.clamp(min=tiny).split(1, dim=-1)
         direction = newton_schulz_by_gram(ahead / scale_ahead, axis=columns)
         rotation = _leading(averaged / scale, overlap, columns)
         whole = layout.whole(gradient.shape)
+        # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
+        # counts as much as α times that.
         length, open_directions = update_scale(whole), min(whole[-2:]) - context.rank
         update = Update(left=basis * length, right=direction * is_moving)
         if self.residual and open_directions > 0 and isinstance(gradient, Dense):
             size = self.residual * length * open_directions**0.5
             update.dense = _residual(gradient, basis, seen, size, layout)
+        # A ≈ B Bᵀ A, of which the k leading directions are kept.
         return update, {"P": basis @ rotation, "R": averaged @ rotation}
 
 
@@ -147,6 +151,7 @@ def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
     Two power steps on the Gram matrix of r × r numbers, from where the last step's directions lie in the basis.
     """
     k, r = overlap.shape[-2:]
+    # Warm: the directions turn little from step to step, so that two power steps are enough.
     start = overlap.mT[..., :k]
     # A column that had no momentum yet starts at a unit vector.
     unit = torch.eye(r, k, dtype=start.dtype, device=start.device)
@@ -159,6 +164,7 @@ def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
 
 def _residual(gradient: Dense, basis: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
     """G − B zᵀ, spread over all directions by normalizing rows and columns, with Frobenius norm `size`."""
+    # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
     rest = gradient.consume()
     before = largest_entry(rest)
     if rest.ndim == 2:
@@ -167,5 +173,6 @@ def _residual(gradient: Dense, basis: Tensor, seen: Tensor, size: float, layout:
         rest -= basis @ seen.mT
     before, peak = layout.all_reduce_max(torch.cat([before, largest_entry(rest)], dim=-1)).split(1, dim=-1)
     spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
+    # Columns are of unit length or zero: the norm says how many are not.
     energy = layout.all_reduce_sum(torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True) ** 2)
     return spread.mul_(torch.where((peak > _RESIDUAL_RTOL * before) & (energy > 0), size * energy.rsqrt(), 0.0))
