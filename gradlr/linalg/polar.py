@@ -57,7 +57,7 @@ def newton_schulz_by_gram(x: Tensor, *, axis: Axis = REPLICATED, steps: int = 5)
         Shape (..., n, r): the approximate polar factor, of which each process has its rows.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    products = axis.inner(x, x)
+    products = x.mT @ x if axis.is_whole else axis.inner(x, x)
     # The trace is the squared Frobenius norm.
     scale = 1 / (products.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None].sqrt() + 1e-7)
     products, eye = products * scale**2, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)

@@ -27,28 +27,27 @@ class Kind:
         name: What `kind=` and `kinds=` call it.
         rule: Name of its default rule.
         lr_share: Its learning rate, as a share of `lr`.
-        decays: Whether weight decay applies.
-        is_compressed: Whether its gradients may be compressed, so that rank and momentum rank mean something, and its rule may
-            be one that works on matrices.
+        options: Those of a group that do something for it: "weight_decay" where that applies; "rank" and "momentum_rank" where
+            its gradients may be compressed, so that its rule may be one that works on matrices.
     """
 
     name: str
     rule: str
     lr_share: float
-    decays: bool
-    is_compressed: bool
+    options: tuple[str, ...]
 
 
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
+_COMPRESSED = ("lr", "beta", "weight_decay", "rank", "momentum_rank")
 
 # One learning rate is tuned, the others follow it; embeddings want a far smaller one. Best of the sweep of `python -m gradlr
 # bench quality` (its results/quality.json).
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(MATRIX, "tracked_momentum", lr_share=1.0, decays=True, is_compressed=True),
-        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 50, decays=True, is_compressed=True),
-        Kind(VECTOR, "adam", lr_share=1 / 10, decays=False, is_compressed=False),
+        Kind(MATRIX, "tracked_momentum", lr_share=1.0, options=(*_COMPRESSED, "rule")),
+        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 50, options=_COMPRESSED),
+        Kind(VECTOR, "adam", lr_share=1 / 10, options=("lr", "beta")),
     )
 }
 _OTHER_WORDS = {"table": EMBEDDING}

@@ -90,7 +90,6 @@ class Rule:
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
         state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
-        is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
     name = "rule"
@@ -98,7 +97,6 @@ class Rule:
     accepts_row_factors = False
     supports_sharding = False
     state_sharding: ClassVar[Mapping[str, str]] = {}
-    is_scale_invariant = True
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first update.

@@ -115,7 +115,7 @@ class TrackedMomentum(Rule):
         is_moving, (_, scale, scale_ahead) = peaks[..., :1] > 0, peaks.clamp(min=tiny).split(1, dim=-1)
         direction = newton_schulz_by_gram(ahead / scale_ahead, axis=columns)
         rotation = _leading(averaged / scale, overlap, columns)
-        whole = layout.whole(gradient.shape)
+        whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
         # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
         # counts as much as α times that.
         length, open_directions = update_scale(whole), min(whole[-2:]) - context.rank
@@ -156,7 +156,7 @@ def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
     # A column that had no momentum yet starts at a unit vector.
     unit = torch.eye(r, k, dtype=start.dtype, device=start.device)
     start = torch.where(start.any(dim=-2, keepdim=True), start, unit)[..., : min(k, r)]
-    products = axis.inner(averaged, averaged)
+    products = averaged.mT @ averaged if axis.is_whole else axis.inner(averaged, averaged)
     for _ in range(2):
         start = orthonormalize(products @ start, is_scaled=True)
     return pad(start, (0, k - start.shape[-1]))
