@@ -91,7 +91,7 @@ class Fixed(RankSchedule):
         require_rank("rank", self.rank)
 
     def __call__(self, inputs: RankInputs) -> int:
-        return self.ceiling(inputs.limit)
+        return resolve_rank(self.rank, inputs.limit)
 
     def ceiling(self, limit: int) -> int:
         return resolve_rank(self.rank, limit)

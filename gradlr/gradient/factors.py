@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
-from ..linalg.normalize import widen
+from ..linalg.normalize import squared_norm, widen
 from ..tensors import is_async
-from .operator import Dense, GradientOperator, all_entries_finite, squared_norm
+from .operator import Dense, GradientOperator, all_entries_finite
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
 _BLOCK_NUMBERS = 2**22
@@ -32,6 +32,7 @@ class OuterProduct(GradientOperator):
         self.dtype, self.device = torch.float64 if is_double else torch.float32, delta.device
 
     def matmul(self, x: Tensor) -> Tensor:
+        # The input's patches times r columns first: G itself, m × n, is never made.
         projected = self._map.project(widen(self._x), x)
         return self._map.weight_grad_matmul(widen(self._delta), projected)
 
@@ -47,6 +48,7 @@ class OuterProduct(GradientOperator):
         return self._map.gradient(widen(self._delta), widen(self._x))
 
     def squared_norm(self) -> Tensor:
+        # A Linear's rows can be made a block at a time; a convolution's gradient comes whole.
         if isinstance(self._map, LinearOp):
             return self.row_energies().double().sum()
         return squared_norm(self.matrix)
@@ -90,6 +92,7 @@ class RowSparse(GradientOperator):
         """
         if not rows.numel():
             return cls(rows, values, count)
+        # Sorted, so that equal rows lie side by side; stable, so that their sums do not depend on the sort.
         order = rows.argsort(stable=True)
         ordered = rows[order]
         is_first = torch.cat([ordered.new_ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
@@ -101,6 +104,7 @@ class RowSparse(GradientOperator):
         return cls(ordered[:1].repeat(kept).index_copy_(0, places, ordered), total, count)
 
     def matmul(self, x: Tensor) -> Tensor:
+        # Added, not set, here and below: the first row may come again with zeros.
         return x.new_zeros((self.shape[0], x.shape[-1])).index_add_(0, self.rows, self.values @ x)
 
     def rmatmul(self, y: Tensor) -> Tensor:

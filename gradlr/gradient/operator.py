@@ -7,15 +7,14 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..linalg import UNSHARDED, Layout
-from ..linalg.normalize import widen
+from ..linalg.normalize import squared_norm
 from ..tensors import is_async
 
 
 class GradientOperator:
-    """A gradient G of shape (..., m, n), known through its products.
+    """A gradient G of shape (..., m, n), known through its products: `operator @ X` and `operator.mT @ Y`, as of tensors.
 
-    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `matmul`, `rmatmul` and
-    `is_finite`. `operator @ X` and `operator.mT @ Y` read as they do for tensors.
+    Subclasses set `shape`, `dtype` (float32 or wider) and `device`, and implement `matmul`, `rmatmul` and `is_finite`.
     """
 
     shape: torch.Size
@@ -31,7 +30,7 @@ class GradientOperator:
         raise NotImplementedError
 
     def is_finite(self) -> Tensor:
-        """0-dim boolean on the operator's device: whether nothing known of G is NaN or infinite, without synchronizing."""
+        """0-dim boolean on its device: whether nothing known of G is NaN or infinite, without synchronizing."""
         raise NotImplementedError
 
     def squared_norm(self) -> Tensor:
@@ -66,11 +65,6 @@ class GradientOperator:
     def matrix(self) -> Tensor:
         """G itself, (..., m, n): for those who cannot do without it."""
         return self.matmul(torch.eye(self.shape[-1], dtype=self.dtype, device=self.device))
-
-
-def squared_norm(x: Tensor) -> Tensor:
-    """Sum of squares, 0-dim float64."""
-    return torch.linalg.vector_norm(x).double().square()
 
 
 def all_entries_finite(x: Tensor) -> Tensor:
@@ -113,8 +107,9 @@ class Dense(GradientOperator):
     """
 
     def __init__(self, matrix: Tensor, *, is_owned: bool = False, layout: Layout = UNSHARDED) -> None:
-        self._matrix, self._layout = widen(matrix), layout
-        self._is_owned = is_owned or self._matrix is not matrix
+        is_wide = matrix.dtype in (torch.float32, torch.float64)
+        self._matrix, self._layout = matrix if is_wide else matrix.float(), layout
+        self._is_owned = is_owned or not is_wide
         self.shape, self.dtype, self.device = matrix.shape, self._matrix.dtype, matrix.device
 
     @property
@@ -123,13 +118,18 @@ class Dense(GradientOperator):
         return self._matrix
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self._layout.columns.all_reduce_sum(self._matrix @ x)
+        product = self._matrix @ x
+        return product if self._layout.is_whole else self._layout.columns.all_reduce_sum(product)
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        return self._layout.rows.all_reduce_sum(self._matrix.mT @ y)
+        product = self._matrix.mT @ y
+        return product if self._layout.is_whole else self._layout.rows.all_reduce_sum(product)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._matrix)
+
+    def squared_norm(self) -> Tensor:
+        return torch.linalg.vector_norm(self._matrix).double().square()
 
     def row_energies(self) -> Tensor:
         return self._layout.columns.all_reduce_sum(super().row_energies())
@@ -183,12 +183,17 @@ class Sketched(GradientOperator):
         *,
         layout: Layout = UNSHARDED,
     ) -> None:
-        self._layout = layout
+        *batch, n, r = right.shape
+        m = right_sketch.shape[-2]
+        of_left = (None, None) if left is None else ((*batch, m, left.shape[-1]), (*batch, n, left.shape[-1]))
+        shapes = [None if part is None else tuple(part.shape) for part in (right, right_sketch, left, left_sketch)]
+        if shapes != [(*batch, n, r), (*batch, m, r), *of_left]:
+            given = ", ".join(map(str, shapes))
+            raise ShapeError(f"Sketched: X, A1, L, A2 have shapes {given}; needed are (n, r), (m, r), (m, l), (n, l)")
         self.right, self.right_sketch, self.left, self.left_sketch = right, right_sketch, left, left_sketch
         self.whole: Dense | None = None
-        self._check()
-        self.shape = torch.Size((*right.shape[:-2], right_sketch.shape[-2], right.shape[-2]))
-        self.dtype, self.device = right_sketch.dtype, right_sketch.device
+        self.shape, self.dtype, self.device = torch.Size((*batch, m, n)), right_sketch.dtype, right_sketch.device
+        self._layout = layout
 
     @classmethod
     def of(cls, gradient: GradientOperator, right: Tensor, left: Tensor | None = None) -> Sketched:
@@ -196,36 +201,21 @@ class Sketched(GradientOperator):
         left_sketch = None if left is None else gradient.rmatmul(left)
         return cls(right, gradient.matmul(right), left, left_sketch)
 
-    def _check(self) -> None:
-        *batch, n, r = self.right.shape
-        m = self.right_sketch.shape[-2]
-        expected: list[tuple[int, ...] | None] = [(*batch, n, r), (*batch, m, r), None, None]
-        if self.left is not None:
-            expected[2:] = [(*batch, m, self.left.shape[-1]), (*batch, n, self.left.shape[-1])]
-        parts = (self.right, self.right_sketch, self.left, self.left_sketch)
-        if expected != [None if part is None else tuple(part.shape) for part in parts]:
-            shapes = ", ".join("None" if part is None else str(tuple(part.shape)) for part in parts)
-            raise ShapeError(f"Sketched: X, A1, L, A2 have shapes {shapes}; needed are (n, r), (m, r), (m, l), (n, l)")
-
-    @property
-    def _left_side(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.left is None or self.left_sketch is None else (self.left, self.left_sketch)
-
     def matmul(self, x: Tensor) -> Tensor:
-        rows, columns, side = self._layout.rows, self._layout.columns, self._left_side
+        rows, columns = self._layout.rows, self._layout.columns
         product = self.right_sketch @ columns.inner(self.right, x)
-        if side is None:
+        if self.left is None or self.left_sketch is None:
             return product
-        left, left_sketch = side
-        return product + left @ (columns.inner(left_sketch, x) - rows.inner(left, product))
+        # L A₂ᵀ x in the place of what A₁ Xᵀ x has in the span of L.
+        return product + self.left @ (columns.inner(self.left_sketch, x) - rows.inner(self.left, product))
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        rows, side = self._layout.rows, self._left_side
-        if side is None:
+        rows = self._layout.rows
+        if self.left is None or self.left_sketch is None:
             return self.right @ rows.inner(self.right_sketch, y)
-        left, left_sketch = side
-        inner = rows.inner(left, y)
-        return self.right @ rows.inner(self.right_sketch, y - left @ inner) + left_sketch @ inner
+        # Of the part of y in the span of L, Gᵀ is known exactly; of the rest what X has seen.
+        inner = rows.inner(self.left, y)
+        return self.right @ rows.inner(self.right_sketch, y - self.left @ inner) + self.left_sketch @ inner
 
     def is_finite(self) -> Tensor:
         finite = self.right_sketch.isfinite().all()
@@ -238,13 +228,13 @@ class Sketched(GradientOperator):
         return ~self._layout.anywhere(is_filled)
 
     def squared_norm(self) -> Tensor:
-        rows, columns, side = self._layout.rows, self._layout.columns, self._left_side
+        rows, columns = self._layout.rows, self._layout.columns
         energy = squared_norm(self.right_sketch) / columns.parts
-        if side is None:
+        if self.left is None or self.left_sketch is None:
             return energy
         # L Lᵀ G and (1 − L Lᵀ) G X Xᵀ are orthogonal to each other. What several processes know counts once over all of them.
-        common = squared_norm(rows.inner(side[0], self.right_sketch)) / columns.parts
-        return energy + (squared_norm(side[1]) - common) / rows.parts
+        common = squared_norm(rows.inner(self.left, self.right_sketch)) / columns.parts
+        return energy + (squared_norm(self.left_sketch) - common) / rows.parts
 
     def scaled(self, factor: Tensor) -> Sketched:
         left_sketch = None if self.left_sketch is None else self.left_sketch * factor
@@ -254,6 +244,7 @@ class Sketched(GradientOperator):
 
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""
+        # One-sided in the very same basis, as layers that project early make it, it is the product already.
         if isinstance(gradient, Sketched) and gradient.right is self.right and gradient.left is None:
             self.right_sketch += gradient.right_sketch
         else:

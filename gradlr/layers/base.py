@@ -20,11 +20,11 @@ Axes = tuple[tuple[str, ...], ...]
 
 @dataclass(frozen=True)
 class View:
-    """A parameter seen as (a batch of) matrices. Two views of the same pattern and sizes are equal.
+    """A parameter seen as (a batch of) matrices.
 
     Attributes:
         pattern: An einops expression "parameter axes -> [batch axis] m n", e.g. "o i h w -> o (i h w)"; None for as it is.
-        sizes: Sizes of named axes that the parameter's shape leaves open.
+        sizes: Of named axes that the parameter's shape leaves open.
     """
 
     pattern: str | None = None
@@ -43,11 +43,8 @@ class View:
 
     def named_axes(self, shape: Sequence[int]) -> tuple[Axes, Axes, dict[str, int]]:
         """Names that make up each axis of a parameter of that shape, each axis of its view, and the size of each name."""
-        if self.pattern is None:
-            names = [f"axis{index}" for index in range(len(shape))]
-            axes: Axes = tuple((name,) for name in names)
-            return axes, axes, dict(zip(names, shape, strict=True))
-        before, after = axes_of(self.pattern)
+        names = " ".join(f"axis{index}" for index in range(len(shape)))
+        before, after = axes_of(self.pattern or f"{names} -> {names}")
         sizes = dict(self.sizes)
         for axis, size in zip(before, shape, strict=True):
             # einops has seen that all names of an axis but one are given.
@@ -82,10 +79,12 @@ def axes_of(pattern: str) -> tuple[Axes, Axes]:
 
 
 def pattern_of(before: Iterable[Sequence[str]], after: Iterable[Sequence[str]]) -> str:
-    """The einops expression with these axes, each the names that it is composed of; the same axes give the same string."""
-    sides = (" ".join("1" if not axis else axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in side)
-             for side in (before, after))  # fmt: skip
-    return " -> ".join(sides)
+    """The einops expression with these axes; the same axes give the same string, so that equal views compare equal."""
+
+    def written(axis: Sequence[str]) -> str:
+        return (axis[0] if len(axis) == 1 else f"({' '.join(axis)})") if axis else "1"
+
+    return " -> ".join(" ".join(map(written, side)) for side in (before, after))
 
 
 class LayerOp:
@@ -112,13 +111,13 @@ class LayerOp:
         """Gradient of x, which has the given shape, from δ, the gradient of y."""
         raise NotImplementedError
 
-    def gradient(self, delta: Tensor, x: Tensor) -> Tensor:
-        """G itself, (m, n); differentiable, for those who cannot do without it."""
+    def weight_gradient(self, delta: Tensor, x: Tensor) -> Tensor:
+        """G in the shape of W; differentiable."""
         raise NotImplementedError
 
-    def weight_gradient(self, delta: Tensor, x: Tensor) -> Tensor:
-        """G in the shape of W."""
-        raise NotImplementedError
+    def gradient(self, delta: Tensor, x: Tensor) -> Tensor:
+        """G itself, (m, n); differentiable, for those who cannot do without it."""
+        return self.view.of(self.weight_gradient(delta, x))
 
     def bias_gradient(self, delta: Tensor) -> Tensor:
         """Gradient of b, (m,)."""
@@ -142,15 +141,8 @@ class LayerOp:
 
     def covariance_matmul(self, x: Tensor, right: Tensor) -> Tensor:
         """Sum over tokens of patch times patchᵀ (n × n, never made) times `right` (n, r): (n, r)."""
+        # What `project` gives is laid out as an output gradient is: a gradient of r outputs.
         return self.gradient(self.project(x, right), x).mT
-
-
-def _as_it_is(layer: Any, name: str, weight: Tensor) -> View | None:
-    return None
-
-
-def _no_op(layer: Any) -> LayerOp | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -161,14 +153,14 @@ class LayerType:
         is_type: Whether a module is of this type or a subclass.
         view: (layer, name of one of its parameters, that parameter) → how it is seen; None where the type says nothing about it.
         op: The linear map that a layer computes; None where it has options that no map fits, and for subclasses, which may
-            compute anything.
+            compute anything: the class must be the very one, or one that capture has put over it.
         is_lookup: Whether its weight is a table whose rows are looked up.
         is_norm: Whether all its parameters are scales and shifts, whatever their shape.
     """
 
     is_type: Callable[[nn.Module], bool]
-    view: Callable[[Any, str, Tensor], View | None] = _as_it_is
-    op: Callable[[Any], LayerOp | None] = _no_op
+    view: Callable[[Any, str, Tensor], View | None] = lambda layer, name, weight: None
+    op: Callable[[Any], LayerOp | None] = lambda layer: None
     is_lookup: bool = False
     is_norm: bool = False
 

@@ -54,9 +54,6 @@ class ConvOp(LayerOp):
     def input_gradient(self, delta: Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
         return _FUNCTIONS[self.kind][1](shape, weight, delta, self.stride, self.padding, self.dilation)
 
-    def gradient(self, delta: Tensor, x: Tensor) -> Tensor:
-        return self.weight_gradient(delta, x).flatten(1)
-
     def weight_gradient(self, delta: Tensor, x: Tensor) -> Tensor:
         shape = (delta.shape[1], self.channels, *self.kernel)
         return _FUNCTIONS[self.kind][2](x, shape, delta, self.stride, self.padding, self.dilation)
@@ -71,15 +68,14 @@ class ConvOp(LayerOp):
         return self.forward(x, right.mT.reshape(-1, self.channels, *self.kernel), None)
 
     def weight_grad_matmul(self, delta: Tensor, projected: Tensor) -> Tensor:
-        size = (delta.shape[1], projected.shape[1], *self._ones())
+        # Each patch is r numbers by now: a kernel of one position.
+        size = (delta.shape[1], projected.shape[1], *(1,) * len(self.kernel))
         return _FUNCTIONS[self.kind][2](projected, size, delta).flatten(1)
 
     def rmatmul(self, delta: Tensor, x: Tensor, left: Tensor) -> Tensor:
-        filters = left.mT.reshape(-1, delta.shape[1], *self._ones())
+        # l combinations of the output channels take the place of all m.
+        filters = left.mT.reshape(-1, delta.shape[1], *(1,) * len(self.kernel))
         return self.gradient(_FUNCTIONS[self.kind][0](delta, filters), x).mT
-
-    def _ones(self) -> tuple[int, ...]:
-        return (1,) * len(self.kernel)
 
 
 def filter_view(dimensions: int, groups: int = 1, *, is_transposed: bool = False) -> View:

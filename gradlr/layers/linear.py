@@ -67,17 +67,13 @@ def is_transposed_linear(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__.split(".")[0] == "transformers"
 
 
-def _op(layer: nn.Linear) -> LinearOp | None:
-    return LinearOp() if class_of(layer) is nn.Linear else None
-
-
-def _turned_weight(layer: nn.Module, name: str, weight: Tensor) -> View | None:
-    return _TURNED if name == "weight" else None
-
-
 def _tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-LINEAR = LayerType(lambda module: isinstance(module, nn.Linear), op=_op)
-TRANSPOSED_LINEAR = LayerType(is_transposed_linear, _turned_weight, op=lambda _: LinearOp(_TURNED))
+LINEAR = LayerType(
+    lambda module: isinstance(module, nn.Linear), op=lambda layer: LinearOp() if class_of(layer) is nn.Linear else None
+)
+TRANSPOSED_LINEAR = LayerType(
+    is_transposed_linear, lambda layer, name, weight: _TURNED if name == "weight" else None, lambda layer: LinearOp(_TURNED)
+)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from .attention import ATTENTION
 from .base import AS_IT_IS, LayerOp, LayerType, View
 from .conv import CONVOLUTION, TRANSPOSED_CONVOLUTION
 from .embedding import EMBEDDING
 from .linear import LINEAR, TRANSPOSED_LINEAR
-from .norm import NORM
+
+# Scales, one by one, also where they have the shape of a matrix.
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+_QUERY_KEY_VALUE = View("(three o) i -> three o i", (("three", 3),))
+
+
+def _attention_view(layer: nn.MultiheadAttention, name: str, weight: Tensor) -> View | None:
+    return _QUERY_KEY_VALUE if name == "in_proj_weight" and weight.shape[0] == 3 * layer.embed_dim else None
+
 
 LAYER_TYPES: tuple[LayerType, ...] = (
     LINEAR,
@@ -17,8 +25,8 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     CONVOLUTION,
     TRANSPOSED_CONVOLUTION,
     EMBEDDING,
-    NORM,
-    ATTENTION,
+    LayerType(lambda module: isinstance(module, _NORMS), is_norm=True),
+    LayerType(lambda module: isinstance(module, nn.MultiheadAttention), _attention_view),
 )
 _ANY_OTHER = LayerType(lambda module: True)
 
@@ -29,21 +37,12 @@ def layer_type_of(module: nn.Module) -> LayerType:
 
 
 def layer_op(module: nn.Module) -> LayerOp | None:
-    """The linear map that the module computes; None where it is no plain Linear, transformers' Conv1D or ungrouped convolution.
-
-    Subclasses may compute anything, so none is taken: the class must be the very one, or one that capture has put over it.
-    """
+    """The linear map that a module computes; None where it is no plain Linear, transformers' Conv1D or ungrouped convolution."""
     return layer_type_of(module).op(module)
 
 
 def natural_view(module: nn.Module, name: str, parameter: Tensor) -> View:
-    """How one parameter of a layer is seen as (a batch of) matrices: as its type says, or the last two axes of each.
-
-    Args:
-        module: The layer that owns it.
-        name: Its name there, "weight" for one.
-        parameter: The parameter, or what a parametrization makes it of.
-    """
+    """How a layer's parameter, by its name there, is seen as (a batch of) matrices: as the type says, or by its last two axes."""
     return layer_type_of(module).view(module, name, parameter) or leading_batch(parameter.ndim)
 
 

@@ -15,6 +15,7 @@ class Axis:
     Attributes:
         is_whole: Whether all of it lies here.
         parts: Number of parts.
+        first: Place of the first entry that lies here: another one in each part.
     """
 
     is_whole = True
@@ -22,7 +23,6 @@ class Axis:
 
     @property
     def first(self) -> int:
-        """Place of the first entry that lies here: another one in each part."""
         return 0
 
     def all_reduce_sum(self, x: Tensor) -> Tensor:
@@ -52,11 +52,9 @@ class Axis:
 
     def column_peaks(self, x: Tensor) -> Tensor:
         """Largest absolute entry of each column of (..., m, r), whose m rows lie along this axis: (..., 1, r)."""
-        if self.is_whole:
-            return x.abs().amax(dim=-2, keepdim=True)
         # Where a process holds no row at all there is nothing to look at.
         here = x.abs().amax(dim=-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
-        return self.all_reduce_max(here)
+        return here if self.is_whole else self.all_reduce_max(here)
 
 
 REPLICATED = Axis()

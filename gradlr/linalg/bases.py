@@ -33,15 +33,15 @@ class Products(Protocol):
     def mT(self) -> Any: ...  # noqa: N802 (torch's name)
 
 
-def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
+def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = False) -> Tensor:
     """Orthonormal columns that span the columns of `x`: three shifted Cholesky-QR passes.
 
-    Only products of matrices, r × r factorizations and triangular solves, so that no device waits for the host, and a column
-    costs the same on each.
+    Only products of matrices, r × r factorizations and triangular solves, so that no device waits for the host.
 
     Args:
         x: Shape (..., m, r) with r ≤ m, floating; not modified.
         axis: How its rows are spread; where other processes hold some, r × r numbers are summed in each pass.
+        is_scaled: Whether the squares of its entries are numbers of its dtype, so that nothing has to be scaled.
 
     Returns:
         Shape (..., m, r), float32 or wider. A column of `x` that depends on the others becomes an arbitrary orthonormal
@@ -50,16 +50,12 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
     Raises:
         ShapeError: `x` has fewer rows than columns.
     """
-    if x.ndim < 2 or axis.size(x.shape[-2]) < x.shape[-1]:
+    if x.ndim < 2 or (x.shape[-2] < x.shape[-1] and axis.size(x.shape[-2]) < x.shape[-1]):
         raise ShapeError(f"orthonormalize: x has shape {tuple(x.shape)}; it needs at least as many rows as columns")
-    x = widen(x)
-    # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one.
-    return cholesky_qr(x / axis.column_peaks(x).clamp_(min=torch.finfo(x.dtype).tiny), axis)
-
-
-def cholesky_qr(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
-    """`orthonormalize` of columns whose squares are numbers of their dtype: float32 or wider, r ≤ m, which is not checked."""
+    x = x if x.dtype in _SHIFTS else x.float()
     tiny, growth = torch.finfo(x.dtype).tiny, max(1.0, x.shape[-1] / _SHIFT_COLUMNS)
+    # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one.
+    x = x if is_scaled else x / axis.column_peaks(x).clamp_(min=tiny)
     first, second, last = _SHIFTS[x.dtype]
     for shift in (first * growth, second * growth, last):
         products = x.mT @ x if axis.is_whole else axis.inner(x, x)
@@ -67,6 +63,7 @@ def cholesky_qr(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
         scale = products.diagonal(dim1=-2, dim2=-1).clamp(min=tiny).rsqrt_().unsqueeze(-2)
         x, products = x * scale, products * scale * scale.mT
         products.diagonal(dim1=-2, dim2=-1).add_(shift)
+        # cholesky_ex, since cholesky asks the device whether it has succeeded.
         factor = torch.linalg.cholesky_ex(products).L
         x = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
     return x
@@ -78,7 +75,7 @@ def svd_lowrank(
     """Randomized singular value decomposition from products with the matrix only.
 
     Args:
-        matrix: Shape (..., m, n): a floating tensor, or any operator with `shape`, `dtype`, `device`, `@` and `.mT`.
+        matrix: Shape (..., m, n): a floating tensor, or any operator with these products.
         rank: Number r of singular triples, 1 ≤ r ≤ min(m, n).
         power_steps: Subspace iterations (dimensionless).
         generator: Source of the Gaussian test matrix; torch's default generator where None.
@@ -96,12 +93,13 @@ def svd_lowrank(
     m, n = matrix.shape[-2:]
     if not 1 <= rank <= min(m, n):
         raise ArgumentError(f"svd_lowrank: rank {rank} for a {m} x {n} matrix; it must be between 1 and {min(m, n)}")
-    if m < n:
+    if m < n:  # the small matrix whose decomposition is taken has the shorter side
         u, s, v = svd_lowrank(matrix.mT, rank, power_steps=power_steps, generator=generator)
         return v, s, u
     test = torch.randn(n, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
     basis = torch.linalg.qr(matrix @ test).Q
     for _ in range(power_steps):
+        # Orthonormal at each half step: powers of a matrix bury its small singular values in rounding errors.
         basis = torch.linalg.qr(matrix.mT @ basis).Q
         basis = torch.linalg.qr(matrix @ basis).Q
     u, s, vh = torch.linalg.svd((matrix.mT @ basis).mT, full_matrices=False)
@@ -112,8 +110,8 @@ def spectral_norm(matrix: Products, *, columns: int = 8, steps: int = 8) -> Tens
     """Largest singular value of each matrix, from 2 · steps products with `columns` columns.
 
     Args:
-        matrix: Shape (..., m, n): a floating tensor, or any operator with `shape`, `dtype`, `device`, `@` and `.mT`.
-        columns: Columns of a block.
+        matrix: Shape (..., m, n): a floating tensor, or any operator with these products.
+        columns: Of a block.
         steps: Number of blocks.
 
     Returns:
@@ -140,6 +138,7 @@ def spectral_norm(matrix: Products, *, columns: int = 8, steps: int = 8) -> Tens
         blocks.append(orthonormalize(block - known @ (known.mT @ block)))
     # Where the span is exhausted a block is rounding errors: only orthonormal columns bound the value from above.
     basis = torch.linalg.qr(torch.cat(blocks, dim=-1)[..., :m]).Q
+    # Its Gram matrix squares the condition: in float64, half of whose digits are more than float32 has.
     image = (matrix.mT @ basis).double()
     gram = image.mT @ image
     is_finite = gram.isfinite()

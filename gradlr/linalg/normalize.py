@@ -22,6 +22,11 @@ def largest_entry(x: Tensor) -> Tensor:
     return torch.maximum(x.amax(dim=(-2, -1), keepdim=True), -x.amin(dim=(-2, -1), keepdim=True))
 
 
+def squared_norm(x: Tensor) -> Tensor:
+    """Sum of squares, 0-dim float64; of numbers in float16 as well, whose squares would overflow."""
+    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).double().square()
+
+
 def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     """`x` with every column scaled to unit length; a zero column stays zero.
 
@@ -30,10 +35,11 @@ def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
         axis: How its rows are spread.
 
     Returns:
-        Shape (..., m, r), float32 or wider. Two scalings, so that squares neither overflow nor vanish.
+        Shape (..., m, r), float32 or wider.
     """
     x = widen(x)
     tiny = torch.finfo(x.dtype).tiny
+    # Two scalings, so that squares neither overflow nor vanish.
     x = x / axis.column_peaks(x).clamp_(min=tiny)
     return x * axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True)).clamp_(min=tiny).rsqrt_()
 
@@ -72,10 +78,9 @@ def multi_normalize(
     columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
     for _ in range(passes):
         rows = squares @ columns if whole else layout.columns.inner(squares.mT, columns)
+        # These are reciprocals of squared lengths: the roots are taken once, below.
         rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
         columns = squares.mT @ rows if whole else layout.rows.inner(squares, rows)
         columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
     row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
-    if inplace and y is x:
-        return x.mul_(row_scale).mul_(column_scale)
-    return torch.mul(y, row_scale).mul_(column_scale)
+    return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)

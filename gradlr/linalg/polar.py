@@ -39,6 +39,7 @@ def newton_schulz(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloa
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
+        # a X + b X Xᵀ X + c (X Xᵀ)² X: an odd polynomial acts on the singular values and leaves the vectors alone.
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if is_tall else x
@@ -50,13 +51,14 @@ def newton_schulz_by_gram(x: Tensor, *, axis: Axis = REPLICATED, steps: int = 5)
     Args:
         x: Shape (..., n, r) with r ≤ n, float32 or wider, largest entry about one; not modified.
         axis: How its rows are spread; r × r numbers are summed once.
-        steps: Number of steps (dimensionless).
+        steps: Number of steps.
 
     Returns:
         Shape (..., n, r): the approximate polar factor, of which each process has its rows.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    products = axis.inner(x, x)
+    products = x.mT @ x if axis.is_whole else axis.inner(x, x)
+    # The trace is the squared Frobenius norm.
     scale = 1 / (products.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None].sqrt() + 1e-7)
     products, eye = products * scale**2, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
     factor = eye * scale

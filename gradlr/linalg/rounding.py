@@ -33,6 +33,7 @@ def stochastic_round(x: Tensor, dtype: torch.dtype, *, generator: torch.Generato
     bits, lowest = _FORMATS[dtype]
     _, exponent = torch.frexp(x)
     ulp_exponent = exponent.clamp(min=lowest) - (bits + 1)
+    # In units of the last place the neighbours are integers: the upper one is taken as often as the fraction says.
     steps = _ldexp(x, -ulp_exponent)
     below = steps.floor()
     draw = torch.rand(x.shape, dtype=x.dtype, device=x.device, generator=generator)

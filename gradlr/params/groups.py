@@ -11,7 +11,7 @@ from ..errors import ArgumentError
 from ..ranks import RankSchedule, as_schedule, require_rank
 from ..rules import Rule, resolve
 from ..rules.base import require_fraction, require_number
-from .kinds import KINDS, MATRIX, Kind, ParameterPlan, kind_named, with_kind
+from .kinds import KINDS, Kind, ParameterPlan, kind_named, with_kind
 
 _OPTIONS = ("lr", "rank", "momentum_rank", "beta", "weight_decay", "rule", "kind", "kinds")
 
@@ -109,22 +109,15 @@ def _checked_kinds(where: str, kinds: Any) -> dict[str, Mapping[str, Any]]:
     if len(known) < len(kinds):
         raise ArgumentError(f"{where} has both 'embedding' and 'table', which are two words for one kind: give one of them")
     for name, row in known.items():
-        allowed = ("lr", "rule", "weight_decay") if KINDS[name].decays else ("lr", "rule")
+        allowed = ("lr", "rule", "weight_decay") if "weight_decay" in KINDS[name].options else ("lr", "rule")
         if unknown := sorted(set(row) - set(allowed)):
             raise ArgumentError(f"{where}[{name!r}] has {unknown[0]!r}; options of a kind {name} are {', '.join(allowed)}")
     return known
 
 
-def _used_by(kind: Kind) -> set[str]:
-    """The options of a group that do something for a parameter of that kind."""
-    used = {"lr", "beta"}
-    used |= {"weight_decay"} if kind.decays else set()
-    used |= {"rank", "momentum_rank"} if kind.is_compressed else set()
-    return used | ({"rule"} if kind.name == MATRIX else set())
-
-
 def _require_used(label: str, scope: _Scope, kinds: set[str]) -> None:
-    used = set().union(*(_used_by(KINDS[kind]) for kind in kinds))
+    used = {option for kind in kinds for option in KINDS[kind].options}
+    # An option without effect is a mistake about what a parameter is: it is told, not passed over.
     idle = [repr(key) for key in sorted(scope.options.keys() - used)]
     idle += [f"kinds[{kind!r}]" for kind in scope.kinds if kind not in kinds]
     if idle:
@@ -147,7 +140,7 @@ def _group(label: str, kind: Kind, scopes: Sequence[_Scope], members: list[Param
             if option in scope.kinds.get(kind.name, {}):
                 return f"kinds[{kind.name!r}][{option!r}]", scope.kinds[kind.name][option], 1.0
             # A rule that is given for a group or for the whole model is one for matrices.
-            if option in scope.options and (option != "rule" or kind.name == MATRIX):
+            if option in scope.options and (option != "rule" or "rule" in kind.options):
                 return option, scope.options[option], kind.lr_share
         return option, kind.rule, 1.0
 
@@ -156,10 +149,11 @@ def _group(label: str, kind: Kind, scopes: Sequence[_Scope], members: list[Param
     where_decay, decay, _ = nearest("weight_decay")
     _, momentum_rank, _ = nearest("momentum_rank")
     lr, decay, rule = require_number(where_lr, rate), require_number(where_decay, decay), resolve(named)
-    if not (kind.is_compressed or rule.is_elementwise):
+    if not ("rank" in kind.options or rule.is_elementwise):
         raise ArgumentError(f"{where_rule}={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
     require_rank("momentum_rank", momentum_rank)
+    decay = decay if "weight_decay" in kind.options else 0.0
     return ParameterGroup(
         f"{label} {kind.name}".strip(), kind.name, members, rule, as_schedule(nearest("rank")[1]), momentum_rank,
-        lr=lr * share, beta=require_fraction("beta", nearest("beta")[1]), weight_decay=decay if kind.decays else 0.0,
+        lr=lr * share, beta=require_fraction("beta", nearest("beta")[1]), weight_decay=decay,
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -26,28 +27,27 @@ class Kind:
         name: What `kind=` and `kinds=` call it.
         rule: Name of its default rule.
         lr_share: Its learning rate, as a share of `lr`.
-        decays: Whether weight decay applies.
-        is_compressed: Whether its gradients may be compressed, so that rank and momentum rank mean something, and its rule may
-            be one that works on matrices.
+        options: Those of a group that do something for it: "weight_decay" where that applies; "rank" and "momentum_rank" where
+            its gradients may be compressed, so that its rule may be one that works on matrices.
     """
 
     name: str
     rule: str
     lr_share: float
-    decays: bool
-    is_compressed: bool
+    options: tuple[str, ...]
 
 
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
+_COMPRESSED = ("lr", "beta", "weight_decay", "rank", "momentum_rank")
 
 # One learning rate is tuned, the others follow it; embeddings want a far smaller one. Best of the sweep of `python -m gradlr
 # bench quality` (its results/quality.json).
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(MATRIX, "tracked_momentum", lr_share=1.0, decays=True, is_compressed=True),
-        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 50, decays=True, is_compressed=True),
-        Kind(VECTOR, "adam", lr_share=1 / 10, decays=False, is_compressed=False),
+        Kind(MATRIX, "tracked_momentum", lr_share=1.0, options=(*_COMPRESSED, "rule")),
+        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 50, options=_COMPRESSED),
+        Kind(VECTOR, "adam", lr_share=1 / 10, options=("lr", "beta")),
     )
 }
 _OTHER_WORDS = {"table": EMBEDDING}
@@ -89,7 +89,7 @@ class ParameterPlan:
     natural: View = field(default_factory=View)
     layout: Layout = UNSHARDED
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         """Shape of the view, of the whole parameter where it is sharded."""
         return self.view.of(outline(self.parameter)).shape
@@ -97,17 +97,12 @@ class ParameterPlan:
     @property
     def shape_here(self) -> torch.Size:
         """Shape of the view of what lies in this process."""
-        return self.matrix_here.shape
+        return self.view.of(self.here).shape
 
     @property
     def here(self) -> Tensor:
         """The parameter's entries in this process, detached: all of them, or its shard's."""
         return local(self.parameter.detach())
-
-    @property
-    def matrix_here(self) -> Tensor:
-        """Their view."""
-        return self.view.of(self.here)
 
 
 def outline(tensor: Tensor) -> Tensor:
@@ -131,7 +126,7 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if isinstance(parameter, UninitializedParameter):
+        if isinstance(parameter, UninitializedParameter):  # of a lazy module: without a shape, there is nothing to see
             plans.append(ParameterPlan(name, parameter, VECTOR, View()))
             continue
         owner, own_name = owners[id(parameter)]
@@ -173,6 +168,7 @@ def _matrix_or_vector(parameter: Tensor, owner: nn.Module, name: str, natural: V
     is_bias = name == "bias" or name.endswith("_bias")
     if parameter.ndim < 2 or parameter.numel() == 0 or is_bias or layer_type_of(owner).is_norm:
         return VECTOR
+    # One row or one column has one direction: there is nothing to compress.
     return VECTOR if min(natural.of(outline(parameter)).shape[-2:]) == 1 else MATRIX
 
 

@@ -20,10 +20,10 @@ _NUMBERS = {"two": 2, "three": 3, "four": 4}
 
 
 def with_views(plans: list[ParameterPlan], views: Mapping[str, Any]) -> list[ParameterPlan]:
-    """The plans with the user's views; what a view matches becomes a matrix.
+    """The plans of all trainable parameters with the user's views; what a view matches becomes a matrix.
 
     Args:
-        plans: Of all trainable parameters.
+        plans: Without the views.
         views: Glob on parameter names → expression, or pair of expression and sizes. The first match wins.
 
     Raises:
@@ -59,13 +59,7 @@ def _given(glob: str, value: Any) -> tuple[str, dict[str, int]]:
 
 
 def checked_view(expression: str, sizes: Mapping[str, int], name: str, shape: Sequence[int]) -> View:
-    """The view that an expression makes of one parameter; several batch axes are folded into one.
-
-    Args:
-        expression: An einops expression "parameter axes -> [batch axes] m n". Axes named two, three and four have that size.
-        sizes: Of named axes that the shape leaves open.
-        name: The parameter's, for messages.
-        shape: The parameter's.
+    """The view that an expression, with sizes that the shape leaves open, makes of a parameter; batch axes are folded into one.
 
     Raises:
         ArgumentError: einops cannot read the expression or apply it to the shape, or it does not end in two axes.

@@ -14,7 +14,7 @@ from ..engine.record import ParamRecord
 from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, Sketched
 from ..linalg import normalize_columns, spectral_norm
-from ..linalg.normalize import widen
+from ..linalg.normalize import squared_norm, widen
 from ..params.kinds import VECTOR
 from ..rules import Update
 
@@ -66,14 +66,7 @@ class Observer:
         return Dense(gradient.matrix.clone()) if isinstance(gradient, Dense) else gradient
 
     def measure_gradient(self, record: ParamRecord, kept: GradientOperator, update: Update, step: int) -> UpdateMetrics:
-        """The gradient's part of the numbers.
-
-        Args:
-            record: The parameter's.
-            kept: From `keep`.
-            update: What the rule made of it.
-            step: Number of the update, from 1.
-        """
+        """The gradient's part of the numbers, of what `keep` gave and the update, number `step`, that the rule made of it."""
         is_projected, energy = isinstance(kept, Sketched), kept.squared_norm()
         rank = None if record.plan.kind == VECTOR else mean_stable_rank(kept)
         left = None if record.rule.is_elementwise or is_projected else update.left
@@ -83,17 +76,9 @@ class Observer:
     def measure_update(
         self, metrics: UpdateMetrics, weight: Tensor, update: Update, *, lr: float, weight_decay: float | Tensor
     ) -> UpdateMetrics:
-        """The same with the numbers of `W ← (1 − ηλ) W − η · direction`, which is yet to be written.
-
-        Args:
-            metrics: From `measure_gradient`.
-            weight: W, the parameter's view, (..., m, n).
-            update: The direction.
-            lr: η.
-            weight_decay: λ.
-        """
+        """The same with the numbers of `W ← (1 − ηλ) W − η · direction`, which is yet to be written, W seen as (..., m, n)."""
         norm = lr * change_energy(weight.detach(), update, weight_decay).sqrt()
-        return replace(metrics, update_norm=norm, relative_update=norm / energy_of(weight.detach()).sqrt())
+        return replace(metrics, update_norm=norm, relative_update=norm / squared_norm(weight.detach()).sqrt())
 
 
 class Observation(AbstractContextManager["Observation"]):
@@ -136,6 +121,7 @@ class Observation(AbstractContextManager["Observation"]):
 
 def captured_energy(gradient: GradientOperator, left: Tensor) -> Tensor:
     """‖Qᵀ G‖², Frobenius, summed over a batch, 0-dim float64, with an orthonormal basis Q of the span of `left`, (..., m, r)."""
+    # Without Q: of L = `left`, ‖Qᵀ G‖² is the trace of (Lᵀ L)⁺ Lᵀ G Gᵀ L. The columns may depend on each other.
     left = normalize_columns(left)
     image, left = (gradient.mT @ left).double(), left.double()
     gram = left.mT @ left
@@ -144,17 +130,11 @@ def captured_energy(gradient: GradientOperator, left: Tensor) -> Tensor:
 
 
 def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tensor:
-    """‖diag(row_scale) left rightᵀ + dense + λ W‖², Frobenius, summed over a batch, 0-dim float64.
-
-    Args:
-        weight: W, (..., m, n) or a vector.
-        update: The direction.
-        decay: λ, a number or 0-dim.
-    """
+    """‖direction + λ W‖², Frobenius, summed over a batch, 0-dim float64, for a weight W (..., m, n) or a vector."""
     if update.rows is not None and update.dense is not None:
         # The other rows change by decay alone. A row may come twice, the second time with zeros, which add nothing here.
         overlap = torch.linalg.vecdot(weight[update.rows].to(update.dense.dtype), update.dense).double().sum()
-        return (energy_of(update.dense) + 2 * decay * overlap + decay**2 * energy_of(weight)).clamp(min=0)
+        return (squared_norm(update.dense) + 2 * decay * overlap + decay**2 * squared_norm(weight)).clamp(min=0)
     # A block of rows at a time, so that the change of a large weight never exists as a whole.
     weight, energies = torch.atleast_2d(weight), [torch.zeros((), dtype=torch.float64, device=weight.device)]
     size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // max(1, weight.numel()))
@@ -166,13 +146,8 @@ def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tens
             change = change + (update.left[rows] * scale) @ update.right.mT
         if update.dense is not None:
             change = change + torch.atleast_2d(update.dense)[rows]
-        energies.append(energy_of(change))
+        energies.append(squared_norm(change))
     return torch.stack(energies).sum()
-
-
-def energy_of(x: Tensor) -> Tensor:
-    """Sum of squares, 0-dim float64; of numbers in float16 as well, whose squares would overflow."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).double().square()
 
 
 def mean_stable_rank(gradient: GradientOperator) -> Tensor:

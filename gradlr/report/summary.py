@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..engine.record import ParamRecord, rule_entries, state_bytes
 from ..gradient import Dense
+from ..linalg.normalize import squared_norm
 from ..params.kinds import VECTOR
 from .figure import draw
-from .metrics import energy_of, mean_stable_rank
+from .metrics import mean_stable_rank
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +71,7 @@ class Report:
         weights, size = sum(math.prod(row.shape) for row in self.rows), sum(_known(self.rows, "state_bytes"))
         share = {"state_share": size / (ADAMW_BYTES_PER_WEIGHT * weights)} if weights else {}
         ranks = _known(self.rows, "rank")
+        # Shares do not add; the energies that they are shares of do.
         captured = [row.numbers for row in self.rows if "energy" in row.numbers]
         whole = math.fsum(one["gradient_norm"] ** 2 for one in captured)
         part = math.fsum(one["energy"] * one["gradient_norm"] ** 2 for one in captured)
@@ -113,12 +115,7 @@ class Report:
 
 
 def report(records: Iterable[ParamRecord], state: Mapping[Tensor, dict[str, Tensor]]) -> Report:
-    """What the optimizer holds now.
-
-    Args:
-        records: All of the optimizer's.
-        state: The optimizer's, by parameter.
-    """
+    """What the optimizer with these records and this state holds now."""
     return Report(tuple(_row(record, state[record.plan.parameter]) for record in records))
 
 
@@ -128,12 +125,7 @@ def describe(
     state: Mapping[Tensor, dict[str, Tensor]],
     **options: str | float | None,
 ) -> str:
-    """A table with one line per parameter: name, shape, kind, view, rule, rank, momentum rank, capture, lr, bytes of state.
-
-    Args:
-        records, groups, state: The optimizer's; `groups` are its `param_groups`.
-        options: For the title; those that are None are left out, strings are quoted.
-    """
+    """A table with one line per parameter, of the optimizer's records, `param_groups` and state; its title names the options."""
     rows, sizes = [], [state_bytes(state[record.plan.parameter]) for record in records]
     for record, size in zip(records, sizes, strict=True):
         plan, group = record.plan, groups[record.group_index]
@@ -199,8 +191,8 @@ _COLUMNS: dict[str, Callable[[ParameterReport], str]] = {
 
 def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
     plan, steps = record.plan, int(state["step"])
-    weight_norm = energy_of(plan.parameter.detach()).sqrt()
-    numbers: dict[str, Any] = {"steps": steps, "state_bytes": state_bytes(state), "weight_norm": weight_norm}
+    numbers: dict[str, Any] = {"steps": steps, "state_bytes": state_bytes(state)}
+    numbers["weight_norm"] = squared_norm(plan.parameter.detach()).sqrt()
     if not record.rule.is_elementwise:
         numbers |= {"rank": record.rank, "largest_rank": record.largest_rank, "momentum_rank": record.momentum_rank}
     factors = record.rule.momentum(rule_entries(state))

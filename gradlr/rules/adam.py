@@ -34,7 +34,10 @@ class Adam(Rule):
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         g, beta, step = gradient.matrix, context.beta, context.step
+        # Of g first and the mean second: β is the weight of what is kept.
         mean = torch.lerp(g, state["mean"], beta)
         square = torch.lerp(g**2, state["square"], self.beta2)
+        # Both moments started at zero: divided by the sum of the weights so far they are means. That of the first is multiplied
+        # into the root, so that one division by a whole tensor does for both.
         root = (square / (1 - self.beta2**step)).sqrt_().add_(self.eps)
         return Update(dense=mean / root.mul_(1 - beta**step)), {"mean": mean, "square": square}

@@ -44,16 +44,15 @@ class UpdateContext:
         Args:
             shape: (..., rows, columns) of what is wanted here.
             like: Any tensor.
-            axis: How the rows are spread. Where other processes hold some of them, or of the batch, all draw the same numbers,
-                and each takes those of its part.
+            axis: How the rows are spread.
         """
-        batch = self.layout.batch
-        if axis.is_whole and batch.is_whole:
-            return torch.randn(shape, dtype=like.dtype, device=like.device, generator=self.generator).mul_(shape[-2] ** -0.5)
-        *matrices, rows, columns = shape
-        whole = (*map(batch.size, matrices), axis.size(rows), columns)
-        draw = torch.randn(whole, dtype=like.dtype, device=like.device, generator=self.generator).mul_(whole[-2] ** -0.5)
-        return batch.local_shard(axis.local_shard(draw, -2), 0)
+        batch, is_whole = self.layout.batch, axis.is_whole and self.layout.batch.is_whole
+        if not is_whole:
+            *matrices, rows, columns = shape
+            shape = (*map(batch.size, matrices), axis.size(rows), columns)
+        draw = torch.randn(shape, dtype=like.dtype, device=like.device, generator=self.generator).mul_(shape[-2] ** -0.5)
+        # Where other processes hold some of the rows or of the batch, all draw the same numbers: each takes those of its part.
+        return draw if is_whole else batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 @dataclass
@@ -75,7 +74,7 @@ class Update:
     rows: Tensor | None = None
 
     def parts(self) -> list[Tensor]:
-        """The numbers that make up the direction."""
+        """The tensors that make up the direction."""
         return [part for part in (self.left, self.right, self.row_scale, self.dense) if part is not None]
 
 
@@ -91,7 +90,6 @@ class Rule:
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
         state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
-        is_scale_invariant: Whether scaling all gradients by one positive number leaves the direction unchanged.
     """
 
     name = "rule"
@@ -99,16 +97,15 @@ class Rule:
     accepts_row_factors = False
     supports_sharding = False
     state_sharding: ClassVar[Mapping[str, str]] = {}
-    is_scale_invariant = True
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first update.
 
         Args:
-            shape: Shape of the parameter's view, (..., m, n), or any shape for elementwise rules.
+            shape: Of the parameter's view, (..., m, n), or any shape for elementwise rules.
             context: `rank` and `momentum_rank` are the largest there will be.
             dtype: float32, or float64 for float64 parameters.
-            device: The parameter's device.
+            device: The parameter's.
         """
         raise NotImplementedError
 
@@ -116,9 +113,9 @@ class Rule:
         """One update.
 
         Args:
-            gradient: The gradient as an operator; finite. Elementwise rules get a `Dense`.
+            gradient: Finite. Elementwise rules get a `Dense`.
             state: What `init` or the last `update` returned; not modified.
-            context: Rank, momentum, step and random numbers of this update.
+            context: Of this update.
 
         Returns:
             The update, in the state's dtype, and the new state with the same keys.
@@ -157,7 +154,7 @@ class Rule:
         better by starting from what it follows.
 
         Args:
-            shape: Shape of the parameter's view, (..., m, n).
+            shape: Of the parameter's view, (..., m, n).
             state, context: Those that `update` will get: the same random numbers.
             dtype, device: Of the result.
             covariance_matmul: The covariance of the layer's inputs, not centred, times a matrix (n, c).
@@ -196,10 +193,8 @@ class Rule:
 
 
 def fit_columns(x: Tensor, columns: int) -> Tensor:
-    """Keep the leading columns of (..., c), or pad with zeros up to `columns`."""
-    if x.shape[-1] >= columns:
-        return x[..., :columns]
-    return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))
+    """The leading columns of (..., c), with zeros behind them up to `columns`, as a new tensor."""
+    return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))  # a negative number cuts
 
 
 def update_scale(shape: torch.Size) -> float:

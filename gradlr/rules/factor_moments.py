@@ -66,7 +66,7 @@ class FactorMoments(Rule):
         return {key: torch.zeros((*batch, *size), dtype=dtype, device=device) for key, size in sizes.items()}
 
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
-        return {key: fit_columns(value, context.rank).clone() for key, value in state.items()}
+        return {key: fit_columns(value, context.rank) for key, value in state.items()}
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         beta, step = context.beta, context.step
@@ -75,31 +75,22 @@ class FactorMoments(Rule):
             state = self.resize(state, gradient.shape, context)
         if self.is_adjusted and step > 1:
             state = _carry_over(state, u, v)
-        new_state = {
-            "U": torch.lerp(u, state["U"], beta),
-            "V": torch.lerp(v, state["V"], beta),
-            "S": torch.lerp(s, state["S"], beta),
-            "S2": torch.lerp(s**2, state["S2"], self.beta2),
-        }
+        new_state = {key: torch.lerp(now, state[key], beta) for key, now in (("U", u), ("V", v), ("S", s))}
+        new_state["S2"] = torch.lerp(s**2, state["S2"], self.beta2)
         mean = new_state["S"] / (1 - beta**step)
         root_mean_square = (new_state["S2"] / (1 - self.beta2**step)).sqrt()
         weights = mean / (root_mean_square + self.eps)
-        left = self._orthogonalize(new_state["U"]) * weights.unsqueeze(-2)
+        # Means of orthonormal columns are shorter than one, and not orthogonal any more.
+        left, right = (newton_schulz(new_state[key], dtype=self.newton_schulz_dtype).to(s.dtype) for key in ("U", "V"))
         scale = update_scale(gradient.shape) if self.scale is None else self.scale
-        return Update(left=left * scale, right=self._orthogonalize(new_state["V"])), new_state
-
-    def _orthogonalize(self, x: Tensor) -> Tensor:
-        return newton_schulz(x, dtype=self.newton_schulz_dtype).to(x.dtype)
+        return Update(left=left * weights.unsqueeze(-2) * scale, right=right), new_state
 
 
 def _carry_over(state: State, u: Tensor, v: Tensor) -> State:
     # The nearest orthogonal matrix, by a full SVD of r × r numbers: directions without momentum are rotated somehow, not lost.
     left, _, right = torch.linalg.svd(state["U"].mT @ u + state["V"].mT @ v)
     rotation = left @ right
+    # Squared entries of a column are the shares that the old directions have in a new one: they sum to one.
     shares = (rotation**2).mT
-    return {
-        "U": state["U"] @ rotation,
-        "V": state["V"] @ rotation,
-        "S": (shares @ state["S"].unsqueeze(-1)).squeeze(-1),
-        "S2": (shares @ state["S2"].unsqueeze(-1)).squeeze(-1),
-    }
+    magnitudes = {key: (shares @ state[key].unsqueeze(-1)).squeeze(-1) for key in ("S", "S2")}
+    return {"U": state["U"] @ rotation, "V": state["V"] @ rotation, **magnitudes}

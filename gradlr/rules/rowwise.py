@@ -44,6 +44,7 @@ class RowwiseRMSprop(Rule):
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         columns = context.layout.columns.size(gradient.shape[-1])
+        # A row that was not looked up has a gradient of zero, which counts: one correction by the step holds for all rows.
         square = torch.lerp(gradient.row_energies() / columns, state["square"], self.beta2)
         root = (square / (1 - self.beta2**context.step)).sqrt_().add_(self.eps)
         return Update(**gradient.scaled_rows(root.reciprocal_())), {"square": square}

@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..gradient import Dense, GradientOperator, Sketched
-from ..linalg import REPLICATED, Layout, multi_normalize, normalize_columns, orthonormalize
-from ..linalg.bases import cholesky_qr
+from ..linalg import REPLICATED, Axis, Layout, multi_normalize, normalize_columns, orthonormalize
 from ..linalg.normalize import largest_entry
 from ..linalg.polar import newton_schulz_by_gram
 from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
@@ -50,15 +49,12 @@ class TrackedMomentum(Rule):
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
-        k = context.momentum_rank
-        return {
-            "P": torch.zeros((*batch, m, k), dtype=dtype, device=device),
-            "R": torch.zeros((*batch, n, k), dtype=dtype, device=device),
-        }
+        rows = {"P": m, "R": n}
+        return {key: torch.zeros((*batch, size, context.momentum_rank), dtype=dtype, device=device) for key, size in rows.items()}
 
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         # The state's shape follows k alone; r, which follows the loss, moves nothing.
-        return {key: fit_columns(state[key], context.momentum_rank).contiguous() for key in ("P", "R")}
+        return {key: fit_columns(value, context.momentum_rank) for key, value in state.items()}
 
     def momentum(self, state: State) -> tuple[Tensor, Tensor]:
         return state["P"], state["R"]
@@ -78,16 +74,14 @@ class TrackedMomentum(Rule):
         The power step is worth 0.026 nats over random columns (width 128, k 4, r 64, one seed), a random combination of the
         inputs 0.023; the whole gradient is 0.017 better (`gradlr/apps/bench/results/quality-capture.json`).
         """
-        test = self._test_matrix(state, context, covariance_matmul)
-        return orthonormalize(test, axis=context.layout.columns)
+        columns = context.layout.columns
+        return orthonormalize(_directions(state["R"], context.rank, context, columns, covariance_matmul), axis=columns)
 
     def left_basis(
         self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """The momentum's own directions, and random ones beside them."""
-        known = state["P"][..., : context.rank]
-        fresh = context.gaussian((*shape[:-1], context.rank), known)
-        return orthonormalize(_filled(known, REPLICATED.column_peaks(known) > 0, fresh))
+        return orthonormalize(_directions(state["P"], context.rank, context, REPLICATED))
 
     def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own.
@@ -98,8 +92,7 @@ class TrackedMomentum(Rule):
         right = self.right_basis(gradient.shape, state, context, dtype=gradient.dtype, device=gradient.device)
         image = gradient.matmul(right)
         moved = image + context.beta * (known @ columns.inner(state["R"], right))
-        fresh = context.gaussian(known.shape, known, axis=rows)
-        own = _filled(known, rows.column_peaks(known) > 0, fresh)
+        own = _directions(known, known.shape[-1], context, rows)
         spanning = torch.cat([moved, own], dim=-1)[..., : rows.size(known.shape[-2])]
         left = orthonormalize(spanning, axis=rows)
         return Sketched(right, image, left, gradient.rmatmul(left), layout=context.layout)
@@ -110,60 +103,68 @@ class TrackedMomentum(Rule):
         left, right = state["P"], state["R"]
         tiny = torch.finfo(right.dtype).tiny
         # One power step of A = G + βM from where the momentum points: B, an orthonormal basis of m rows.
-        test = self._test_matrix(state, context)
-        image = gradient.matmul(test) + beta * (left @ columns.inner(right, test))
-        basis = cholesky_qr(image / rows.column_peaks(image).clamp_(min=tiny), rows)
+        test = _directions(right, context.rank, context, columns)
+        basis = orthonormalize(gradient.matmul(test) + beta * (left @ columns.inner(right, test)), axis=rows)
         # Seen from there, the gradient is z = Gᵀ B, the momentum Aᵀ B, and Nesterov's look ahead z + β Aᵀ B.
         seen, overlap = gradient.rmatmul(basis), rows.inner(left, basis)
         averaged = seen + beta * (right @ overlap)
         ahead = seen + beta * averaged
-        # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size.
+        # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size. Where none is seen,
+        # as of an expert without tokens, nothing moves, though the momentum still points somewhere.
         peaks = columns.column_peaks(torch.cat([seen, averaged, ahead], dim=-1)).unflatten(-1, (3, -1)).amax(dim=-1)
         is_moving, (_, scale, scale_ahead) = peaks[..., :1] > 0, peaks.clamp(min=tiny).split(1, dim=-1)
         direction = newton_schulz_by_gram(ahead / scale_ahead, axis=columns)
-        rotation = self._leading(averaged / scale, overlap, context)
-        whole = layout.whole(gradient.shape)
+        rotation = _leading(averaged / scale, overlap, columns)
+        whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
+        # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
+        # counts as much as α times that.
         length, open_directions = update_scale(whole), min(whole[-2:]) - context.rank
         update = Update(left=basis * length, right=direction * is_moving)
         if self.residual and open_directions > 0 and isinstance(gradient, Dense):
             size = self.residual * length * open_directions**0.5
             update.dense = _residual(gradient, basis, seen, size, layout)
+        # A ≈ B Bᵀ A, of which the k leading directions are kept.
         return update, {"P": basis @ rotation, "R": averaged @ rotation}
 
-    def _test_matrix(
-        self, state: State, context: UpdateContext, covariance_matmul: Callable[[Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """The momentum's directions, and Gaussian columns behind them and where there is none: (..., n, r)."""
-        # Below k the leading columns alone are followed: the update has rank r, and so has the momentum afterwards.
-        right, rank, columns = state["R"], context.rank, context.layout.columns
-        tiny = torch.finfo(right.dtype).tiny
-        fresh = context.gaussian((*right.shape[:-1], rank), right, axis=columns)
-        if covariance_matmul is not None:
-            fresh = normalize_columns(covariance_matmul(fresh))
-        peaks = columns.column_peaks(right)
-        is_known = peaks > _MOMENTUM_RTOL * peaks.amax(dim=-1, keepdim=True)
-        # Of ordinary size; lengths do not matter, since what is made of these columns is orthonormalized.
-        known = right[..., :rank] / peaks[..., :rank].clamp(min=tiny)
-        return _filled(known, is_known[..., :rank], fresh)
 
-    def _leading(self, averaged: Tensor, overlap: Tensor, context: UpdateContext) -> Tensor:
-        """Coordinates in the basis of the k leading directions of the momentum, (..., r, k), zeros behind the r-th.
+def _directions(
+    factor: Tensor, rank: int, context: UpdateContext, axis: Axis, covariance_matmul: Callable[[Tensor], Tensor] | None = None
+) -> Tensor:
+    """Leading columns of a factor of the momentum, Gaussian ones behind them and where it has none yet: (..., rows, rank).
 
-        Two power steps on the Gram matrix of r × r numbers, from where the last step's directions lie in the basis.
-        """
-        k, r = overlap.shape[-2:]
-        start = overlap.mT[..., :k]
-        # A column that had no momentum yet starts at a unit vector.
-        unit = torch.eye(r, k, dtype=start.dtype, device=start.device)
-        start = torch.where(start.any(dim=-2, keepdim=True), start, unit)[..., : min(k, r)]
-        products = context.layout.columns.inner(averaged, averaged)
-        for _ in range(2):
-            start = cholesky_qr(products @ start)
-        return pad(start, (0, k - start.shape[-1]))
+    Of ordinary size; lengths do not matter, since what is made of these columns is orthonormalized.
+    """
+    # Below k the leading columns alone are followed: the update has that rank, and so has the momentum afterwards.
+    tiny, k = torch.finfo(factor.dtype).tiny, min(rank, factor.shape[-1])
+    fresh = context.gaussian((*factor.shape[:-1], rank), factor, axis=axis)
+    if covariance_matmul is not None:
+        fresh = normalize_columns(covariance_matmul(fresh))
+    peaks = axis.column_peaks(factor)
+    is_known = (peaks > _MOMENTUM_RTOL * peaks.amax(dim=-1, keepdim=True))[..., :k]
+    known = torch.where(is_known, factor[..., :k] / peaks[..., :k].clamp(min=tiny), fresh[..., :k])
+    return torch.cat([known, fresh[..., k:]], dim=-1)
+
+
+def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
+    """Coordinates in the basis of the k leading directions of the momentum, (..., r, k), zeros behind the r-th.
+
+    Two power steps on the Gram matrix of r × r numbers, from where the last step's directions lie in the basis.
+    """
+    k, r = overlap.shape[-2:]
+    # Warm: the directions turn little from step to step, so that two power steps are enough.
+    start = overlap.mT[..., :k]
+    # A column that had no momentum yet starts at a unit vector.
+    unit = torch.eye(r, k, dtype=start.dtype, device=start.device)
+    start = torch.where(start.any(dim=-2, keepdim=True), start, unit)[..., : min(k, r)]
+    products = averaged.mT @ averaged if axis.is_whole else axis.inner(averaged, averaged)
+    for _ in range(2):
+        start = orthonormalize(products @ start, is_scaled=True)
+    return pad(start, (0, k - start.shape[-1]))
 
 
 def _residual(gradient: Dense, basis: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
     """G − B zᵀ, spread over all directions by normalizing rows and columns, with Frobenius norm `size`."""
+    # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
     rest = gradient.consume()
     before = largest_entry(rest)
     if rest.ndim == 2:
@@ -172,11 +173,6 @@ def _residual(gradient: Dense, basis: Tensor, seen: Tensor, size: float, layout:
         rest -= basis @ seen.mT
     before, peak = layout.all_reduce_max(torch.cat([before, largest_entry(rest)], dim=-1)).split(1, dim=-1)
     spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
+    # Columns are of unit length or zero: the norm says how many are not.
     energy = layout.all_reduce_sum(torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True) ** 2)
     return spread.mul_(torch.where((peak > _RESIDUAL_RTOL * before) & (energy > 0), size * energy.rsqrt(), 0.0))
-
-
-def _filled(columns: Tensor, is_known: Tensor, fresh: Tensor) -> Tensor:
-    """Fresh columns behind the given ones, and in place of those that are not known."""
-    k = columns.shape[-1]
-    return torch.cat([torch.where(is_known, columns, fresh[..., :k]), fresh[..., k:]], dim=-1)
