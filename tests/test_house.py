@@ -9,7 +9,6 @@ import pytest
 WAITING = {
     "test_no_modules_import_each_other_in_a_circle",
     "test_a_class_has_at_most_twenty_methods",
-    "test_classes_inherit_over_two_levels_at_most",
     "test_one_update_takes_few_calls",
 }
 

@@ -23,6 +23,7 @@ from ...report.summary import format_bytes
 from ..bench.language import FineTuning
 from ..bench.memory import peak_bytes
 from ..bench.train_steps import Baseline, TrainStep, adamw, gradlr
+from ..bench.workloads import rate_factor
 from ..progress import Progress
 from ..signals import deferred_signals
 
@@ -118,7 +119,7 @@ def _run(model: nn.Module, train_step: TrainStep, record: Record, workload: Fine
     losses = islice(workload.losses(model, plan.seed), start, None)
     with deferred_signals(signal.SIGINT) as interrupts, Progress(record.label, plan.steps, start) as progress:
         for step, compute in enumerate(losses, start + 1):
-            train_step.set_rate(workload.rate_factor(step - 1))
+            train_step.set_rate(rate_factor(workload, step - 1))
             _step(train_step, record, compute)
             rank = f", rank {record.ranks[-1]}" if record.ranks else ""
             progress.update(f"loss {record.losses[-1]:.3f}{rank}, state {format_bytes(record.state_bytes)}")
