@@ -11,7 +11,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError
-from ..sharding import shard_by_block
+from ..blocks import shard_by_block
 from .environment import environment, markdown
 from .spawn import in_processes
 from .speed import Windows, byte_transformer, cycled, interleaved, text_windows, timed_rows

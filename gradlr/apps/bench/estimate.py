@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ArgumentError
-from ..estimate import METHODS, checkpoint_blocks
+from ..blocks import checkpoint_blocks
+from ..estimate import METHODS
 from ..estimate import estimate as estimated
-from .environment import environment
+from .environment import environment, markdown
 from .memory import MIB, peak_bytes
 from .pretrain import load_pretrained
 from .train_steps import Baseline, TrainStep, adamw, forward_backward, fused_adamw, gradlr
@@ -155,12 +156,12 @@ def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table: estimate / measurement in MiB, a column for each model."""
     places = list(dict.fromkeys((row["model"], row["checkpointing"]) for row in report["results"]))
     names = [report["models"][model] + (", checkpointing" if is_recomputed else "") for model, is_recomputed in places]
-    lines = [f"| method | {' | '.join(names)} |", "|---" * (len(places) + 1) + "|"]
+    rows = []
     for name in dict.fromkeys(row["method"] for row in report["results"]):
         by_place = {(row["model"], row["checkpointing"]): row for row in report["results"] if row["method"] == name}
         cells = [f"{by_place[place]['estimate'] / MIB:.2f} / {by_place[place]['measured'] / MIB:.2f}" for place in places]
-        lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append((METHODS[name].label, *cells))
+    return markdown(("method", *names), rows)
 
 
 def largest_deviation(report: dict[str, Any], key: str = "ratio") -> float:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...errors import ArgumentError
-from ..estimate.collectives import ring_bytes
-
-# How names of torch.ops.c10d and of torch.ops._c10d_functional begin, without underscores; None where nothing travels.
-_KINDS = {
-    "allreduce": "all-reduce",
-    "allgather": "all-gather",
-    "reducescatter": "reduce-scatter",
-    "broadcast": "broadcast",
-    **dict.fromkeys(("barrier", "monitoredbarrier", "waittensor", "wraptensorautograd", "checkfornan")),
-}
+from ..collectives import KINDS, kind_of, moved_bytes, ring_bytes
 
 
 class Traffic(TorchDispatchMode):
@@ -53,26 +43,14 @@ class Traffic(TorchDispatchMode):
             # It comes again, as what each process does with its own part.
             return NotImplemented
         result = func(*args, **(kwargs or {}))
-        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
-            plain = func.name().split("::")[1].replace("_", "")
-            start = next((start for start in _KINDS if plain.startswith(start)), None)
-            if start is None:
-                known = ", ".join(filter(None, _KINDS.values()))
-                raise ArgumentError(f"{func.name()} is no collective that is counted here: known are {known}")
-            if (kind := _KINDS[start]) is not None:
-                values = (*args, *(kwargs or {}).values(), result)
-                self.calls.append((kind, max(sum(tensor.nbytes for tensor in _tensors(value)) for value in values)))
+        kind = kind_of(func)
+        if kind is None:
+            raise ArgumentError(f"{func.name()} is no collective that is counted here: known are {', '.join(KINDS)}")
+        if kind:
+            self.calls.append((kind, moved_bytes((*args, *(kwargs or {}).values(), result))))
         return result
 
 
 def sent_bytes(moved: Mapping[str, int], processes: int) -> int:
     """What each of some processes sends, on the mean, where rings do the collectives; of `moved` as `Traffic.bytes` gives it."""
     return sum(ring_bytes(kind, count, processes) for kind, count in moved.items())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if torch.is_tensor(value):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors(one)

@@ -19,11 +19,12 @@ from ...optimizer import GradLR
 from ...params.kinds import MATRIX
 from ...report.summary import format_bytes
 from ...tracker import LossTracker
+from ..bench.text import mixed_seed
 from ..progress import Progress
 from ..signals import deferred_signals
 from .fits import peak_memory
 from .model import enable_checkpointing
-from .packing import IGNORED, cross_entropy, mixed_seed, sequences_of_step
+from .packing import IGNORED, cross_entropy, sequences_of_step
 from .run_folder import RunFolder
 from .task import Task
 

@@ -18,7 +18,7 @@ from ...checkpoint.folder import is_folder
 from ...distributed.communicator import Communicator, propagate_errors
 from ...errors import ArgumentError, ParallelError
 from ..bench.environment import require_device
-from ..sharding import shard_by_block
+from ..blocks import shard_by_block
 from .run_folder import RunFolder
 
 # Others wait in an exchange while the first process writes a checkpoint.
