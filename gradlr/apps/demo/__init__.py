@@ -8,7 +8,7 @@ from pathlib import Path
 from ...errors import ArgumentError
 from ..bench.environment import require_device
 from .results import print_table, write_figure, write_results
-from .training import METHODS, Plan, resume_path, train
+from .training import METHODS, Plan, train
 
 INTERRUPTED_STATUS = 130
 
@@ -19,14 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps of each method (default 200)")
     parser.add_argument("--seed", type=int, default=0, help="seed of data order and random directions")
-    parser.add_argument("--fresh", action="store_true", help="start anew even where an interrupted run could be continued")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Train with both methods, print the table, write report.png, results.json and the fine-tuned model.
 
     Returns:
-        0, or 130 after Ctrl-C; the same command then continues where it stopped.
+        0, or 130 after Ctrl-C.
 
     Raises:
         ArgumentError: an option is out of range, or the device is not there.
@@ -38,14 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     out.mkdir(parents=True, exist_ok=True)
     plan = Plan(steps, seed, device)
     try:
-        records = [train(method, plan, out, is_fresh=arguments.fresh) for method in METHODS]
-    except KeyboardInterrupt as stop:
-        where = str(stop) or "between two steps"
-        print(f"\ninterrupted {where}. The same command continues from the last saved step; --fresh starts anew.")
+        records = [train(method, plan, out) for method in METHODS]
+    except KeyboardInterrupt:
+        print("\ninterrupted")
         return INTERRUPTED_STATUS
     print_table(records)
     print(f"wrote {write_figure(records, out)}\nwrote {write_results(records, plan, out)}")
-    for record in records:  # once everything is written, the next call starts anew
-        resume_path(out, record.method).unlink(missing_ok=True)
     print(f"wrote {out / 'gradlr-fine-tuned.pt'}: load it with gradlr.apps.bench.pretrain.load_pretrained(path)")
     return 0
