@@ -98,6 +98,7 @@ def test_adapters_and_flat_packages_stay_away_from_what_they_cannot_train():
     assert [one.name for one in choose(names, make("digits"))] == ["adamw", "galore"]
 
 
+@pytest.mark.slow
 def test_the_pretrained_encoder_knows_more_than_chance_after_a_few_steps():
     workload = make("minilm", steps=4, batch_size=8, length=48, training_examples=32, validation_examples=2)
     model = workload.model(0, "cpu")
