@@ -7,11 +7,11 @@ import json
 import pytest
 
 import gradlr
+from gradlr.apps import demo as command
 from gradlr.apps.bench.language import FineTuning
 from gradlr.apps.bench.pretrain import load_pretrained
 from gradlr.apps.bench.transformer import evaluate
 from gradlr.apps.cli import main
-from gradlr.apps.demo import training
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -20,7 +20,7 @@ def _short():
     few = FineTuning().validation()[:1]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FineTuning, "validation", lambda workload: few)
-        patch.setattr(training, "VALIDATE_EVERY", 2)
+        patch.setattr(command, "VALIDATE_EVERY", 2)
         yield
 
 
@@ -70,7 +70,7 @@ def test_ctrl_c_is_told_without_a_traceback(tmp_path, monkeypatch, capsys):
     def interrupt(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "_step", interrupt)
+    monkeypatch.setattr(command, "_step", interrupt)
     assert demo(tmp_path) == 130
     assert "interrupted" in capsys.readouterr().out
 

@@ -198,9 +198,11 @@ def test_shards_train_what_one_process_does(data, tmp_path, is_killed):
             pytest.approx(two[key], rel=1e-4) if key in two else None for key in ("step", "loss", "validation_loss")
         ]
     trained, other = (load_pretrained(path / "model" / "byte-transformer.pt").state_dict() for path in (out, alone))
+    before = load_pretrained().state_dict()
     # Softmax knows no bias of keys: its gradient is rounding, which Adam makes large.
     for name in (name for name in trained if not name.endswith("qkv.bias")):
-        torch.testing.assert_close(trained[name], other[name], rtol=0, atol=1e-3, msg=name)
+        # A weak direction turns by rounding: half a percent of what eight steps have changed was seen, in an MLP's weight.
+        assert (trained[name] - other[name]).norm() < 0.02 * (trained[name] - before[name]).norm(), name
 
 
 @pytest.mark.slow
