@@ -162,8 +162,3 @@ def table(report: dict[str, Any]) -> str:
         cells = [f"{by_place[place]['estimate'] / MIB:.2f} / {by_place[place]['measured'] / MIB:.2f}" for place in places]
         rows.append((METHODS[name].label, *cells))
     return markdown(("method", *names), rows)
-
-
-def largest_deviation(report: dict[str, Any], key: str = "ratio") -> float:
-    """How far an estimate is from its measurement at most, as a share of the measurement."""
-    return max(abs(row[key] - 1) for row in report["results"])

@@ -15,8 +15,7 @@ from ...linalg import svd_lowrank
 from ...ranks import require_rank, resolve_rank
 from ...tensors import full_precision
 from .compare import compare
-from .config import adapter_config
-from .plan import AdapterPlan, plan_adapter
+from .plan import AdapterPlan, adapter_config, plan_adapter
 from .report import LoraLayer, LoraReport
 
 DEFAULT_RANK = 32
