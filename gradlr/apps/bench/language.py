@@ -35,16 +35,19 @@ class FineTuning:
     text: ClassVar[Callable[[], Corpus]] = documentation
 
     def model(self, seed: int, device: str) -> nn.Module:
+        """The model before training."""
         torch.manual_seed(seed)
         return load_pretrained(device=device)
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Callable[[], Tensor]]:
+        """One function per step that computes the training loss."""
         device = next(model.parameters()).device
         sizes = {"batch_size": self.batch_size, "length": self.length, "steps": self.steps}
         for inputs, targets in batches(type(self).text().train, seed=seed, **sizes):
             yield partial(language_model_loss, model, inputs.to(device), targets.to(device))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """`loss` on what is held out, in nats per byte."""
         return {"loss": evaluate(model, self.validation())}
 
     def validation(self) -> list[tuple[Tensor, Tensor]]:
@@ -62,6 +65,7 @@ class FromScratch(FineTuning):
     text = library_sources
 
     def model(self, seed: int, device: str) -> nn.Module:
+        """The model before training."""
         torch.manual_seed(seed)
         return ByteTransformer(context=self.length).to(device)
 
