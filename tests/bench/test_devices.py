@@ -15,9 +15,9 @@ from gradlr.apps.bench import devices, quality
 from gradlr.apps.bench.baselines import baseline
 from gradlr.apps.bench.language import FineTuning
 from gradlr.apps.bench.spawn import group_of_one, in_processes
-from gradlr.apps.bench.traffic import Traffic, sent_bytes
 from gradlr.apps.bench.transformer import ByteTransformer
 from gradlr.apps.cli import main
+from gradlr.apps.collectives import Traffic, sent_bytes
 from gradlr.errors import ArgumentError, ParallelError
 
 WIDTH, DEPTH, LENGTH, RANK = 64, 2, 8, 4

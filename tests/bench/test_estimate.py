@@ -1,5 +1,6 @@
 """The estimate is within five percent of what the allocator tells, measured here and now."""
 
+import itertools
 import json
 
 import pytest
@@ -9,9 +10,14 @@ from gradlr.apps import cli
 from gradlr.apps.bench import estimate
 from gradlr.apps.byte_sizes import parse_bytes
 
+METHODS = ("adamw", "gradlr", "gradlr_step", "gradlr_adaptor")
+FAST = {("adamw", False), ("gradlr", True), ("gradlr_step", False), ("gradlr_adaptor", True)}
+CASES = [
+    pytest.param(*case, marks=[] if case in FAST else [pytest.mark.slow]) for case in itertools.product(METHODS, (False, True))
+]
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["adamw", "gradlr", "gradlr_step", "gradlr_adaptor"])
+
+@pytest.mark.parametrize(("name", "checkpointing"), CASES)
 def test_it_is_the_measured_peak_of_the_byte_transformer(name, checkpointing):
     row = estimate.compare(estimate.CASES["bytes"], name, checkpointing=checkpointing)
     assert row["ratio"] == pytest.approx(1, abs=0.05)

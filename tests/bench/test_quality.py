@@ -10,6 +10,7 @@ import pytest
 from gradlr.apps.bench import quality
 from gradlr.apps.bench.baselines import BASELINES, baseline
 from gradlr.apps.bench.language import FineTuning
+from gradlr.apps.bench.workloads import WORKLOADS
 from gradlr.apps.cli import main
 from gradlr.errors import ArgumentError
 
@@ -58,7 +59,7 @@ def test_the_grid_grows_while_the_best_rate_lies_at_its_edge():
 
 
 def test_the_command_writes_json_with_the_environment(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(quality.WORKLOADS, "pretrained", functools.partial(FineTuning, length=32, validation_windows=16))
+    monkeypatch.setitem(WORKLOADS, "pretrained", functools.partial(FineTuning, length=32, validation_windows=16))
     monkeypatch.setattr(quality, "LARGEST_SWEEP", 4)
     out = tmp_path / "quality.json"
     options = ["--baselines", "adamw", "k1_r64", "--seeds", "2", "--steps", "1", "--batch-size", "1", "--jobs", "1"]
@@ -110,4 +111,4 @@ def test_what_no_baseline_is_called_is_refused(name):
 
 def test_baselines_that_cannot_train_the_workload_are_not_an_empty_report():
     with pytest.raises(ArgumentError, match="none of lora can train scratch"):
-        quality.measure(["lora"], [0], quality.WORKLOADS["scratch"]())
+        quality.measure(["lora"], [0], WORKLOADS["scratch"]())

@@ -48,6 +48,7 @@ def test_corpus_is_bytes_with_about_a_tenth_held_out(load):
     assert load() is corpus
 
 
+@pytest.mark.slow
 def test_corpus_is_deterministic():
     again = text.documentation.__wrapped__()
     assert torch.equal(again.train, text.documentation().train)

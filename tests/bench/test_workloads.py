@@ -1,11 +1,14 @@
 """Every workload is the same for everybody: model and data depend on the seed alone, and validation is held out."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from gradlr.apps.bench import classification
 from gradlr.apps.bench.baselines import baseline
-from gradlr.apps.bench.quality import WORKLOADS, choose
+from gradlr.apps.bench.quality import choose
+from gradlr.apps.bench.workloads import WORKLOADS, rate_factor
 from gradlr.errors import ArgumentError
 
 SMALL = {
@@ -50,7 +53,7 @@ def test_validation_is_fixed_finite_and_leaves_the_model_in_training(name):
 @each_workload
 def test_the_schedule_warms_up_and_decays_to_a_tenth(name):
     workload = WORKLOADS[name]()
-    factors = [workload.rate_factor(step) for step in range(workload.steps)]
+    factors = [rate_factor(workload, step) for step in range(workload.steps)]
     assert factors[0] == pytest.approx(1 / workload.warmup)
     assert max(factors) == factors[workload.warmup - 1]
     # Linear: one step before the end of the decay.
@@ -58,7 +61,7 @@ def test_the_schedule_warms_up_and_decays_to_a_tenth(name):
 
 
 def test_digits_are_split_once_for_all():
-    (train, train_labels), (held_out, labels) = classification.Digits()._data()
+    (train, train_labels), (held_out, labels) = classification.Digits().data()
     assert (len(train), len(held_out)) == (1437, 360)
     assert train.shape[1:] == (1, 8, 8) and train.min() >= 0 and train.max() == 1
     assert set(labels.tolist()) == set(train_labels.tolist()) == set(range(10))
@@ -74,7 +77,7 @@ def test_an_epoch_sees_every_example_once():
 
 def test_sources_are_balanced_and_validation_comes_from_the_end_of_each_module():
     workload = make("minilm", training_examples=4, validation_examples=2)
-    (tokens, labels), (held_out, held_out_labels) = workload._data()
+    (tokens, labels), (held_out, held_out_labels) = workload.data()
     assert tokens.shape == (80, 16) and held_out.shape == (40, 16)
     assert labels.bincount().tolist() == [4] * 20
     assert held_out_labels.bincount().tolist() == [2] * 20
@@ -97,6 +100,7 @@ def test_adapters_and_flat_packages_stay_away_from_what_they_cannot_train():
     assert [one.name for one in choose(names, make("digits"))] == ["adamw", "galore"]
 
 
+@pytest.mark.slow
 def test_the_pretrained_encoder_knows_more_than_chance_after_a_few_steps():
     workload = make("minilm", steps=4, batch_size=8, length=48, training_examples=32, validation_examples=2)
     model = workload.model(0, "cpu")
@@ -108,6 +112,6 @@ def test_the_pretrained_encoder_knows_more_than_chance_after_a_few_steps():
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr(classification.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ArgumentError, match=r"pip install 'gradlr\[bench\]'"):
         classification.pretrained_folder()

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gradlr import ArgumentError, estimate, estimate_all
 from gradlr.apps.cli import main
-from gradlr.apps.estimate.collectives import ring_bytes
+from gradlr.apps.collectives import ring_bytes
 from gradlr.apps.estimate.devices import Devices, fake_process_group
 
 GPUS = 4

@@ -1,4 +1,4 @@
-"""For all tests of finetune: what a run needs is counted once for each size, which takes most of a short run's time."""
+"""For all tests of finetune: what a run needs is counted once for each form of training; that takes most of a short run."""
 
 import pytest
 
@@ -11,10 +11,11 @@ _counted = {}
 def _count_once(monkeypatch):
     real = finetune_cli.required_memory
 
-    def remembered(language, **sizes):
-        key = (language.identity(), repr(sorted(sizes.items(), key=lambda item: item[0])))
+    def remembered(language, *, options, **sizes):
+        form = (options["apply"], options["capture"], sizes["dtype"], sizes["is_checkpointed"])
+        key = (language.identity(), *form)
         if key not in _counted:
-            _counted[key] = real(language, **sizes)
+            _counted[key] = real(language, options=options, **sizes)
         return _counted[key]
 
     monkeypatch.setattr(finetune_cli, "required_memory", remembered)

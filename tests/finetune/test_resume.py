@@ -128,8 +128,11 @@ def stop_at(monkeypatch, step, number):
 
 @pytest.mark.parametrize(
     "options",
-    [["--accumulate", "2", "--max-grad-norm", "1"], ["--capture", "one_sided", "--checkpointing"], ["--bf16"]],
-    ids=["accumulated", "one-sided", "bf16"],
+    [
+        ["--accumulate", "2", "--max-grad-norm", "1", "--bf16"],
+        pytest.param(["--capture", "one_sided", "--checkpointing"], marks=pytest.mark.slow),
+    ],
+    ids=["accumulated", "one-sided"],
 )
 def test_every_way_of_training_goes_on_bit_for_bit(model, data, tmp_path, monkeypatch, capsys, options):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -142,6 +142,7 @@ def stop_one(run, out, step):
     return stopped_and_saved(out, run.told())
 
 
+@pytest.mark.slow
 def test_stopped_in_one_process_both_stop_and_started_again_they_end_the_same(straight, data, tmp_path):
     out = tmp_path / "out"
     with Launched(command(data, out, "--overwrite"), tmp_path / "log", "--max-restarts", "1") as run:
@@ -178,15 +179,17 @@ def sharded(data, out, *options):
     return command(data, out, "--steps", "8", "--save-every", "2", "--shard", "fsdp", *options)
 
 
-def test_shards_train_what_one_process_does_and_go_on_from_a_checkpoint(data, tmp_path):
-    """`--shard fsdp`; one of the processes is killed, and torchrun starts both again."""
+@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_shards_train_what_one_process_does(data, tmp_path, is_killed):
+    """`--shard fsdp`; where one of the processes is killed, torchrun starts both again."""
     out, alone = tmp_path / "out", tmp_path / "alone"
     with Launched(sharded(data, out), tmp_path / "log", "--max-restarts", "1") as run:
-        run.wait_for(lambda: logged_step(out) >= 3)
-        os.kill(run.workers()[1], signal.SIGKILL)
+        if is_killed:
+            run.wait_for(lambda: logged_step(out) >= 3)
+            os.kill(run.workers()[1], signal.SIGKILL)
         status, told = run.end()
     assert status == 0, told
-    assert told.count("going on from step") == 1
+    assert told.count("going on from step") == is_killed
     line = [one for one in sharded(data, alone) if one not in ("--shard", "dp", "fsdp")]
     assert main(line) == 0
     for one, two in zip(history(alone), history(out), strict=True):
@@ -195,11 +198,11 @@ def test_shards_train_what_one_process_does_and_go_on_from_a_checkpoint(data, tm
             pytest.approx(two[key], rel=1e-4) if key in two else None for key in ("step", "loss", "validation_loss")
         ]
     trained, other = (load_pretrained(path / "model" / "byte-transformer.pt").state_dict() for path in (out, alone))
+    before = load_pretrained().state_dict()
     # Softmax knows no bias of keys: its gradient is rounding, which Adam makes large.
     for name in (name for name in trained if not name.endswith("qkv.bias")):
-        # By their length: single entries follow directions of rounding, which Newton–Schulz enlarges, by up to 1.6e-3.
-        distance = torch.linalg.vector_norm(trained[name] - other[name]) / torch.linalg.vector_norm(trained[name])
-        assert distance < 1e-3, (name, distance)
+        # A weak direction turns by rounding: half a percent of what eight steps have changed was seen, in an MLP's weight.
+        assert (trained[name] - other[name]).norm() < 0.02 * (trained[name] - before[name]).norm(), name
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import gradlr
-from gradlr.apps.lora.factors import factorize
+from gradlr.apps.lora.export import factorize
 
 # peft 0.21 reads an attribute that transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")

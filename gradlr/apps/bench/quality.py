@@ -15,17 +15,12 @@ import torch
 
 from ...errors import ArgumentError, NonFiniteError
 from .baselines import baseline
-from .classification import Digits, SourceClassification
 from .environment import environment, markdown
-from .language import FineTuning, FromScratch, SmallBatches
 from .peers import Peer
 from .speed import interleaved, timed_rows
 from .train_steps import Baseline, split_by_axes, split_parameters
-from .workloads import Workload
+from .workloads import Workload, rate_factor
 
-WORKLOADS: dict[str, Callable[..., Workload]] = {
-    kind.name: kind for kind in (FineTuning, FromScratch, SmallBatches, SourceClassification, Digits)
-}
 LARGEST_SWEEP = 8
 _ROUNDS = 6  # of the timing
 
@@ -64,7 +59,7 @@ def train(baseline: Baseline, lr: float, seed: int, workload: Workload, device: 
     metrics = {"loss": math.inf}
     try:
         for step, compute in enumerate(workload.losses(model, seed)):
-            train_step.set_rate(workload.rate_factor(step))
+            train_step.set_rate(rate_factor(workload, step))
             if not math.isfinite(train_step.step(compute).item()):
                 break
             if (rank := train_step.mean_rank()) is not None:

@@ -113,12 +113,20 @@ def batches(
     places = _window_places(data, length)
 
     def draw(step: int) -> Tensor:
-        # A digest, because neighbouring seeds of the generator itself may give related first numbers.
-        digest = hashlib.blake2b(f"{seed}:{step}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-        return torch.randint(places, (batch_size,), generator=generator)
+        return torch.randint(places, (batch_size,), generator=generator_of(seed, step))
 
     return (_windows(data, draw(step), length) for step in range(start, steps))
+
+
+def mixed_seed(seed: int, what: object) -> int:
+    """A seed of 63 bits for one of the things that follow from `seed`."""
+    # A digest, because neighbouring seeds of the generator itself may give related first numbers.
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{what}".encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator_of(seed: int, what: object) -> torch.Generator:
+    """A generator for one of the things that follow from `seed`, on the CPU."""
+    return torch.Generator().manual_seed(mixed_seed(seed, what))
 
 
 def validation_batches(data: Tensor, *, batch_size: int, length: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:

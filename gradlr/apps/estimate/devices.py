@@ -13,7 +13,7 @@ from torch import Tensor, distributed, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedOperatorException
 
 from ...errors import ArgumentError
-from .blank import blocks_of
+from ..blocks import blocks_of, shard_by_block
 from .stubs import first_shard_only
 
 DP, FSDP, TP = SHARDS = ("dp", "fsdp", "tp")
@@ -104,11 +104,9 @@ def shard_model(model: nn.Module, devices: Devices, mesh: Any) -> None:
     if devices.shard == TP:
         _parallelize(model, mesh, devices.gpus)
     elif devices.shard == FSDP:
-        fully_shard = importlib.import_module("torch.distributed.fsdp").fully_shard
+        importlib.import_module("torch.distributed.fsdp")  # where the stub looks
         with first_shard_only():
-            for block in blocks_of(model):
-                fully_shard(block, mesh=mesh, reshard_after_forward=devices.reshard)
-            fully_shard(model, mesh=mesh)
+            shard_by_block(model, mesh, reshard=devices.reshard)
 
 
 def _parallelize(model: nn.Module, mesh: Any, gpus: int) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..bench.environment import markdown
 from ..byte_sizes import parse_bytes
 from .devices import SHARDS
 from .estimation import Estimate, estimate_all, kinds
@@ -73,21 +74,20 @@ def table(estimates: Sequence[Estimate], limit: int | None = None) -> str:
     shown = (*kinds(shard), "peak")
     heads = ["method", *shown, *([] if shard is None else ["sent a step"])]
     heads += [] if limit is None else [f"fits {limit / GIB:.4g} GiB"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for one in estimates:
         cells = [one.label, *(f"{getattr(one, key) / GIB:.2f}" for key in shown)]
         cells += [] if shard is None else [f"{one.sent / GIB:.2f}"]
         cells += [] if limit is None else ["yes" if one.peak <= limit else "no"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(heads, rows)
 
 
 def traffic_table(estimates: Sequence[Estimate]) -> str:
     """The collectives of a step as a Markdown table in MiB: what they move, and what one device of a ring sends."""
-    lines = ["| method | collective | for | calls | moves, MiB | sent, MiB |", "|---|---|---|---|---|---|"]
-    for one in estimates:
-        for part in one.traffic:
-            sizes = (f"{count / MIB:,.2f}" for count in (part.handed, part.sent))
-            cells = (one.label, part.operation, part.purpose, f"{part.calls:,}", *sizes)
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [
+        (one.label, part.operation, part.purpose, f"{part.calls:,}", f"{part.handed / MIB:,.2f}", f"{part.sent / MIB:,.2f}")
+        for one in estimates
+        for part in one.traffic
+    ]
+    return markdown(("method", "collective", "for", "calls", "moves, MiB", "sent, MiB"), rows)

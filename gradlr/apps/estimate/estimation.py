@@ -13,12 +13,31 @@ from torch import Tensor
 
 from ...errors import ArgumentError
 from ...report.summary import format_bytes
-from .collectives import Traffic, ring_bytes
+from ..collectives import ring_bytes
 from .devices import Devices, fake_process_group
 from .memory_tracker import EXCHANGE, KINDS, STATE, MemoryTracker
 from .methods import METHODS, Method
 from .simulation import simulate
 from .subject import subject_of
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in one step, on one device.
+
+    Attributes:
+        operation: "all-reduce", "all-gather" or "reduce-scatter".
+        purpose: "model" (forward, backward, gradients) or "update" (what gradlr exchanges besides).
+        calls: How many.
+        handed: Bytes of all that they move: what is reduced, what comes out of a gather, what goes into a scatter.
+        sent: Bytes that this device sends where the devices form a ring.
+    """
+
+    operation: str
+    purpose: str
+    calls: int
+    handed: int
+    sent: int
 
 
 @dataclass(frozen=True)

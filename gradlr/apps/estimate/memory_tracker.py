@@ -15,11 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...tensors import local
-from .collectives import MODEL, UPDATE, collective
+from ..collectives import kind_of, moved_bytes
 
 KINDS = ("weights", "state", "gradients", "activations", "workspace", "exchange")
 WEIGHTS, STATE, GRADIENTS, ACTIVATIONS, WORKSPACE, EXCHANGE = KINDS
 
+# What a collective is for: the model's own forward and backward, or gradlr's update.
+MODEL, UPDATE = "model", "update"
 _COMMUNICATING = {"c10d", "_c10d_functional", "fsdp"}
 _ATEN = torch.ops.aten
 
@@ -202,8 +204,9 @@ class MemoryTracker(TorchDispatchMode):
             self.move([args[0]], EXCHANGE)
         elif name == "c10d::_reduce_scatter_base_":
             self.move([args[0]], GRADIENTS)
-        if (found := collective(name, args, result)) is not None:
-            self.count_exchange(UPDATE if self._kind == WORKSPACE else MODEL, *found)
+        if kind := kind_of(function):
+            nbytes = moved_bytes((*args, *kwargs.values(), result))
+            self.count_exchange(UPDATE if self._kind == WORKSPACE else MODEL, kind, nbytes)
 
     def _note(self, born: _Entry | None) -> None:
         # Counted at the next birth only: by then the last one has its right kind, as a gradient has when it is accumulated.

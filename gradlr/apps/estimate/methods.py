@@ -66,11 +66,16 @@ class Method:
         """Make a model ready; `options` are those of `attach`."""
         if self.options is not None:
             return GradlrTraining(model, tracker, self.options | options)
-        return Training(model, tracker) if self.optimizer is None else TorchTraining(model, tracker, self.optimizer)
+        return Training(model, tracker, self.optimizer)
 
 
 class Training:
-    """One way to train at work on one model. By itself it updates nothing, and drops the gradients.
+    """One way to train at work on one model, with an optimizer of torch's kind, which updates after backward.
+
+    Args:
+        model: What is trained.
+        tracker: Counts what it takes.
+        make: The optimizer, given groups of parameters and a rate; where None, nothing is updated, and gradients are dropped.
 
     Attributes:
         steps: How many steps it takes until nothing new is kept.
@@ -78,7 +83,9 @@ class Training:
 
     steps = 2
 
-    def __init__(self, model: nn.Module, tracker: MemoryTracker) -> None:
+    def __init__(
+        self, model: nn.Module, tracker: MemoryTracker, make: Callable[..., torch.optim.Optimizer] | None = None
+    ) -> None:
         self.model, self.memory = model, tracker
         # Parameters whose gradient comes from an embedding's lookups alone.
         self.lookups: set[nn.Parameter] = set()
@@ -87,6 +94,11 @@ class Training:
         if any(map(is_sharded, model.parameters())):
             for module in model.modules():
                 module.register_forward_pre_hook(self._watch_gathered)
+        # Torch's kernels over many parameters take sharded ones or whole ones, not both together.
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        parts = [[one for one in trained if is_sharded(one) == sharded] for sharded in (False, True)]
+        self.optimizer = None if make is None else make([{"params": part} for part in parts if part], lr=1e-3)
+        self._move_state()
 
     def _watch(self, parameter: nn.Parameter) -> Any:
         def before(gradients: tuple[Tensor | None, ...]) -> None:
@@ -125,37 +137,18 @@ class Training:
 
     def update(self) -> None:
         """What follows backward."""
-        for parameter in self.model.parameters():
-            parameter.grad = None
-
-
-class TorchTraining(Training):
-    """An optimizer of torch's kind, which updates after backward.
-
-    Args:
-        model, tracker: As for `Training`.
-        make: The optimizer, given groups of parameters and a rate.
-    """
-
-    def __init__(self, model: nn.Module, tracker: MemoryTracker, make: Callable[..., torch.optim.Optimizer]) -> None:
-        super().__init__(model, tracker)
-        # Torch's kernels over many parameters take sharded ones or whole ones, not both together.
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        parts = [[one for one in trained if is_sharded(one) == sharded] for sharded in (False, True)]
-        self.optimizer = make([{"params": part} for part in parts if part], lr=1e-3)
+        if self.optimizer is not None:
+            with self.memory.counting_as(WORKSPACE):
+                self.optimizer.step()
         self._move_state()
-
-    def update(self) -> None:
-        with self.memory.counting_as(WORKSPACE):
-            self.optimizer.step()
-        self._move_state()
-        self.optimizer.zero_grad()
+        (self.model if self.optimizer is None else self.optimizer).zero_grad()
 
     def _move_state(self) -> None:
-        self.memory.move([value for state in self.optimizer.state.values() for value in state.values()], STATE)
+        states = [] if self.optimizer is None else self.optimizer.state.values()
+        self.memory.move([value for state in states for value in state.values()], STATE)
 
 
-class GradlrTraining(TorchTraining):
+class GradlrTraining(Training):
     """gradlr itself: the real `attach`, its hooks, rules and writes.
 
     Args:

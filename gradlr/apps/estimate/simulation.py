@@ -12,14 +12,14 @@ from torch import Tensor, distributed
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import GradlrWarning
-from .blank import checkpoint_blocks, fake_copy
-from .collectives import ALL_REDUCE, MODEL
+from ..blocks import checkpoint_blocks
+from ..collectives import ALL_REDUCE
 from .devices import BUCKET_BYTES, DP, FSDP, Devices, gradient_buckets, shard_model
-from .memory_tracker import ACTIVATIONS, EXCHANGE, WEIGHTS, MemoryTracker
+from .memory_tracker import ACTIVATIONS, EXCHANGE, MODEL, WEIGHTS, MemoryTracker
 from .methods import GradlrTraining, Method, Training
 from .replay import tensors_of
 from .stubs import stub_collectives, stub_internals
-from .subject import Subject
+from .subject import Subject, fake_copy
 
 
 def simulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import ArgumentError
 
@@ -71,6 +73,25 @@ def subject_of(
         raise ArgumentError(f"tokens={tokens}: {name} takes {limit} at most in a sequence; for more, raise batch_size")
     tokens = tokens or min(DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
     return Subject(name, model, dtype, tokens, _feed(model, batch_size, tokens), loss or _natural_loss(model))
+
+
+def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
+    """A copy whose parameters and buffers are fake tensors on the CPU.
+
+    Args:
+        model: On any device, the meta device included; not changed.
+        mode: Whose tensors they are.
+        dtype: Of all floating parameters and saved buffers; their own where None.
+    """
+    saved = {id(value) for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
+    blanks: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        kept = tensor.dtype if dtype is None or id(tensor) not in saved or not tensor.is_floating_point() else dtype
+        with mode:
+            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            blanks[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
+    return copy.deepcopy(model, blanks)
 
 
 def _check(dtype: Any, batch_size: Any, tokens: Any) -> None:

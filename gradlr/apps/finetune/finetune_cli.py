@@ -123,7 +123,7 @@ def _train(run: Run) -> int:
 def _finish(run: Run) -> None:
     task, done, arguments = run.task, run.done, run.task.arguments
     run.opt.detach()
-    model = task.workers.gather(run.model, lambda: task.language.skeleton(task.dtype))
+    model = task.workers.holding.gather(run.model, task.workers, lambda: task.language.skeleton(task.dtype))
     if model is None:  # another process writes it
         return
     how = run.folder.write_model(lambda folder: task.language.save(model, folder))

@@ -14,8 +14,8 @@ from torch import nn
 
 from ...errors import ArgumentError
 from ...report.summary import format_bytes
+from ..blocks import blocks_of
 from ..estimate import Estimate, estimate
-from ..sharding import blocks_of
 from .model import BuiltinModel, enable_checkpointing
 from .packing import cross_entropy
 

@@ -19,11 +19,12 @@ from ...optimizer import GradLR
 from ...params.kinds import MATRIX
 from ...report.summary import format_bytes
 from ...tracker import LossTracker
+from ..bench.text import mixed_seed
 from ..progress import Progress
 from ..signals import deferred_signals
 from .fits import peak_memory
 from .model import enable_checkpointing
-from .packing import IGNORED, cross_entropy, mixed_seed, sequences_of_step
+from .packing import IGNORED, cross_entropy, sequences_of_step
 from .run_folder import RunFolder
 from .task import Task
 
@@ -69,7 +70,7 @@ class Run:
         model = task.language.load(task.dtype, task.arguments.seed)
         if task.arguments.checkpointing:
             enable_checkpointing(model)
-        model = task.workers.place(model)
+        model = task.workers.holding.place(model, task.workers)
         opt = attach(model, LossTracker(), **task.options, **task.workers.attach_options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: _rate_factor(step, task.warmup, task.steps))
         return cls(task, model, opt, scheduler, folder)
@@ -77,12 +78,12 @@ class Run:
     @property
     def checkpoint(self) -> Path | None:
         """The last whole one."""
-        return self.task.workers.checkpoint(self.folder)
+        return self.task.workers.holding.checkpoint(self.folder)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
         objects = {"model": self.model, "optimizer": self.opt, "scheduler": self.scheduler}
-        self.task.workers.save(self.folder, **objects, done=asdict(self.done))
+        self.task.workers.holding.save(self.folder, self.task.workers, **objects, done=asdict(self.done))
 
     def restore(self) -> int | None:
         """Go on from the checkpoint; the number of processes that wrote it, or None where there is none."""

@@ -13,7 +13,7 @@ from ...checkpoint.atomic import write_atomically
 from ...errors import ArgumentError
 from ..bench.pretrain import CHECKPOINT, load_pretrained
 from ..bench.transformer import ByteTransformer
-from ..estimate import checkpoint_blocks
+from ..blocks import checkpoint_blocks
 from .packing import Tokens
 from .reading import Document
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...errors import ArgumentError
+from ..bench.text import generator_of
 
 # What cross_entropy passes over.
 IGNORED = -100
@@ -88,7 +88,7 @@ def split(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
         seed: Decides which.
     """
     held_out = min(max(round(share * count), 1), count - 1)
-    chosen = set(torch.randperm(count, generator=_generator(seed, "validation"))[:held_out].tolist())
+    chosen = set(torch.randperm(count, generator=generator_of(seed, "validation"))[:held_out].tolist())
     return [index for index in range(count) if index not in chosen], sorted(chosen)
 
 
@@ -117,14 +117,4 @@ def require_whole_sequence(data: PackedTokens, where: str) -> None:
 
 @lru_cache(maxsize=2)
 def _permutation(count: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(count, generator=_generator(seed, f"epoch {epoch}"))
-
-
-def mixed_seed(seed: int, what: str) -> int:
-    """A seed of 63 bits for one of the things that follow from `seed`."""
-    # A digest, because neighbouring seeds of the generator itself may give related first numbers.
-    return int.from_bytes(hashlib.blake2b(f"{seed}:{what}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _generator(seed: int, what: str) -> torch.Generator:
-    return torch.Generator().manual_seed(mixed_seed(seed, what))
+    return torch.randperm(count, generator=generator_of(seed, f"epoch {epoch}"))

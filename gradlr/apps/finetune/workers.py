@@ -18,7 +18,7 @@ from ...checkpoint.folder import is_folder
 from ...distributed.communicator import Communicator, propagate_errors
 from ...errors import ArgumentError, ParallelError
 from ..bench.environment import require_device
-from ..sharding import shard_by_block
+from ..blocks import shard_by_block
 from .run_folder import RunFolder
 
 # Others wait in an exchange while the first process writes a checkpoint.
@@ -26,8 +26,57 @@ TIMEOUT = timedelta(minutes=30)
 _SET_BY_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+class WholeModel:
+    """Each process holds the whole model (`--shard dp`, or one process alone)."""
+
+    def place(self, model: nn.Module, workers: Workers) -> nn.Module:
+        """The model where it will be trained."""
+        return model.to(workers.device)
+
+    def checkpoint(self, folder: RunFolder) -> Path | None:
+        """The last whole checkpoint, or None."""
+        return folder.checkpoint if folder.checkpoint.is_file() else None
+
+    def save(self, folder: RunFolder, workers: Workers, **objects: Any) -> None:
+        """Write a checkpoint of these objects, whole or not at all, as `gradlr.save`."""
+        if workers.is_first:
+            save(folder.checkpoint, **objects)
+
+    def gather(self, model: nn.Module, workers: Workers, skeleton: Callable[[], nn.Module]) -> nn.Module | None:
+        """The model with all its weights, on the first process; None on the others."""
+        return model if workers.is_first else None
+
+
+class ShardedModel:
+    """Each process holds a shard of every parameter and of its state (`--shard fsdp`, FSDP2); methods as in `WholeModel`."""
+
+    def place(self, model: nn.Module, workers: Workers) -> nn.Module:
+        from torch.distributed.device_mesh import init_device_mesh  # takes a while
+
+        return shard_by_block(model, init_device_mesh(torch.device(workers.device).type, (workers.size,)))
+
+    def checkpoint(self, folder: RunFolder) -> Path | None:
+        return folder.shards if is_folder(folder.shards) else None
+
+    def save(self, folder: RunFolder, workers: Workers, **objects: Any) -> None:
+        save(folder.shards, **objects)
+
+    def gather(self, model: nn.Module, workers: Workers, skeleton: Callable[[], nn.Module]) -> nn.Module | None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)  # all of them on the first process, none elsewhere
+        if not workers.is_first:
+            return None
+        gathered = skeleton()
+        gathered.load_state_dict(weights)
+        if hasattr(model, "generation_config"):  # of the model's folder, which the skeleton has not read
+            gathered.generation_config = model.generation_config
+        return gathered
+
+
 class Workers:
-    """One process that trains alone; what several do otherwise, their classes say.
+    """One process that trains alone; what several do otherwise, `JoinedWorkers` says.
 
     Args:
         device: Of this process.
@@ -38,10 +87,12 @@ class Workers:
         neighbours: Number of processes on this machine.
         is_restarted: Whether torchrun has started this process in the place of one that failed.
         attach_options: What `gradlr.attach` needs to know of the others.
+        holding: Which part of the model each process holds.
     """
 
     size, rank, neighbours, is_restarted = 1, 0, 1, False
     attach_options: Mapping[str, Any] = {}
+    holding: WholeModel | ShardedModel = WholeModel()
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -80,34 +131,18 @@ class Workers:
         """
         return 1.0, 1.0 if accumulate == 1 else share
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """The model where it will be trained."""
-        return model.to(self.device)
 
-    def checkpoint(self, folder: RunFolder) -> Path | None:
-        """The last whole checkpoint, or None."""
-        return folder.checkpoint if folder.checkpoint.is_file() else None
+class JoinedWorkers(Workers):
+    """Processes that torchrun has started."""
 
-    def save(self, folder: RunFolder, **objects: Any) -> None:
-        """Write a checkpoint of these objects, whole or not at all, as `gradlr.save`."""
-        if self.is_first:
-            save(folder.checkpoint, **objects)
-
-    def gather(self, model: nn.Module, skeleton: Callable[[], nn.Module]) -> nn.Module | None:
-        """The model with all its weights, on the first process; None on the others."""
-        return model if self.is_first else None
-
-
-class ReplicaWorkers(Workers):
-    """Processes of torchrun that hold the whole model each (`--shard dp`)."""
-
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, holding: WholeModel | ShardedModel) -> None:
         super().__init__(device)
         self._comm = Communicator(distributed.group.WORLD)
         self.size, self.rank = self._comm.size, self._comm.rank
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         self.is_restarted = _restarts() != "0"
-        self.attach_options = {"process_group": distributed.group.WORLD}
+        self.holding = holding
+        self.attach_options = {"process_group": distributed.group.WORLD} if isinstance(holding, WholeModel) else {}
 
     def run_on_first(self, work: Callable[[], object]) -> None:
         with propagate_errors(self._comm):
@@ -132,38 +167,6 @@ class ReplicaWorkers(Workers):
     def loss_factors(self, share: float, accumulate: int) -> tuple[float, float]:
         # The mean over processes and micro-batches of what is shown is the step's loss, and so are the gradients.
         return share * self.size * accumulate, 1 / accumulate
-
-
-class ShardWorkers(ReplicaWorkers):
-    """Processes of torchrun that hold a shard of every parameter and of its state (`--shard fsdp`, FSDP2)."""
-
-    def __init__(self, device: str) -> None:
-        super().__init__(device)
-        self.attach_options = {}
-
-    def place(self, model: nn.Module) -> nn.Module:
-        from torch.distributed.device_mesh import init_device_mesh  # takes a while
-
-        return shard_by_block(model, init_device_mesh(torch.device(self.device).type, (self.size,)))
-
-    def checkpoint(self, folder: RunFolder) -> Path | None:
-        return folder.shards if is_folder(folder.shards) else None
-
-    def save(self, folder: RunFolder, **objects: Any) -> None:
-        save(folder.shards, **objects)
-
-    def gather(self, model: nn.Module, skeleton: Callable[[], nn.Module]) -> nn.Module | None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options)  # all of them on the first process, none elsewhere
-        if not self.is_first:
-            return None
-        gathered = skeleton()
-        gathered.load_state_dict(weights)
-        if hasattr(model, "generation_config"):  # of the model's folder, which the skeleton has not read
-            gathered.generation_config = model.generation_config
-        return gathered
 
 
 @contextmanager
@@ -204,7 +207,7 @@ def join(shard: str | None, device: str) -> Iterator[Workers]:
     except RuntimeError as error:
         raise ParallelError(f"the processes do not find each other: {str(error).splitlines()[0]}") from error
     try:
-        yield (ReplicaWorkers if shard == "dp" else ShardWorkers)(own)
+        yield JoinedWorkers(own, WholeModel() if shard == "dp" else ShardedModel())
     except distributed.DistError as error:
         reason = str(error).splitlines()[0]
         raise ParallelError(f"the other processes, or torchrun itself, cannot be reached any more: {reason}") from error

@@ -1,10 +1,14 @@
-"""A model spread over processes block by block, as FSDP2 wants it."""
+"""What is done to a model block by block: sharding as FSDP2 wants it, and recomputation in backward."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -37,3 +41,28 @@ def shard_by_block(model: nn.Module, mesh: DeviceMesh, *, reshard: bool = True) 
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> None:
+    """Recompute each block in backward: transformers' own switch where there is one, else every member of the longest list.
+
+    Args:
+        model: Changed in place.
+        preserve_rng_state: As for `torch.utils.checkpoint.checkpoint`: whether dropout draws the same again.
+
+    Raises:
+        ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
+    """
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
+    for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' new name, and its old
+        if hasattr(model, switch):
+            getattr(model, switch)(options)
+            return
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ArgumentError(
+            f"checkpointing=True: {type(model).__name__} has no nn.ModuleList or nn.Sequential of blocks; wrap its blocks in "
+            "torch.utils.checkpoint.checkpoint yourself and leave checkpointing out"
+        )
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, **options)
