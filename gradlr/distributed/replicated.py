@@ -20,7 +20,7 @@ from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result
 from ..errors import ArgumentError, ParallelError
 from ..gradient import Dense, GradientOperator, RowSparse, Sketched
 from ..params.kinds import EMBEDDING
-from ..tensors import compute_dtype_and_device
+from ..tensors import compute_dtype_and_device, widest
 from .communicator import Communicator, ranks_named
 from .fingerprint import checksum, fingerprint, state_fingerprint
 
@@ -55,7 +55,7 @@ class Replicated(Sync):
 
     def energy(self, record: ParamRecord, energy: Tensor | None, held: GradientOperator) -> Tensor:
         # The norm is not known before the exchange: a mark shows whether somebody clips or unscales here until then.
-        return torch.ones((), dtype=torch.float64, device=held.device)
+        return widest(torch.ones((), device=held.device))
 
     def check(self, pending: Pending) -> None:
         if pending.norm_proxy.is_changed():

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
 from ..linalg.normalize import squared_norm, widen
-from ..tensors import is_async
+from ..tensors import is_async, widest
 from .operator import Dense, GradientOperator, all_entries_finite
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
@@ -50,7 +50,7 @@ class OuterProduct(GradientOperator):
     def squared_norm(self) -> Tensor:
         # A Linear's rows can be made a block at a time; a convolution's gradient comes whole.
         if isinstance(self._map, LinearOp):
-            return self.row_energies().double().sum()
+            return widest(self.row_energies()).sum()
         return squared_norm(self.matrix)
 
     def row_energies(self) -> Tensor:

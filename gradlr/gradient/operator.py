@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..linalg import UNSHARDED, Layout
 from ..linalg.normalize import squared_norm
-from ..tensors import is_async
+from ..tensors import is_async, widest
 
 
 class GradientOperator:
@@ -129,7 +129,7 @@ class Dense(GradientOperator):
         return all_entries_finite(self._matrix)
 
     def squared_norm(self) -> Tensor:
-        return torch.linalg.vector_norm(self._matrix).double().square()
+        return widest(torch.linalg.vector_norm(self._matrix)).square()
 
     def row_energies(self) -> Tensor:
         return self._layout.columns.all_reduce_sum(super().row_energies())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
+from ..tensors import widest
 from .axes import REPLICATED, Axis
 from .normalize import normalize_columns, widen
 
@@ -139,7 +140,7 @@ def spectral_norm(matrix: Products, *, columns: int = 8, steps: int = 8) -> Tens
     # Where the span is exhausted a block is rounding errors: only orthonormal columns bound the value from above.
     basis = torch.linalg.qr(torch.cat(blocks, dim=-1)[..., :m]).Q
     # Its Gram matrix squares the condition: in float64, half of whose digits are more than float32 has.
-    image = (matrix.mT @ basis).double()
+    image = widest(matrix.mT @ basis)
     gram = image.mT @ image
     is_finite = gram.isfinite()
     largest = torch.linalg.eigvalsh(torch.where(is_finite, gram, 0.0))[..., -1].clamp(min=0).sqrt()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
+from ..tensors import widest
 from .axes import REPLICATED, UNSHARDED, Axis, Layout
 
 
@@ -23,8 +24,9 @@ def largest_entry(x: Tensor) -> Tensor:
 
 
 def squared_norm(x: Tensor) -> Tensor:
-    """Sum of squares, 0-dim float64; of numbers in float16 as well, whose squares would overflow."""
-    return torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32).double().square()
+    """Sum of squares, 0-dim, in the widest dtype of the device; of numbers in float16 as well, whose squares would overflow."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return widest(norm).square()
 
 
 def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:

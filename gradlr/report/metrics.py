@@ -17,6 +17,7 @@ from ..linalg import normalize_columns, spectral_norm
 from ..linalg.normalize import squared_norm, widen
 from ..params.kinds import VECTOR
 from ..rules import Update
+from ..tensors import widest
 
 # Squared singular values of unit columns below this share of the largest are rounding errors of float32, not directions.
 _SPAN_RTOL = 1e-10
@@ -123,7 +124,7 @@ def captured_energy(gradient: GradientOperator, left: Tensor) -> Tensor:
     """‖Qᵀ G‖², Frobenius, summed over a batch, 0-dim float64, with an orthonormal basis Q of the span of `left`, (..., m, r)."""
     # Without Q: of L = `left`, ‖Qᵀ G‖² is the trace of (Lᵀ L)⁺ Lᵀ G Gᵀ L. The columns may depend on each other.
     left = normalize_columns(left)
-    image, left = (gradient.mT @ left).double(), left.double()
+    image, left = widest(gradient.mT @ left), widest(left)
     gram = left.mT @ left
     inverse = torch.linalg.pinv(torch.where(gram.isfinite(), gram, 0.0), rtol=_SPAN_RTOL, hermitian=True)
     return (inverse * (image.mT @ image)).sum()
@@ -133,10 +134,10 @@ def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tens
     """‖direction + λ W‖², Frobenius, summed over a batch, 0-dim float64, for a weight W (..., m, n) or a vector."""
     if update.rows is not None and update.dense is not None:
         # The other rows change by decay alone. A row may come twice, the second time with zeros, which add nothing here.
-        overlap = torch.linalg.vecdot(weight[update.rows].to(update.dense.dtype), update.dense).double().sum()
+        overlap = widest(torch.linalg.vecdot(weight[update.rows].to(update.dense.dtype), update.dense)).sum()
         return (squared_norm(update.dense) + 2 * decay * overlap + decay**2 * squared_norm(weight)).clamp(min=0)
     # A block of rows at a time, so that the change of a large weight never exists as a whole.
-    weight, energies = torch.atleast_2d(weight), [torch.zeros((), dtype=torch.float64, device=weight.device)]
+    weight, energies = torch.atleast_2d(weight), [widest(weight.new_zeros(()))]
     size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // max(1, weight.numel()))
     for start in range(0, weight.shape[-2], size):
         rows = (..., slice(start, start + size), slice(None))
@@ -154,5 +155,5 @@ def mean_stable_rank(gradient: GradientOperator) -> Tensor:
     """‖G‖_F² / ‖G‖₂², 0-dim float64: the mean over a batch, in which a zero matrix counts as 0; NaN where G is not finite."""
     # Of a single matrix the operator knows the norm without forming it; of a batch each one's is needed.
     is_batch, largest = len(gradient.shape) > 2, spectral_norm(gradient).square()
-    norms = torch.linalg.vector_norm(gradient.matrix, dim=(-2, -1)).double().square() if is_batch else gradient.squared_norm()
+    norms = widest(torch.linalg.vector_norm(gradient.matrix, dim=(-2, -1))).square() if is_batch else gradient.squared_norm()
     return torch.where(largest > 0, norms / largest, torch.where(largest == 0, 0.0, torch.nan)).mean()

@@ -14,6 +14,7 @@ from ..engine.record import ParamRecord, rule_entries, state_bytes
 from ..gradient import Dense
 from ..linalg.normalize import squared_norm
 from ..params.kinds import VECTOR
+from ..tensors import widest
 from .figure import draw
 from .metrics import mean_stable_rank
 
@@ -198,7 +199,7 @@ def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
     factors = record.rule.momentum(rule_entries(state))
     if factors is not None and steps:
         # The singular values of left rightᵀ are those of the k × k product of the two triangular factors.
-        left, right = (torch.linalg.qr(factor.double(), mode="r").R for factor in factors)
+        left, right = (torch.linalg.qr(widest(factor), mode="r").R for factor in factors)
         numbers["momentum_stable_rank"] = mean_stable_rank(Dense(left @ right.mT))
     seen = {} if record.metrics is None else dict(vars(record.metrics))
     is_projected = seen.pop("is_projected", False)

@@ -10,9 +10,11 @@ import pytest
 import torch
 from models import attached, is_unchanged, loss_of, mlp, train, weights
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import gradlr
-from gradlr import BackwardError, GradlrWarning, NonFiniteError
+from gradlr import BackwardError, GradlrWarning, NonFiniteError, tensors
 from gradlr.gradient import Dense
 from gradlr.tensors import AsyncScalar
 
@@ -358,3 +360,26 @@ def test_entries_whose_products_overflow_leave_the_weight():
     assert is_unchanged(model, before)
     with pytest.raises(NonFiniteError, match="'weight'"):
         tracker(1.0)
+
+
+class _WithoutFloat64(TorchDispatchMode):
+    """A device that computes in float32 at most, as Apple's, refuses the rest."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            assert not (isinstance(one, torch.Tensor) and one.dtype == torch.float64), f"{func} gives float64"
+        return result
+
+
+@pytest.mark.filterwarnings("ignore:capture=:gradlr.GradlrWarning")
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
+@pytest.mark.parametrize("options", [{}, {"apply": "step"}, {"apply": "step", "max_grad_norm": 0.1}], ids=str)
+def test_a_device_without_float64_meets_none(monkeypatch, options, capture):
+    monkeypatch.setitem(tensors._OVERRIDES, "cpu", tensors.DeviceTraits(is_async=True, widest_float=torch.float32))
+    model, tracker, opt = attached(mlp(16, 2), capture=capture, **options)
+    with _WithoutFloat64():
+        for _ in range(3):
+            tracker(model(torch.randn(8, 16)).square().mean()).backward()
+            opt.step()
+    assert all(weight.isfinite().all() for weight in model.parameters())
