@@ -18,7 +18,7 @@ _HISTORY_LENGTH = 65_536
 
 
 class LossListener(Protocol):
-    """What an optimizer implements to be told of every loss before its backward pass, and of the scale as it begins.
+    """Who is told of every loss before its backward pass, and of the scale as it begins: the policy of each optimizer.
 
     One that trains with other processes has a true `tells_mean`: it calls `record_mean`.
     """

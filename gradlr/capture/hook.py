@@ -126,7 +126,7 @@ def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver]) -> Callable
         if optimizer is None:
             raise lost_optimizer()
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:
+        if gradient is None:  # its layer has handed it over already: hooks fire all the same
             return
         operator = operator_of(parameter, gradient, view, layout)
         if operator is None:
