@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ArgumentError
-from ..layers import View, layer_type_of, natural_view
+from ..layers import AS_IT_IS, View, layer_type_of, natural_view
 from ..layers.linear import is_transposed_linear
 from ..layers.registry import leading_batch
 from ..linalg import UNSHARDED, Layout
@@ -86,7 +86,7 @@ class ParameterPlan:
     kind: str
     view: View
     is_guess: bool = False
-    natural: View = field(default_factory=View)
+    natural: View = AS_IT_IS
     layout: Layout = UNSHARDED
 
     @cached_property
@@ -127,13 +127,13 @@ def plan_parameters(model: nn.Module) -> list[ParameterPlan]:
         if not parameter.requires_grad:
             continue
         if isinstance(parameter, UninitializedParameter):  # of a lazy module: without a shape, there is nothing to see
-            plans.append(ParameterPlan(name, parameter, VECTOR, View()))
+            plans.append(ParameterPlan(name, parameter, VECTOR, AS_IT_IS))
             continue
         owner, own_name = owners[id(parameter)]
-        natural = natural_view(owner, own_name, parameter) if parameter.ndim > 1 else View()
+        natural = natural_view(owner, own_name, parameter) if parameter.ndim > 1 else AS_IT_IS
         kind = EMBEDDING if id(parameter) in embeddings else _matrix_or_vector(parameter, owner, own_name, natural)
         is_guess = kind == MATRIX and _is_guess(parameter, owner, own_name)
-        view = natural if kind == MATRIX else View()
+        view = natural if kind == MATRIX else AS_IT_IS
         plans.append(ParameterPlan(name, parameter, kind, view, is_guess, natural))
     return plans
 
@@ -198,7 +198,7 @@ def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
     if kind != VECTOR and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
-    view = View() if kind == VECTOR else plan.natural if plan.kind == VECTOR else plan.view
+    view = AS_IT_IS if kind == VECTOR else plan.natural if plan.kind == VECTOR else plan.view
     if kind != VECTOR and view.pattern is None:
         view = leading_batch(plan.parameter.ndim)
     return replace(plan, kind=kind, view=view, is_guess=False)

@@ -201,10 +201,9 @@ def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
         # The singular values of left rightᵀ are those of the k × k product of the two triangular factors.
         left, right = (torch.linalg.qr(widest(factor), mode="r").R for factor in factors)
         numbers["momentum_stable_rank"] = mean_stable_rank(Dense(left @ right.mT))
-    seen = {} if record.metrics is None else dict(vars(record.metrics))
-    is_projected = seen.pop("is_projected", False)
-    known = {name: value for name, value in (numbers | seen).items() if value is not None}
-    read = {name: float(value) if isinstance(value, Tensor) else value for name, value in known.items()}
+    numbers |= {} if record.metrics is None else vars(record.metrics)
+    is_projected = bool(numbers.pop("is_projected", False))
+    read = {name: float(value) if isinstance(value, Tensor) else value for name, value in numbers.items() if value is not None}
     finite = {name: value for name, value in read.items() if math.isfinite(value)}
     return ParameterReport(plan.name, tuple(plan.parameter.shape), plan.kind, is_projected, finite)
 
