@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from .capture.layer_swap import release_abandoned
 from .distributed.communicator import propagate_errors
 from .distributed.setup import spread_groups, sync_for
 from .engine.attached_parameters import COMPILED_WHOLE, is_compiled_whole, require_plain_model, require_trainable
-from .errors import ArgumentError, GradlrWarning
+from .errors import ArgumentError, warn
 from .optimizer import GradLR
 from .params.groups import parameter_groups
 from .params.kinds import guesses_message, plan_parameters
@@ -119,14 +118,14 @@ def attach(
         plans = plan_parameters(model)
         require_trainable(model, plans)
         if is_compiled_whole(model):
-            warnings.warn(COMPILED_WHOLE, GradlrWarning, stacklevel=2)
+            warn(COMPILED_WHOLE)
         members = parameter_groups(
             with_views(plans, {} if views is None else views), groups, kinds,
             lr=lr, rank=rank, momentum_rank=momentum_rank, beta=beta, weight_decay=weight_decay, rule=rule,
         )  # fmt: skip
         spread_groups(members, sync)
         if guesses := [plan for group in members for plan in group.plans if plan.is_guess]:
-            warnings.warn(guesses_message(guesses), GradlrWarning, stacklevel=2)
+            warn(guesses_message(guesses))
         optimizer = GradLR(
             model, members, loss_tracker, apply=apply, capture="hook" if sync.hooks_only else capture,
             max_grad_norm=max_grad_norm, state_dtype=state_dtype, seed=seed, sync=sync,

@@ -1,5 +1,9 @@
 """The errors and the warning that gradlr raises; every message says what, where, with which numbers, and what to do."""
 
+import sys
+import warnings
+from pathlib import Path
+
 
 class GradlrError(Exception):
     """Root of all errors of gradlr: `except gradlr.GradlrError` catches each of them."""
@@ -39,3 +43,15 @@ class CheckpointError(GradlrError, ValueError):
 
 class GradlrWarning(UserWarning):
     """Something is legal and yet probably not what was meant."""
+
+
+# Warnings point at the user's line: neither into gradlr nor into torch, whose wrappers stand between.
+_OWN = (str(Path(__file__).parent), f"{Path('site-packages', 'torch')}", f"{Path('dist-packages', 'torch')}")
+
+
+def warn(message: str) -> None:
+    """Warn of something legal that was probably not meant, at the line outside of gradlr and torch that led to it."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and any(place in frame.f_code.co_filename for place in _OWN):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, GradlrWarning, stacklevel=level)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +27,7 @@ from .engine.skipped_steps import SkippedSteps
 from .engine.state_dict import extra_of
 from .engine.state_store import StateStore
 from .engine.sync import Sync
-from .errors import ArgumentError, AttachError, CheckpointError, GradlrWarning, ParallelError
+from .errors import ArgumentError, AttachError, CheckpointError, ParallelError, warn
 from .gradient import GradientOperator
 from .params.groups import ParameterGroup
 from .report import Observation, Report, describe, report
@@ -191,7 +190,7 @@ class GradLR(torch.optim.Optimizer):
         """
         if count := len(self.pending):
             message = f"opt.detach() drops the gradients of {count} parameters that waited for step()"
-            warnings.warn(f"{message}: call opt.step() or opt.zero_grad() before", GradlrWarning, stacklevel=2)
+            warn(f"{message}: call opt.step() or opt.zero_grad() before")
         self.pending.clear()
         for capture in self._captures:
             capture.remove()

@@ -1,4 +1,4 @@
-"""Run by test_storage.py: forks writers that save over one path in a loop, and kills them at the moments it is told."""
+"""Run by tests/checkpoint/test_file.py: forks writers that save over one path in a loop, and kills them when it is told."""
 
 import os
 import signal
@@ -31,6 +31,8 @@ def write_for_ever(path, start):
 
 def main():
     path = sys.argv[1]
+    # What the first optimizer and the first save import takes seconds: not in each of the writers.
+    assert checkpointed() and gradlr.save
     for line in sys.stdin:
         start, delay = line.split()
         process = os.fork()

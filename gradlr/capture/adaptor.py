@@ -36,7 +36,8 @@ class _AdaptorLayer(SwappedLayer):
             return None
         x = autocasted(x)
         basis = _basis(how, found, self.weight, x, self.training) if how.is_one_sided else None
-        return _WithoutWeightGradient.apply(x, self.weight, self.bias, weakref.ref(self.weight), how, found, basis)
+        bias = getattr(self, "bias", None)  # a layer of the user's may have none
+        return _WithoutWeightGradient.apply(x, self.weight, bias, weakref.ref(self.weight), how, found, basis)
 
     def _look_up(self, ids: Tensor, how: TakenWeight) -> Tensor:
         padding_index = None if self.padding_idx is None else self.padding_idx % len(self.weight)

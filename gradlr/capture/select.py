@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 
 from torch import nn
 
 from ..engine.record import ParamRecord
-from ..errors import ArgumentError, GradlrWarning
+from ..errors import ArgumentError, warn
 from ..layers import LayerOp, LinearOp, layer_op
 from ..layers.embedding import is_plain_embedding
 from .layer_swap import CapturedLayer
@@ -61,7 +60,7 @@ def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: s
         layers.append(layer)
         record.capture = "rows" if layer.layer_op is None else "one_sided" if layer.is_one_sided else "adaptor"
     if slow:
-        warnings.warn(_advice(slow, capture), GradlrWarning, stacklevel=5)
+        warn(_advice(slow, capture))
     return layers
 
 

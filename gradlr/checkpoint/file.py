@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from ..distributed.communicator import propagate_errors
 from ..engine.sync import Comm, OneProcess
-from ..errors import ArgumentError, CheckpointError, GradlrWarning, ParallelError
+from ..errors import ArgumentError, CheckpointError, ParallelError, warn
 from ..optimizer import GradLR
 from .atomic import write_atomically
 from .dtensor import as_held, is_any_sharded
@@ -219,4 +218,4 @@ def _warn_of_forgotten(path: Path, saved: dict[str, dict[str, Any]], objects: di
         name = forgotten[0]
         what = f"{path}: {name!r} ({saved[name].get('class', 'object with state_dict()')}) was saved and is not given to load"
         fix = f"so it starts afresh: pass {name}=..., or {name}=None where that is meant"
-        warnings.warn(f"{what}, {fix}", GradlrWarning, stacklevel=3)
+        warn(f"{what}, {fix}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from ..errors import AttachError, GradlrWarning
+from ..errors import AttachError, warn
 from ..layers import View
 from ..linalg import REPLICATED, Axis, Layout
-from ..params.kinds import VECTOR, ParameterPlan, is_sharded
+from ..params.kinds import KINDS, ParameterPlan
+from ..tensors import is_sharded
 from .communicator import living
 
 if TYPE_CHECKING:  # importing it takes half a second
@@ -88,7 +88,7 @@ def with_layout(plan: ParameterPlan, all_reduce: AllReduce) -> ParameterPlan:
     if cut := [dim for dim in places if len(before[dim]) > 1]:
         plan = _without_view(plan, cut[0])
     axes = [_axis(plan, axis, places, all_reduce) for axis in range(len(plan.shape))]
-    if plan.kind == VECTOR:  # entry by entry: the order of the axes says nothing
+    if KINDS[plan.kind].is_vector:  # entry by entry: the order of the axes says nothing
         axes = [REPLICATED, REPLICATED, *sorted(axes, key=lambda axis: axis.is_whole, reverse=True)]
     batch = axes[-3] if len(axes) > 2 else REPLICATED
     return replace(plan, layout=Layout(axes[-2], axes[-1], batch, _number(parameter)))
@@ -111,7 +111,7 @@ def _without_view(plan: ParameterPlan, dim: int) -> ParameterPlan:
             "axis (shard_placement_fn of fully_shard), or leave the view out"
         )
     message = f"{where} across what {plan.view.pattern!r} would take apart: it is taken as one matrix"
-    warnings.warn(message, GradlrWarning, stacklevel=4)
+    warn(message)
     return replace(plan, view=View())
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 from torch import distributed, nn
 
 from ..engine.sync import Alone, Sync
-from ..errors import ArgumentError, AttachError, GradlrWarning
+from ..errors import ArgumentError, AttachError, warn
 from ..params.groups import ParameterGroup
 from ..tensors import is_sharded
 from .communicator import Communicator
@@ -93,10 +92,8 @@ def _warn_of_processes() -> None:
     if distributed.is_available() and distributed.is_initialized():
         count = distributed.get_world_size()
     if count > 1:
-        warnings.warn(
+        warn(
             f'{count} processes run, and each trains alone: attach(..., apply="step", '
             "process_group=torch.distributed.group.WORLD), after torch.distributed.init_process_group(), trains one model. For "
-            "FSDP2 or tensor parallel, call fully_shard or parallelize_module before attach (docs/devices.md)",
-            GradlrWarning,
-            stacklevel=4,
+            "FSDP2 or tensor parallel, call fully_shard or parallelize_module before attach (docs/devices.md)"
         )

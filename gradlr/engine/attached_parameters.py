@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import warnings
 import weakref
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedParameter
 
-from ..errors import ArgumentError, AttachError, GradlrWarning
+from ..errors import ArgumentError, AttachError, warn
 from ..params.kinds import ParameterPlan
 from ..tensors import is_sharded
 
@@ -97,7 +96,7 @@ class AttachedParameters:
             _require_unwrapped(model)
         if not self._was_compiled and is_compiled_whole(model):
             self._was_compiled = True
-            warnings.warn(COMPILED_WHOLE, GradlrWarning, stacklevel=6)
+            warn(COMPILED_WHOLE)
         if not self._has_warned:
             self._warn_of_unattached(model)
 
@@ -136,11 +135,9 @@ class AttachedParameters:
         unattached = [name for name, one in trainable if id(one) not in self._plans and name not in self._sharded_names]
         if unattached:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"{len(unattached)} trainable parameters of the model are not attached ({unattached[0]!r} first) and will not be "
-                "updated: they were frozen or not there when attach was called. Call opt.detach() and attach again",
-                GradlrWarning,
-                stacklevel=7,
+                "updated: they were frozen or not there when attach was called. Call opt.detach() and attach again"
             )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..errors import AttachError, BackwardError, GradlrWarning, LossError, NonFiniteError
+from ..errors import AttachError, BackwardError, LossError, NonFiniteError, warn
 from ..tensors import AsyncScalar, is_async
 from ..tracker import LossTracker
 from .record import ParamRecord
@@ -80,11 +79,11 @@ class LoopChecks:
             self.raise_unread()
         if tracker.open_backwards and self._is_interrupted():
             self._discard_interrupted()
-            _warn(self._interrupted_message(self.changed, pending))
+            warn(self._interrupted_message(self.changed, pending))
         elif tracker.has_begun and not tracker.has_gradient and not self._may_be_silent:
-            _warn(self._no_gradient_message(tracker.count - 1))
+            warn(self._no_gradient_message(tracker.count - 1))
         elif pending and self._loss_count == _MANY_LOSSES:
-            _warn(
+            warn(
                 f'the gradients of {_MANY_LOSSES} losses wait and no weight has changed: with apply="step", call opt.step() '
                 "after backward"
             )
@@ -185,7 +184,7 @@ class LoopChecks:
         if self._tracker.has_begun:
             raise AttachError(self._no_gradient_message(self._tracker.count))
         if has_losses and not self._tracker.has_graph:
-            _warn(
+            warn(
                 f"opt.step() has nothing to do: since the last step, none of the {self._count} attached parameters received a "
                 "gradient, though losses were shown. Was backward called, on a loss of this very model (not a copy)?"
             )
@@ -203,7 +202,7 @@ class LoopChecks:
         """
         self._broken = tuple(changed)
         if changed:
-            _warn(
+            warn(
                 f"opt.step() did not come to its end: {len(changed)} of {self._count} parameters were updated ({changed[0]!r} "
                 "first), the others were not, and what waited for them is dropped. Load the last checkpoint, or go on with a "
                 "step half taken"
@@ -226,7 +225,7 @@ class LoopChecks:
                 raise NonFiniteError(
                     f"the gradient of {name!r} held NaN or infinity, or was too large for its update to be finite, at loss "
                     f"number {count}. Told one loss late, as always where the device runs behind the host: this parameter kept "
-                    f"its value, the other parameters of that step were updated. {_SKIP_ADVICE}"
+                    f"its value, those of that step with finite gradients were updated. {_SKIP_ADVICE}"
                 )
 
     def _is_interrupted(self) -> bool:
@@ -252,7 +251,7 @@ class LoopChecks:
     def _warn_once(self, message: str) -> None:
         if not self._has_warned:
             self._has_warned = True
-            _warn(message, stacklevel=7)
+            warn(message)
 
 
 def changed_message(changed: Sequence[str]) -> str:
@@ -269,7 +268,3 @@ def _scaled_loss(scale: float, what: str) -> BackwardError:
         'For a GradScaler, or a division by accumulation steps, attach with apply="step" and call opt.step(); otherwise show the '
         f"tracker the very scalar that you call backward on. {what}"
     )
-
-
-def _warn(message: str, stacklevel: int = 6) -> None:
-    warnings.warn(message, GradlrWarning, stacklevel=stacklevel)

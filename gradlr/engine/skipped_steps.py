@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import GradlrWarning
+from ..errors import warn
 from ..tensors import AsyncScalar, is_async
 from .record import ParamRecord
 
@@ -61,7 +60,7 @@ class SkippedSteps:
         self.clear()
         if not is_quiet:
             message = f"the step was left out whole: {reason}. No weight and no state was changed"
-            warnings.warn(message, GradlrWarning, stacklevel=6)
+            warn(message)
 
     def drop(self) -> bool:
         """The gradients since the last step are dropped, and with them their flags; whether the host counts that as a skip.

@@ -62,7 +62,7 @@ def _check_entries(state_dict: Any) -> None:
     is_sound = {
         "state": isinstance(state_dict["state"], dict),
         "param_groups": _is_list_of(dict, state_dict["param_groups"]),
-        "ranks": _is_list_of(int, extra["ranks"]) and min(extra["ranks"], default=1) >= 1,
+        "ranks": _is_list_of(int, extra["ranks"]) and min(extra["ranks"], default=0) >= 0,
         "seed": _is_count(extra["seed"]),
         "skipped": _is_count(extra.get("skipped", 0)),
     }

@@ -150,7 +150,11 @@ class StateStore:
         ]
         # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
         groups = [
-            {**{key: value for key, value in one.items() if key != "gradlr"}, "params": list(range(len(group["params"])))}
+            {
+                **{key: value for key, value in one.items() if key != "gradlr"},
+                "kind": group["kind"],
+                "params": list(range(len(group["params"]))),
+            }
             for one, group in zip(saved["param_groups"], self.groups, strict=True)
         ]
         torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})

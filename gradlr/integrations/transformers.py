@@ -6,7 +6,6 @@ trainer = Trainer(model=model, args=TrainingArguments(..., learning_rate=1.6e-2)
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -15,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, AttachError, GradlrWarning
+from ..errors import ArgumentError, AttachError, warn
 from ..tracker import LossTracker
 from .accelerate import attach, clip_grad_norm_, unwrap
 from .data_parallel import is_alone, require_supported
@@ -73,7 +72,7 @@ class Trainer(transformers.Trainer):
                     "learning_rate is transformers' default of 5e-5, which is AdamW's: gradlr trains with its own default "
                     'instead. Give TrainingArguments another one, or gradlr={"lr": ...}'
                 )
-                warnings.warn(message, GradlrWarning, stacklevel=2)
+                warn(message)
             options = {"loss_tracker": LossTracker(), **options, **(self._options or {})}
             self.optimizer = attach(self.accelerator, cast(nn.Module, self.model), **options)
         opt = unwrap(self.optimizer)

@@ -36,6 +36,11 @@ def layer_type_of(module: nn.Module) -> LayerType:
     return next((one for one in LAYER_TYPES if one.is_type(module)), _ANY_OTHER)
 
 
+def is_registered(module: nn.Module) -> bool:
+    """Whether a line of the table knows the layer."""
+    return layer_type_of(module) is not _ANY_OTHER
+
+
 def layer_op(module: nn.Module) -> LayerOp | None:
     """The linear map that a module computes; None where it is no plain Linear, transformers' Conv1D or ungrouped convolution."""
     return layer_type_of(module).op(module)

@@ -123,7 +123,8 @@ def _require_used(label: str, scope: _Scope, kinds: set[str]) -> None:
     if idle:
         raise ArgumentError(
             f"group {label!r}: {idle[0]} does nothing for its parameters, each a {' or '.join(sorted(kinds))}; "
-            f"options that do are {', '.join(sorted(used | {'kind', 'kinds'}))}"
+            f"options that do are {', '.join(sorted(used | {'kind', 'kinds'}))}. A rule of a kind's own: "
+            f'"kinds": {{{min(kinds)!r}: {{"rule": ...}}}}'
         )
 
 

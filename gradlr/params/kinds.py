@@ -13,8 +13,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from ..errors import ArgumentError
 from ..layers import AS_IT_IS, View, layer_type_of, natural_view
-from ..layers.linear import is_transposed_linear
-from ..layers.registry import leading_batch
+from ..layers.registry import is_registered, leading_batch
 from ..linalg import UNSHARDED, Layout
 from ..tensors import is_sharded, local
 
@@ -35,6 +34,11 @@ class Kind:
     rule: str
     lr_share: float
     options: tuple[str, ...]
+
+    @property
+    def is_vector(self) -> bool:
+        """Whether it is taken entry by entry, so that its axes say nothing."""
+        return "rank" not in self.options
 
 
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
@@ -179,13 +183,14 @@ def _is_guess(parameter: Tensor, owner: nn.Module, name: str) -> bool:
     # Words of "PatchEmbedding.pos_embed": patch, embedding, pos, embed.
     words = re.findall(r"[A-Z]?[a-z]+", f"{type(owner).__name__}.{name}")
     is_named_so = any(word.lower().startswith(_ODD_WORDS) for word in words)
-    return not _is_layer_of_torch(owner) and (is_odd or is_named_so)
+    return not _is_known(owner) and (is_odd or is_named_so)
 
 
-def _is_layer_of_torch(module: nn.Module) -> bool:
+def _is_known(module: nn.Module) -> bool:
+    """Whether the layer is torch's own, or stands in the registry."""
     homes = (base.__module__ for base in type(module).__mro__)
     home = next(home for home in homes if home.startswith("torch.nn.modules."))
-    return home not in ("torch.nn.modules.module", "torch.nn.modules.container") or is_transposed_linear(module)
+    return home not in ("torch.nn.modules.module", "torch.nn.modules.container") or is_registered(module)
 
 
 def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
@@ -195,11 +200,12 @@ def with_kind(plan: ParameterPlan, kind: str) -> ParameterPlan:
         ArgumentError: a parameter with fewer than two axes should be a matrix or an embedding, or the kind is unknown.
     """
     kind = kind_named(kind)
-    if kind != VECTOR and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
+    is_vector = KINDS[kind].is_vector
+    if not is_vector and (len(plan.shape) < 2 or plan.parameter.numel() == 0):
         shape = tuple(plan.parameter.shape)
         raise ArgumentError(f"parameter {plan.name!r} has shape {shape}; it cannot be a {kind}: leave kind out")
-    view = AS_IT_IS if kind == VECTOR else plan.natural if plan.kind == VECTOR else plan.view
-    if kind != VECTOR and view.pattern is None:
+    view = AS_IT_IS if is_vector else plan.natural if KINDS[plan.kind].is_vector else plan.view
+    if not is_vector and view.pattern is None:
         view = leading_batch(plan.parameter.ndim)
     return replace(plan, kind=kind, view=view, is_guess=False)
 

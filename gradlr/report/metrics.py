@@ -15,7 +15,7 @@ from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, Sketched
 from ..linalg import normalize_columns, spectral_norm
 from ..linalg.normalize import squared_norm, widen
-from ..params.kinds import VECTOR
+from ..params.kinds import KINDS
 from ..rules import Update
 from ..tensors import widest
 
@@ -69,7 +69,7 @@ class Observer:
     def measure_gradient(self, record: ParamRecord, kept: GradientOperator, update: Update, step: int) -> UpdateMetrics:
         """The gradient's part of the numbers, of what `keep` gave and the update, number `step`, that the rule made of it."""
         is_projected, energy = isinstance(kept, Sketched), kept.squared_norm()
-        rank = None if record.plan.kind == VECTOR else mean_stable_rank(kept)
+        rank = None if KINDS[record.plan.kind].is_vector else mean_stable_rank(kept)
         left = None if record.rule.is_elementwise or is_projected else update.left
         share = None if left is None else captured_energy(kept, left) / energy
         return UpdateMetrics(step, is_projected, energy.sqrt(), rank, share)

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..engine.record import ParamRecord, rule_entries, state_bytes
 from ..gradient import Dense
 from ..linalg.normalize import squared_norm
-from ..params.kinds import VECTOR
+from ..params.kinds import KINDS, VECTOR
 from ..tensors import widest
 from .figure import draw
 from .metrics import mean_stable_rank
@@ -101,8 +101,8 @@ class Report:
 
     def __str__(self) -> str:
         # Vectors are many and small: one line for all of them.
-        vectors = [row for row in self.rows if row.kind == VECTOR]
-        rows = [row for row in self.rows if row.kind != VECTOR] + ([_joined(vectors)] if len(vectors) > 1 else vectors)
+        vectors = [row for row in self.rows if KINDS[row.kind].is_vector]
+        rows = [row for row in self.rows if not KINDS[row.kind].is_vector] + ([_joined(vectors)] if len(vectors) > 1 else vectors)
         totals = self.totals
         ends = {"rank_mean": "mean rank {:.3g}", "energy": "captured energy {:.1%}", "update_norm": "norm of the update {:.3g}"}
         last = [_state_message(len(self.rows), int(totals["weights"]), totals["state_bytes"])]

@@ -305,3 +305,12 @@ def test_a_step_that_never_comes_is_told():
         tracker(model(torch.randn(2, 4)).square().mean()).backward()
     with pytest.warns(GradlrWarning, match="256 losses wait.*call opt.step"):
         tracker(1.0)
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_warning_points_at_the_line_of_the_loop(apply):
+    model, tracker, opt = attached(apply=apply)
+    tracker(loss_of(model).detach())
+    with pytest.warns(GradlrWarning, match="nothing to do") as told:
+        opt.step()
+    assert [warning.filename for warning in told] == [__file__]

@@ -182,3 +182,20 @@ def test_a_damaged_state_is_refused_whole_or_trains_on(options):
             loaded = start()
             before = everything(*loaded)
     assert refused > 400 and taken < refused / 4
+
+
+def test_an_empty_parameter_is_saved_and_loaded():
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.empty = nn.Parameter(torch.zeros(0, 4))
+    model, tracker, opt = attached(model)
+    tracker(model(torch.ones(2, 4)).sum() + model.empty.sum()).backward()
+    opt.load_state_dict(opt.state_dict())
+
+
+def test_a_checkpoint_with_the_earlier_word_for_embeddings_is_loaded():
+    model, _, opt = attached(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4)))
+    saved = opt.state_dict()
+    for group in saved["param_groups"]:
+        group["kind"] = {"embedding": "table"}.get(group["kind"], group["kind"])
+    opt.load_state_dict(saved)
+    assert {group["kind"] for group in opt.param_groups} == {"embedding", "matrix", "vector"}
