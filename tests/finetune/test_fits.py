@@ -49,7 +49,12 @@ def test_what_is_advised_needs_less(language):
 
 @pytest.mark.parametrize(
     ("options", "is_checkpointed"),
-    [({}, False), ({}, True), ({"capture": "one_sided", "rank": 4}, False), ({"apply": "step"}, False)],
+    [
+        pytest.param({}, False, marks=pytest.mark.slow),
+        ({}, True),
+        ({"capture": "one_sided", "rank": 4}, False),
+        pytest.param({"apply": "step"}, False, marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_the_measured_peak(language, options, is_checkpointed):
     sizes = {"batch_size": 8, "length": 64}
