@@ -8,8 +8,9 @@ from torch import distributed
 import gradlr
 from gradlr import ArgumentError
 from gradlr.apps.bench.memory import peak_bytes
+from gradlr.apps.blocks import checkpoint_blocks
 from gradlr.apps.finetune import fits
-from gradlr.apps.finetune.model import BuiltinModel, enable_checkpointing
+from gradlr.apps.finetune.model import BuiltinModel
 from gradlr.apps.finetune.packing import cross_entropy
 from gradlr.apps.finetune.pretrained import PretrainedModel
 
@@ -61,7 +62,7 @@ def test_it_is_the_measured_peak(language, options, is_checkpointed):
     found = need(language, **sizes, is_checkpointed=is_checkpointed, **options)
     model = language.load(torch.float32, 0).train()
     if is_checkpointed:
-        enable_checkpointing(model)
+        checkpoint_blocks(model)
     tokens = torch.zeros(8, 64, dtype=torch.int64)
 
     def work():
