@@ -51,8 +51,11 @@ def checkpoint_blocks(model: nn.Module, *, preserve_rng_state: bool = True) -> N
         preserve_rng_state: As for `torch.utils.checkpoint.checkpoint`: whether dropout draws the same again.
 
     Raises:
-        ArgumentError: it has no `nn.ModuleList` or `nn.Sequential` of two blocks or more.
+        ArgumentError: transformers cannot do so with this model, or it has no `nn.ModuleList` or `nn.Sequential` of two blocks
+            or more.
     """
+    if not getattr(model, "supports_gradient_checkpointing", True):
+        raise ArgumentError(f"checkpointing: transformers cannot checkpoint a {type(model).__name__}; leave it out")
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": preserve_rng_state}
     for switch in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers' new name, and its old
         if hasattr(model, switch):

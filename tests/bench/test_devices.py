@@ -103,6 +103,7 @@ def test_a_process_that_fails_ends_all_with_its_traceback():
         in_processes(partial(operator.truediv, 1), 2)
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_end_are_ended():
     start = time.monotonic()
     with pytest.raises(ParallelError, match="2 processes have not come to their end in 0.5 seconds"):

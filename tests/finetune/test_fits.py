@@ -8,8 +8,9 @@ from torch import distributed
 import gradlr
 from gradlr import ArgumentError
 from gradlr.apps.bench.memory import peak_bytes
+from gradlr.apps.blocks import checkpoint_blocks
 from gradlr.apps.finetune import fits
-from gradlr.apps.finetune.model import BuiltinModel, enable_checkpointing
+from gradlr.apps.finetune.model import BuiltinModel
 from gradlr.apps.finetune.packing import cross_entropy
 from gradlr.apps.finetune.pretrained import PretrainedModel
 
@@ -49,14 +50,19 @@ def test_what_is_advised_needs_less(language):
 
 @pytest.mark.parametrize(
     ("options", "is_checkpointed"),
-    [({}, False), ({}, True), ({"capture": "one_sided", "rank": 4}, False), ({"apply": "step"}, False)],
+    [
+        pytest.param({}, False, marks=pytest.mark.slow),
+        ({}, True),
+        ({"capture": "one_sided", "rank": 4}, False),
+        pytest.param({"apply": "step"}, False, marks=pytest.mark.slow),
+    ],
 )
 def test_it_is_the_measured_peak(language, options, is_checkpointed):
     sizes = {"batch_size": 8, "length": 64}
     found = need(language, **sizes, is_checkpointed=is_checkpointed, **options)
     model = language.load(torch.float32, 0).train()
     if is_checkpointed:
-        enable_checkpointing(model)
+        checkpoint_blocks(model)
     tokens = torch.zeros(8, 64, dtype=torch.int64)
 
     def work():

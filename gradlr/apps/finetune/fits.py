@@ -16,7 +16,7 @@ from ...errors import ArgumentError
 from ...report.summary import format_bytes
 from ..blocks import blocks_of
 from ..estimate import Estimate, estimate
-from .model import BuiltinModel, enable_checkpointing
+from .model import BuiltinModel
 from .packing import cross_entropy
 
 if TYPE_CHECKING:
@@ -74,8 +74,6 @@ def required_memory(
     with torch.device("meta"):
         model = language.skeleton(dtype)
         inputs = torch.empty(batch_size, length, dtype=torch.int64)
-        if is_checkpointed:
-            enable_checkpointing(language.skeleton(dtype))  # whether it can be
     try:
         found = estimate(
             model, inputs=(inputs,), checkpointing=is_checkpointed, **options,

@@ -20,10 +20,10 @@ from ...params.kinds import MATRIX
 from ...report.summary import format_bytes
 from ...tracker import LossTracker
 from ..bench.text import mixed_seed
+from ..blocks import checkpoint_blocks
 from ..progress import Progress
 from ..signals import deferred_signals
 from .fits import peak_memory
-from .model import enable_checkpointing
 from .packing import IGNORED, cross_entropy, sequences_of_step
 from .run_folder import RunFolder
 from .task import Task
@@ -69,7 +69,7 @@ class Run:
         """Load the weights, attach; everything is as it was before the first step."""
         model = task.language.load(task.dtype, task.arguments.seed)
         if task.arguments.checkpointing:
-            enable_checkpointing(model)
+            checkpoint_blocks(model)
         model = task.workers.holding.place(model, task.workers)
         opt = attach(model, LossTracker(), **task.options, **task.workers.attach_options)
         scheduler = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: _rate_factor(step, task.warmup, task.steps))

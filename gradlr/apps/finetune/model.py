@@ -13,7 +13,6 @@ from ...checkpoint.atomic import write_atomically
 from ...errors import ArgumentError
 from ..bench.pretrain import CHECKPOINT, load_pretrained
 from ..bench.transformer import ByteTransformer
-from ..blocks import checkpoint_blocks
 from .packing import Tokens
 from .reading import Document
 
@@ -100,14 +99,3 @@ def find_model(name: str, tokenizer: Path | None = None) -> BuiltinModel | Pretr
             f"--model {name} needs {error.name or 'transformers'}, which is not installed: pip install 'gradlr[finetune]'"
         ) from error
     return PretrainedModel(Path(name), tokenizer)
-
-
-def enable_checkpointing(model: nn.Module) -> None:
-    """Keep each block's input for backward, and nothing from inside it.
-
-    Raises:
-        ArgumentError: transformers cannot do so with this model.
-    """
-    if not getattr(model, "supports_gradient_checkpointing", True):
-        raise ArgumentError(f"--checkpointing: transformers cannot checkpoint a {type(model).__name__}; leave it out")
-    checkpoint_blocks(model)
