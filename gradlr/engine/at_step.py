@@ -5,9 +5,10 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 
+import torch
+
 from ..errors import ParallelError
 from ..gradient import GradientOperator
-from ..tensors import full_precision
 from .commit import Prepared
 from .policy import CommitPolicy
 from .record import ParamRecord
@@ -22,9 +23,9 @@ class AtStep(CommitPolicy):
 
     def step(self) -> None:
         """Write all that waits, or nothing: all is prepared before the first weight is written."""
-        with full_precision(self.pending.norm_proxy.parameter.device):
+        with torch.autocast(self.pending.norm_proxy.parameter.device.type, enabled=False):  # rules compute in float32 or wider
             self._exchange()
-            if len(self.pending) or self.skipped.reason:
+            if self.pending.gradients or self.skipped.reason:
                 self._commit_all()
         if self.sync.ranks_follow == "step":
             self.bases.forget_all()
@@ -34,7 +35,7 @@ class AtStep(CommitPolicy):
         """See that what waits belongs together, and tell the other processes."""
         losses = self.tracker.recent(self.checks.shown_losses) if self.sync.tells_mean else []
         try:
-            self.checks.on_step(pending=len(self.pending))
+            self.checks.on_step(pending=len(self.pending.gradients))
             self.sync.check(self.pending)
         except Exception:  # the others wait for this process
             with suppress(ParallelError):
@@ -61,7 +62,7 @@ class AtStep(CommitPolicy):
 
     def _prepare(self) -> list[Prepared]:
         pending, clipper = self.pending, self.pending.clipper
-        norm, factor = pending.norm(), pending.read_factor()
+        norm, factor = pending.norm_proxy.norm(), pending.read_factor()
         if clipper.is_active:
             count = self.tracker.count
             self.skipped.look(norm.isfinite(), lambda: f"the norm of all gradients is not finite at loss number {count}")

@@ -107,10 +107,6 @@ class Pending:
             for index, gradient in self.gradients.items():
                 self.gradients[index] = gradient.scaled(factor.to(gradient.dtype))
 
-    def norm(self) -> Tensor:
-        """Global norm of all that waits, scaled or clipped where somebody did so, 0-dim."""
-        return self.norm_proxy.norm()
-
     def pop(self, record: ParamRecord) -> GradientOperator:
         """Take a gradient out: it waits no longer, so that its memory is free as soon as its update is made."""
         return self.gradients.pop(record.index)
