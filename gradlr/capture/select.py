@@ -20,7 +20,7 @@ def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: s
     """The layers whose weight gradient is not to be formed; marks their records.
 
     Linears, transformers' Conv1D and ungrouped convolutions under a matrix rule hand over output gradient and input ("adaptor"),
-    or output gradient and the projected input ("one_sided"); heads (tables) always the former; embeddings their rows. Where
+    or output gradient and the projected input ("one_sided"); heads (embeddings) always the former; embeddings their rows. Where
     somebody has registered a hook on the weight, the gradient is formed for it.
 
     Args:
@@ -86,7 +86,7 @@ def work_per_token(record: ParamRecord, is_one_sided: bool) -> int:
 
 
 def is_slower_than_hook(record: ParamRecord, is_one_sided: bool) -> bool:
-    """Whether that is more than the gradient's own mn; the tables' rules take the gradient by factors at any price."""
+    """Whether that is more than the gradient's own mn; the rules of embeddings take the gradient by factors at any price."""
     m, n = record.plan.shape[-2:]
     return not record.rule.is_elementwise and work_per_token(record, is_one_sided) > m * n
 

@@ -26,18 +26,18 @@ class OuterProduct(GradientOperator):
     """
 
     def __init__(self, delta: Tensor, x: Tensor, layer_op: LayerOp | None = None) -> None:
-        self._delta, self._x, self._map = delta, x, layer_op or LinearOp()
-        self.shape = torch.Size(self._map.sizes(delta, x))
+        self._delta, self._x, self._op = delta, x, layer_op or LinearOp()
+        self.shape = torch.Size(self._op.sizes(delta, x))
         is_double = torch.float64 in (delta.dtype, x.dtype)
         self.dtype, self.device = torch.float64 if is_double else torch.float32, delta.device
 
     def matmul(self, x: Tensor) -> Tensor:
         # The input's patches times r columns first: G itself, m × n, is never made.
-        projected = self._map.project(widen(self._x), x)
-        return self._map.weight_grad_matmul(widen(self._delta), projected)
+        projected = self._op.project(widen(self._x), x)
+        return self._op.weight_grad_matmul(widen(self._delta), projected)
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        return self._map.rmatmul(widen(self._delta), widen(self._x), y)
+        return self._op.rmatmul(widen(self._delta), widen(self._x), y)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._delta) & all_entries_finite(self._x)
@@ -45,11 +45,11 @@ class OuterProduct(GradientOperator):
     @property
     def matrix(self) -> Tensor:
         """G itself, (m, n)."""
-        return self._map.gradient(widen(self._delta), widen(self._x))
+        return self._op.gradient(widen(self._delta), widen(self._x))
 
     def squared_norm(self) -> Tensor:
         # A Linear's rows can be made a block at a time; a convolution's gradient comes whole.
-        if isinstance(self._map, LinearOp):
+        if isinstance(self._op, LinearOp):
             return widest(self.row_energies()).sum()
         return squared_norm(self.matrix)
 

@@ -26,7 +26,8 @@ class UpdateContext:
         beta: Momentum β in [0, 1).
         step: Number of this update of this parameter, counted from 1.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
-            the same seed is taken again.
+            the same seed is taken again, so `sketch` and the `update` after it draw alike. One generator serves all parameters
+            of a device and is set anew for each, so nothing may be drawn from it later.
         layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `supports_sharding`
             see another than the whole.
     """
