@@ -136,7 +136,9 @@ def stopped_and_saved(out, told):
 
 def stop_one(run, out, step):
     """One process is told to stop, and both do; torchrun starts them again. The step after which they stopped."""
-    run.wait_for(lambda: logged_step(out) >= step)
+    # An earlier run may have come as far: its log is cut back to the checkpoint, and grows again.
+    reached = max(step, logged_step(out) + 1)
+    run.wait_for(lambda: logged_step(out) >= reached)
     os.kill(run.workers()[1], signal.SIGTERM)
     run.wait_for(lambda: "stopped after" in run.told())
     return stopped_and_saved(out, run.told())
