@@ -21,7 +21,12 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@each_notebook
+# The first two with every run of the tests; the others take a minute, and use what these use and the benches.
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem[0] in "12" else pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_executes(path, tmp_path, monkeypatch):
     use_empty_home(tmp_path / "home", monkeypatch)
     use_this_python(tmp_path / "jupyter", monkeypatch)

@@ -142,7 +142,7 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
     return opt
 
 
-@check(2, 4)
+@check(2, 4, slow=4)
 def fsdp_in_backward_equals_one_process(rank, size):
     opt = compare_with_one_process(rank, size, rank=gradlr.ByLoss(3), weight_decay=0.1)
     up = next(record.plan.parameter for record in opt.records if record.plan.name == "up.weight")
