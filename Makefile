@@ -17,6 +17,7 @@ FAST := tests/golden tests/linalg tests/rules tests/params tests/test_house.py t
 
 export PIP_CONSTRAINT := $(CONSTRAINTS)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+unexport PYTHONDONTWRITEBYTECODE # every process would compile anew what it imports
 
 .PHONY: demo test test-all check lint fast clean
 .DELETE_ON_ERROR:
