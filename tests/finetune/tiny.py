@@ -69,7 +69,9 @@ def main():
     from gradlr.apps.estimate import estimate
 
     torch.set_num_threads(1)
-    estimate(torch.nn.Linear(2, 2), inputs=(torch.empty(1, 2),))  # once, too: what it imports takes longer than a short run
+    if torch.version.cuda is None:
+        # Once, too: what it imports takes longer than a short run. Not where autograd has threads, which no fork inherits.
+        estimate(torch.nn.Linear(2, 2), inputs=(torch.empty(1, 2),))
     for line in sys.stdin:
         request = json.loads(line)
         process = os.fork()
