@@ -116,7 +116,7 @@ class Communicator:
             raise ParallelError(_difference_message(everything[0][1], different))
 
     def tell_failure(self, error: BaseException) -> None:
-        """Answer the others' `agree` with an error."""
+        """Answer the others' `assert_same_on_all_ranks` with an error."""
         self.all_gather_object((f"{type(error).__name__}: {error}", {}))
 
     def _raise_failed(self, failures: list[str | None]) -> None:
