@@ -23,7 +23,28 @@ class _Kept:
     is_for_training: bool
 
 
-class FittedBases:
+class _HeldBases:
+    """What fitted and shared bases have in common: X of each parameter, held weakly from its first use to the next update."""
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+        self._kept: dict[int, _Kept] = {}
+
+    def held(self, record: ParamRecord) -> Tensor | None:
+        """X, while a graph or a sketch holds it."""
+        kept = self._kept.get(record.index)
+        return None if kept is None else kept.basis()
+
+    def forget(self, record: ParamRecord) -> None:
+        """The parameter was updated."""
+        self._kept.pop(record.index, None)
+
+    def forget_all(self) -> None:
+        """Whatever holds a basis is of no further use."""
+        self._kept.clear()
+
+
+class FittedBases(_HeldBases):
     """Bases fitted to the inputs of the first forward after each update, and kept until the next one.
 
     They are held weakly: a graph, or a sketch that waits, keeps its own alive.
@@ -34,8 +55,8 @@ class FittedBases:
     """
 
     def __init__(self, store: StateStore, tracker: LossTracker) -> None:
-        self._store, self._tracker = store, tracker
-        self._kept: dict[int, _Kept] = {}
+        super().__init__(store)
+        self._tracker = tracker
         self._failed_tasks: set[int] = set()
 
     @torch.no_grad()
@@ -52,19 +73,6 @@ class FittedBases:
     def both(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
         """Fitted bases are known to this process alone."""
         raise NotImplementedError("bases that are fitted to inputs are not the same in every process")
-
-    def held(self, record: ParamRecord) -> Tensor | None:
-        """X, while a graph or a sketch holds it."""
-        kept = self._kept.get(record.index)
-        return None if kept is None else kept.basis()
-
-    def forget(self, record: ParamRecord) -> None:
-        """The parameter was updated."""
-        self._kept.pop(record.index, None)
-
-    def forget_all(self) -> None:
-        """Whatever holds a basis is of no further use."""
-        self._kept.clear()
 
     def _sound(self, record: ParamRecord, is_training: bool) -> Tensor | None:
         # What the flag said is read here, a forward later, so that no device is waited for.
@@ -99,7 +107,7 @@ class FittedBases:
             self.forget_all()
 
 
-class SharedBases:
+class SharedBases(_HeldBases):
     """Bases of state and random numbers alone, which every process of a group makes alike.
 
     Inputs, which differ between the processes, have no say.
@@ -107,10 +115,6 @@ class SharedBases:
     Args:
         store: State of the parameters.
     """
-
-    def __init__(self, store: StateStore) -> None:
-        self._store = store
-        self._kept: dict[int, weakref.ref[Tensor]] = {}
 
     @torch.no_grad()
     def right(self, record: ParamRecord, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
@@ -128,21 +132,8 @@ class SharedBases:
         basis = self.held(record)
         if basis is None:
             basis = right_basis(record, store)
-            self._kept[record.index] = weakref.ref(basis)
+            self._kept[record.index] = _Kept(weakref.ref(basis), None, True)
         return basis, None
-
-    def held(self, record: ParamRecord) -> Tensor | None:
-        """X of a one-sided layer, while a graph or a sketch holds it."""
-        kept = self._kept.get(record.index)
-        return None if kept is None else kept()
-
-    def forget(self, record: ParamRecord) -> None:
-        """The parameter was updated."""
-        self._kept.pop(record.index, None)
-
-    def forget_all(self) -> None:
-        """After a step, or where one was left out."""
-        self._kept.clear()
 
 
 def right_basis(record: ParamRecord, store: StateStore, *, covariance_matmul: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from ..engine.pending import Pending, as_dense, without_activations
 from ..engine.record import ParamRecord
 from ..engine.skipped_steps import SkippedSteps
 from ..engine.state_store import StateStore
-from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result
+from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result, step_status
 from ..errors import ArgumentError, ParallelError
 from ..gradient import Dense, GradientOperator, RowSparse, Sketched
 from ..params.kinds import EMBEDDING
@@ -77,8 +77,7 @@ class Replicated(Sync):
         Raises:
             ParallelError: a process is missing or has failed, or the weights are no longer the same.
         """
-        is_finite, own_reason = skipped.take_status()
-        status = StepStatus.FAILED if has_failed else StepStatus.OK if is_finite else StepStatus.NOT_FINITE
+        status, own_reason = step_status(skipped, has_failed=has_failed)
         self.comm.begin_collective()
         records = pending.store.records
         if status != StepStatus.OK:

@@ -14,7 +14,7 @@ from ..engine.pending import Pending
 from ..engine.record import ParamRecord
 from ..engine.skipped_steps import SkippedSteps
 from ..engine.state_store import StateStore
-from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result, not_finite_message
+from ..engine.sync import Sync, SyncResult, apply_sync_result, not_finite_message, step_status
 from ..errors import AttachError, ParallelError
 from ..gradient import GradientOperator
 from ..params.kinds import ParameterPlan
@@ -101,8 +101,7 @@ class Sharded(Sync):
         Raises:
             ParallelError: a process is missing or has failed, or has gradients of other parameters.
         """
-        is_finite, own_reason = skipped.take_status()
-        status = StepStatus.FAILED if has_failed else StepStatus.OK if is_finite else StepStatus.NOT_FINITE
+        status, own_reason = step_status(skipped, has_failed=has_failed)
         waiting, proxy = [record.index for record in pending.records()], pending.norm_proxy
         share = 0.0 if proxy.energy is None else float(proxy.energy)
         which = float(zlib.crc32(repr(waiting).encode()))

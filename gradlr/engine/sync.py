@@ -167,6 +167,12 @@ def not_finite_message(ranks: Sequence[int], own_rank: int, own_reason: str) -> 
     return f"NaN or infinity in a loss or a gradient on rank {' and '.join(map(str, ranks))}{own}"
 
 
+def step_status(skipped: SkippedSteps, *, has_failed: bool) -> tuple[StepStatus, str]:
+    """How this process comes to a step, and what was not finite, if anything was; waits for the device."""
+    is_finite, reason = skipped.take_status()
+    return StepStatus.FAILED if has_failed else StepStatus.OK if is_finite else StepStatus.NOT_FINITE, reason
+
+
 def apply_sync_result(result: SyncResult, skipped: SkippedSteps, own_rank: int, own_reason: str) -> None:
     """Leave the step out where any process has to.
 
