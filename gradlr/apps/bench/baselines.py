@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from ... import rules
 from ...errors import ArgumentError
 from ...ranks import ByLoss
 from .peers import PEERS, Peer
-from .train_steps import Baseline, adamw, adamw_slow_tables, gradlr, muon
+from .train_steps import Baseline, adamw, adamw_slow_tables, gradlr, muon, row_normalized
 
 _SLOW = (1e-3, 2e-3, 4e-3)
 _FAST = (8e-3, 1.6e-2, 3.2e-2)
@@ -20,8 +21,13 @@ BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
         Baseline("adamw", "AdamW", adamw, _SLOW),
+        Baseline("adamw_b5", "AdamW, β₁ = 0.5", partial(adamw, betas=(0.5, 0.999)), _SLOW),
+        Baseline("adamw_b0", "AdamW, β₁ = 0", partial(adamw, betas=(0.0, 0.999)), _SLOW),
         Baseline("adamw_slow_tables", "AdamW, tables at lr / 4", adamw_slow_tables, _SLOW),
         Baseline("muon", "Muon", muon, (4e-3, 8e-3, 1.6e-2)),
+        Baseline("muon_b5", "Muon, momentum 0.5", partial(muon, momentum=0.5), (4e-3, 8e-3, 1.6e-2)),
+        Baseline("muon_b0", "Muon without momentum", partial(muon, momentum=0.0), (4e-3, 8e-3, 1.6e-2)),
+        Baseline("row_normalized", "Rows normalized (SCALE's rule)", row_normalized, _SLOW),
         Baseline("default", "gradlr, default (k4, r ≤ 64 by loss)", gradlr(), _FAST),
         Baseline("factor_moments", "FactorMoments r16 (the notebook's)", gradlr(rule="factor_moments", rank=ByLoss(16)), _FAST),
         *PEERS.values(),

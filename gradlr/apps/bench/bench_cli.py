@@ -52,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality_parser.add_argument("--workload", choices=list(WORKLOADS), default="pretrained", help="what is trained")
     named = f"any of {', '.join(BASELINES)}, or {SPELLING}; default: {', '.join(OWN_BASELINES)}"
     quality_parser.add_argument("--baselines", nargs="+", metavar="NAME", help=named)
+    resumed = "file of runs, one a line: what it holds is not done again, and what is done is added to it"
+    quality_parser.add_argument("--resume", type=Path, metavar="RUNS.jsonl", help=resumed)
     speed_parser.add_argument("--model", choices=("linear", "transformer"), default="linear", help="--depth is the latter's")
     dtypes = ("float32", "bfloat16", "float16")
     speed_parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights and inputs")
@@ -98,7 +100,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if bench == "quality":
         sizes = {key: given[key] for key in ("steps", "batch_size") if given[key] is not None}
         workload, seeds = WORKLOADS[arguments.workload](**sizes), list(range(arguments.seeds))
-        return quality.measure(chosen(arguments), seeds, workload, device=arguments.device, jobs=arguments.jobs)
+        where = {"device": arguments.device, "jobs": arguments.jobs, "resume": arguments.resume}
+        return quality.measure(chosen(arguments), seeds, workload, **where)
     if bench == "memory":
         return memory.measure(**numbers, device=arguments.device, peers=_peers(arguments))
     if bench == "crossover":

@@ -29,6 +29,7 @@ class Classification:
     name: ClassVar[str]
     rate_scale: ClassVar[float] = 1.0
     needs_pretrained: ClassVar[bool] = True
+    times_apart: ClassVar[bool] = True
 
     def model(self, seed: int, device: str) -> nn.Module:
         """The model before training."""

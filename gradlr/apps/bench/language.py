@@ -32,6 +32,7 @@ class FineTuning:
     name: ClassVar[str] = "pretrained"
     rate_scale: ClassVar[float] = 1.0
     needs_pretrained: ClassVar[bool] = True
+    times_apart: ClassVar[bool] = True
     text: ClassVar[Callable[[], Corpus]] = documentation
 
     def model(self, seed: int, device: str) -> nn.Module:

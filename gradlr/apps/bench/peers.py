@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -60,6 +62,35 @@ def _projected(make: Callable[..., Any], model: nn.Module, lr: float, options: d
         return [matrix] if torch.is_tensor(matrix) else []
 
     return ordinary(optimizer, more_state=projection)
+
+
+def sinkgd(model: nn.Module, lr: float) -> TrainStep:
+    """adv-optm's SinkGD: rows and columns of every gradient normalized in turn, no state at all; vectors by their length."""
+    from adv_optm import SinkSGD_adv
+
+    return ordinary(SinkSGD_adv(model.parameters(), lr=lr))
+
+
+def sinkgd_adamw(model: nn.Module, lr: float) -> TrainStep:
+    """The same for matrices only, AdamW for the rest, as in its paper (arXiv 2502.06742)."""
+    from adv_optm import SinkSGD_adv
+
+    matrices, embeddings, vectors = split_parameters(model)
+    return ordinary(SinkSGD_adv(matrices, lr=lr), torch.optim.AdamW(embeddings + vectors, lr=lr, weight_decay=0.0))
+
+
+def mlorc(model: nn.Module, lr: float) -> TrainStep:
+    """mlorc-optim's AdamW with both moments kept at rank 4."""
+    folder = Path(next(iter(importlib.util.find_spec("MLorc_optim").submodule_search_locations)))  # type: ignore
+    with mock.patch.dict(sys.modules):
+        # As published (0.1.8) it asks for `MLorc_optim.utilName` where it means `MLorc_optim.util.Name`.
+        for path in (folder / "util").glob("*.py"):
+            spec = importlib.util.spec_from_file_location(f"MLorc_optim.util{path.stem}", path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # type: ignore
+            spec.loader.exec_module(module)  # type: ignore
+        from MLorc_optim import MLorc_AdamW
+
+    return ordinary(MLorc_AdamW(model.parameters(), lr=lr, weight_decay=0.0, use_bias_correction=True))
 
 
 def adamw_8bit(model: nn.Module, lr: float) -> TrainStep:
@@ -159,6 +190,9 @@ PEERS: dict[str, Peer] = {
         Peer("apollo_mini", "APOLLO-Mini", apollo_mini, _SCALED, "apollo-torch", "apollo_torch"),
         Peer("adalomo", "AdaLomo", adalomo, (1e-2, 2e-2, 4e-2), "lomo-optim", "lomo_optim", takes_folded=False),
         Peer("optimi", "AdamW, gradient release (optimi)", gradient_release, _ADAMW, "torch-optimi", "optimi"),
+        Peer("sinkgd", "SinkGD (adv-optm)", sinkgd, _ADAMW, "adv-optm", "adv_optm"),
+        Peer("sinkgd_adamw", "SinkGD, AdamW for the rest", sinkgd_adamw, _ADAMW, "adv-optm", "adv_optm"),
+        Peer("mlorc", "MLorc, moments of rank 4", mlorc, _ADAMW, "mlorc-optim", "MLorc_optim"),
         Peer("lora", "LoRA r32", lora, _SCALED, "peft", "peft", is_adapter=True),
     )
 }

@@ -155,14 +155,32 @@ def adamw_slow_tables(model: nn.Module, lr: float) -> TrainStep:
     return ordinary(torch.optim.AdamW(groups, lr=lr, weight_decay=0.0))
 
 
-def muon(model: nn.Module, lr: float) -> TrainStep:
-    """torch's Muon for matrices, AdamW at an eighth of its rate for the rest."""
+def muon(model: nn.Module, lr: float, momentum: float = 0.95) -> TrainStep:
+    """torch's Muon for matrices, AdamW at an eighth of its rate for the rest; without momentum it keeps nothing of a matrix."""
     matrices, embeddings, vectors = split_parameters(model)
     flat, folded = split_by_axes(matrices)
-    return ordinary(
-        torch.optim.Muon(flat, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(folded + embeddings + vectors, lr=lr / 8, weight_decay=0.0),
-    )
+    of_matrices = torch.optim.Muon(flat, lr=lr, momentum=momentum, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    rest = torch.optim.AdamW(folded + embeddings + vectors, lr=lr / 8, weight_decay=0.0)
+    if momentum == 0:
+        # Its buffer is a copy of the gradient then, which the next step does not ask for.
+        of_matrices.register_step_post_hook(lambda optimizer, args, kwargs: optimizer.state.clear())
+    return ordinary(of_matrices, rest)
+
+
+def row_normalized(model: nn.Module, lr: float) -> TrainStep:
+    """Every row of a matrix's gradient scaled to a root mean square of one, as in SCALE (arXiv 2506.16659); AdamW for the rest."""
+    matrices, embeddings, vectors = split_parameters(model)
+    rest = torch.optim.AdamW(embeddings + vectors, lr=lr, weight_decay=0.0)
+    normalized = torch.optim.SGD(matrices, lr=lr)
+
+    @torch.no_grad()
+    def normalize(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for matrix in matrices:
+            if matrix.grad is not None:
+                matrix.grad = torch.nn.functional.rms_norm(matrix.grad.flatten(1), (matrix[0].numel(),)).view_as(matrix)
+
+    normalized.register_step_pre_hook(normalize)
+    return ordinary(normalized, rest)
 
 
 def gradlr(
