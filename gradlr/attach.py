@@ -22,13 +22,11 @@ from .rules import Rule
 from .rules.base import require_positive
 from .tracker import LossTracker
 
-# Measured by `python -m gradlr bench quality` (results/quality.json of the bench; width 128, so r = 64 is half of full rank).
-# lr: the best of the sweep. r is what quality needs: halving 64 costs 0.03 nats, doubling it gains 0.02 for twice the
-# arithmetic and memory in waiting. k makes no difference there; 4 keeps the state of matrices below 0.05 numbers per weight
-# and some momentum for small batches. One learning rate is tuned; params/kinds.py says how those of the other kinds follow it.
-DEFAULT_LR = 1.6e-2
+# Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how those
+# of the other kinds follow it.
+DEFAULT_LR = 1e-4
 DEFAULT_RANK = ByLoss(max_rank=64)
-DEFAULT_MOMENTUM_RANK = 4
+DEFAULT_MOMENTUM_RANK = 0
 
 
 def attach(
@@ -40,7 +38,7 @@ def attach(
     momentum_rank: int | float = DEFAULT_MOMENTUM_RANK,
     beta: float = 0.9,
     weight_decay: float = 0.0,
-    rule: str | Rule = "tracked_momentum",
+    rule: str | Rule = "low_rank_polar",
     kinds: Mapping[str, Mapping[str, Any]] | None = None,
     groups: Sequence[dict[str, Any]] = (),
     views: Mapping[str, str | tuple[str, Mapping[str, int]]] | None = None,
@@ -57,11 +55,12 @@ def attach(
         model: Any module; move, wrap, freeze and load it before attaching. Each trainable parameter becomes a matrix, an
             embedding (a head with as many rows included) or a vector (bias, norm); `print(opt)` shows which.
         loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
-        lr: Learning rate η of the matrices. Scaled so that an update of full rank has the size of AdamW's at the same rate; with
-            little momentum the best rate was eight times AdamW's. Vectors take `lr / 10`, embeddings `lr / 50`.
+        lr: Learning rate η, AdamW's: a step changes the weights of a matrix by `lr`, root mean square, whatever rank and residual.
+            Vectors take `lr`, embeddings `lr / 2`.
         rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
-        momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state.
-        beta: Momentum β in [0, 1), for every rule that has one.
+        momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state. 0 for none: matrices then
+            have no state at all.
+        beta: Momentum β in [0, 1), for every rule that has one; Adam's β₁ for vectors.
         weight_decay: Decoupled weight decay λ of matrices and embeddings; vectors have none.
         rule: For matrices: a name or an object of `gradlr.rules`.
         kinds: What should differ for all parameters of a kind: its own "lr", which no share is taken of, "rule" (elementwise for

@@ -128,12 +128,13 @@ def resolve_rank(rank: int | float, limit: int) -> int:
     return min(max(wanted, 1), limit)
 
 
-def require_rank(name: str, rank: int | float) -> None:
-    """Raise an ArgumentError unless `rank` is an int ≥ 1 or a float in (0, 1]."""
-    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= 1
-    is_fraction = isinstance(rank, float) and 0 < rank <= 1
+def require_rank(name: str, rank: int | float, *, minimum: int = 1) -> None:
+    """Raise an ArgumentError unless `rank` is an int ≥ `minimum` or a float in (0, 1], which 0.0 joins where the minimum is 0."""
+    is_count = isinstance(rank, int) and not isinstance(rank, bool) and rank >= minimum
+    is_fraction = isinstance(rank, float) and (0 < rank <= 1 or rank == minimum == 0)
     if not (is_count or is_fraction):
-        raise ArgumentError(f"{name}={rank!r}: give an int of at least 1, or a float in (0, 1], a fraction of min(m, n)")
+        fraction = f"a float in {'[' if minimum == 0 else '('}0, 1], a fraction of min(m, n)"
+        raise ArgumentError(f"{name}={rank!r}: give an int of at least {minimum}, or {fraction}")
 
 
 def as_schedule(rank: int | float | RankSchedule) -> RankSchedule:

@@ -9,7 +9,7 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError, AttachError, Fixed, LossTracker
-from gradlr.rules import Adam, TrackedMomentum
+from gradlr.rules import Adam, LowRankPolar
 
 
 def kinds(opt):
@@ -120,7 +120,7 @@ def test_rank_takes_an_int_a_fraction_and_a_schedule():
 
 
 def test_rules_are_names_or_objects():
-    rule = TrackedMomentum(residual=0)
+    rule = LowRankPolar(residual=0)
     _, _, opt = attached(Mixed(), rule=rule, kinds={"vector": {"rule": Adam(beta2=0.9)}, "embedding": {"rule": "adam"}})
     by_kind = {record.plan.kind: record.rule for record in opt.records}
     assert by_kind["matrix"] is rule
@@ -139,7 +139,7 @@ def test_repr_shows_what_each_parameter_became():
 
 
 BAD_ARGUMENTS = [
-    ({"rule": gradlr.rules.TrackedMomentum}, "class: pass an object"),
+    ({"rule": gradlr.rules.LowRankPolar}, "class: pass an object"),
     ({"lr": -1e-3}, "lr"),
     ({"lr": math.nan}, "lr"),
     ({"lr": math.inf}, "lr"),
@@ -155,9 +155,9 @@ BAD_ARGUMENTS = [
     ({"rank": "all"}, "rank"),
     ({"momentum_rank": 0}, "momentum_rank"),
     ({"momentum_rank": gradlr.ByLoss(8)}, "momentum_rank"),
-    ({"rule": "sgd"}, "tracked_momentum"),
-    ({"rule": TrackedMomentum}, "object"),
-    ({"kinds": {"vector": {"rule": "tracked_momentum"}}}, "works on matrices"),
+    ({"rule": "sgd"}, "low_rank_polar"),
+    ({"rule": LowRankPolar}, "object"),
+    ({"kinds": {"vector": {"rule": "low_rank_polar"}}}, "works on matrices"),
     ({"kinds": {"vector": {"rule": "rowwise_rmsprop"}}}, r"'0.bias', a vector.*needs a table"),
     ({"kinds": ["vector"]}, "dict of dicts"),
     ({"kinds": {"bias": {"lr": 1.0}}}, "kind='bias': use one of matrix, embedding, vector"),
@@ -199,7 +199,7 @@ def test_arguments_out_of_range_leave_the_model_unattached(options, message):
 
 def test_options_of_rules_are_checked():
     for make in (
-        lambda: TrackedMomentum(residual=-1),
+        lambda: LowRankPolar(residual=-1),
         lambda: gradlr.rules.FactorMoments(scale=-1.0),
         lambda: Adam(eps=-1e-8),
         lambda: Adam(eps=0),

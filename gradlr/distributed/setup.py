@@ -81,7 +81,7 @@ def spread_groups(groups: list[ParameterGroup], sync: Sync) -> None:
         if cut and not group.rule.supports_sharding:
             raise ArgumentError(
                 f"rule {group.rule.name!r} needs whole matrices, and {cut[0].name!r} {tuple(cut[0].parameter.shape)} is sharded: "
-                "use 'tracked_momentum' there, or write the rule for shards (supports_sharding, see gradlr.rules.Rule)"
+                "use 'low_rank_polar' there, or write the rule for shards (supports_sharding, see gradlr.rules.Rule)"
             )
 
 

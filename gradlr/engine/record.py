@@ -39,7 +39,7 @@ class ParamRecord:
         schedule: What makes a rank of the loss.
         rank: r of the next update.
         largest_rank: The largest r that the schedule will give.
-        momentum_rank: k.
+        momentum_rank: k, 0 for no momentum.
         last_loss: Serial of the loss whose backward last brought a gradient; None before the first.
         capture: "hook", or how its layer hands the gradient over: "adaptor", "one_sided", "rows".
         observer: Wants the numbers of the next updates; None where nobody does.
@@ -100,7 +100,7 @@ def make_records(groups: list[ParameterGroup]) -> list[ParamRecord]:
         for plan in group.plans:
             limit = min(plan.shape[-2:]) if len(plan.shape) >= 2 else 1
             largest = group.schedule.ceiling(limit)
-            k = min(resolve_rank(group.momentum_rank, limit), largest)
+            k = min(resolve_rank(group.momentum_rank, limit), largest) if group.momentum_rank else 0
             records.append(ParamRecord(len(records), plan, group_index, group.rule, group.schedule, largest, largest, k))
     return records
 

@@ -15,6 +15,21 @@ from ..tracker import LossTracker
 from .record import ParamRecord
 
 
+# Rates of format 1 are in another unit: a matrix changed by 0.2 √(max(m, n) (r + α² (d − r)) / (mn)) times its `lr`.
+FORMAT = 2
+_RENAMED = {("kind", "table"): "embedding", ("rule", "tracked_momentum"): "low_rank_polar"}
+
+
+def rates_message(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> str:
+    """What is said where a checkpoint of format 1 is loaded: which rates it holds, and which stay."""
+    rates = ", ".join(f"{float(one['lr']):g} (kept: {float(own['lr']):g})" for one, own in zip(saved, groups, strict=True))
+    return (
+        f"the checkpoint was saved by an older gradlr, whose learning rates are in another unit; they are AdamW's now. Its rates "
+        f"{rates} were not taken over: those of this attach() stay. A scheduler that is loaded from the same run brings the old "
+        "ones back: make a new one"
+    )
+
+
 def check_layout(state_dict: Any, groups: list[dict[str, Any]]) -> None:
     """Raise a CheckpointError unless this is a whole state_dict of gradlr, with the parameters, kinds and rules of `groups`."""
     _check_entries(state_dict)
@@ -57,8 +72,8 @@ def _check_entries(state_dict: Any) -> None:
     copy = _in_first_group(state_dict)
     if extra is not copy and copy is not None and repr(copy) != repr(extra):  # NaN in a history equals nothing
         raise CheckpointError("the checkpoint's two records of ranks, seed and losses differ: it is damaged")
-    if not (isinstance(extra.get("version"), int) and extra["version"] == 1):
-        raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads format 1")
+    if extra.get("version") not in (1, FORMAT) or isinstance(extra["version"], bool):
+        raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads formats 1 and {FORMAT}")
     is_sound = {
         "state": isinstance(state_dict["state"], dict),
         "param_groups": _is_list_of(dict, state_dict["param_groups"]),
@@ -84,8 +99,7 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
         example = differing[0] if differing else names[0]
         raise CheckpointError(f"{where}: the checkpoint has other parameters or another order, {example!r} for one")
     for key in ("kind", "rule"):
-        was_renamed = (key, saved[key], group[key]) == ("kind", "table", "embedding")
-        if saved[key] != group[key] and not was_renamed:
+        if _RENAMED.get((key, saved[key]), saved[key]) != group[key]:
             raise CheckpointError(f"{where}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
     for key, value in group.items():
         limit = 1.0 if key == "beta" else math.inf
@@ -125,12 +139,14 @@ def fitted_state(
     plan, rule = record.plan, record.rule
     wanted = current.keys()
     saved = saved if isinstance(saved, dict) else {}
-    if not wanted <= saved.keys():
-        missing = sorted(wanted - saved.keys())
+    # All of what is optional or none of it: a part alone is damage.
+    optional = rule.optional_state if rule.optional_state.isdisjoint(saved) else frozenset()
+    if missing := sorted(wanted - saved.keys() - optional):
         raise CheckpointError(f"parameter {plan.name!r}: the checkpoint lacks its state ({', '.join(missing)})")
     _check_tensors(plan.name, saved, {key: current[key].ndim for key in wanted})
     device = plan.parameter.device
-    state = {key: saved[key].detach().clone().to(device, current[key].dtype) for key in wanted - {"step"}}
+    entries = {key: saved.get(key, torch.zeros_like(current[key])) for key in current if key != "step"}
+    state = {key: value.detach().clone().to(device, current[key].dtype) for key, value in entries.items()}
     state = rule.resize(state, plan.shape, context)
     for key, value in state.items():
         # Ranks lie in the last axis, and may differ until the next update; everything before it may not.

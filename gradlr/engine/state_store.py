@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import warn
 from ..linalg import stochastic_round
 from ..rules import State, UpdateContext
 from ..tensors import RandomStreams, mixed_seed
 from .record import ParamRecord
-from .state_dict import check_layout, extra_of, fitted_state
+from .state_dict import FORMAT, check_layout, extra_of, fitted_state, rates_message
 
 
 class StateShards(Protocol):
@@ -129,7 +130,7 @@ class StateStore:
         packed["state"] = {record.index: self.sync.full_state(record, self.of(record)) for record in self.records}
         for group, saved in zip(self.groups, packed["param_groups"], strict=True):
             saved["params"] = saved["params"][: len(group["param_names"])]
-        extra = {"version": 1, "seed": self.seed, "ranks": [record.rank for record in self.records], **extra}
+        extra = {"version": FORMAT, "seed": self.seed, "ranks": [record.rank for record in self.records], **extra}
         # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only; and as one text, since
         # its loaders take lists apart and lose entries that a fresh optimizer has not.
         packed["param_groups"][0]["gradlr"] = json.dumps(extra)
@@ -149,14 +150,17 @@ class StateStore:
             for record, rank in zip(self.records, ranks, strict=True)
         ]
         # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
+        own = ("kind", "rule") if extra["version"] == FORMAT else ("kind", "rule", "lr", "initial_lr")
         groups = [
             {
                 **{key: value for key, value in one.items() if key != "gradlr"},
-                "kind": group["kind"],
+                **{key: group[key] for key in own if key in group},
                 "params": list(range(len(group["params"]))),
             }
             for one, group in zip(saved["param_groups"], self.groups, strict=True)
         ]
+        if extra["version"] != FORMAT:
+            warn(rates_message(saved["param_groups"], self.groups))
         torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})
         self._bind(optimizer)
         self.seed = extra["seed"]

@@ -152,7 +152,7 @@ def _group(label: str, kind: Kind, scopes: Sequence[_Scope], members: list[Param
     lr, decay, rule = require_number(where_lr, rate), require_number(where_decay, decay), resolve(named)
     if not ("rank" in kind.options or rule.is_elementwise):
         raise ArgumentError(f"{where_rule}={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
-    require_rank("momentum_rank", momentum_rank)
+    require_rank("momentum_rank", momentum_rank, minimum=0)
     decay = decay if "weight_decay" in kind.options else 0.0
     return ParameterGroup(
         f"{label} {kind.name}".strip(), kind.name, members, rule, as_schedule(nearest("rank")[1]), momentum_rank,

@@ -44,14 +44,13 @@ class Kind:
 MATRIX, EMBEDDING, VECTOR = "matrix", "embedding", "vector"
 _COMPRESSED = ("lr", "beta", "weight_decay", "rank", "momentum_rank")
 
-# One learning rate is tuned, the others follow it; embeddings want a far smaller one. Best of the sweep of `python -m gradlr
-# bench quality` (its results/quality.json).
+# One learning rate is tuned, AdamW's; the others follow it.
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind(MATRIX, "tracked_momentum", lr_share=1.0, options=(*_COMPRESSED, "rule")),
-        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 50, options=_COMPRESSED),
-        Kind(VECTOR, "adam", lr_share=1 / 10, options=("lr", "beta")),
+        Kind(MATRIX, "low_rank_polar", lr_share=1.0, options=(*_COMPRESSED, "rule")),
+        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 2, options=_COMPRESSED),
+        Kind(VECTOR, "adam", lr_share=1.0, options=("lr", "beta")),
     )
 }
 _OTHER_WORDS = {"table": EMBEDDING}

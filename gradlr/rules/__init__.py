@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from ..errors import ArgumentError
+from typing import Any
+
+from ..errors import ArgumentError, warn
 from .adam import Adam
 from .base import Rule, State, Update, UpdateContext
 from .factor_moments import FactorMoments
 from .rowwise import RowwiseRMSprop
-from .tracked_momentum import TrackedMomentum
+from .low_rank_polar import LowRankPolar
 
-__all__ = ["Adam", "FactorMoments", "RowwiseRMSprop", "Rule", "State", "TrackedMomentum", "Update", "UpdateContext", "resolve"]
+__all__ = ["Adam", "FactorMoments", "RowwiseRMSprop", "Rule", "State", "LowRankPolar", "Update", "UpdateContext", "resolve"]
 
-BUILT_IN: dict[str, type[Rule]] = {rule.name: rule for rule in (TrackedMomentum, FactorMoments, Adam, RowwiseRMSprop)}
+BUILT_IN: dict[str, type[Rule]] = {rule.name: rule for rule in (LowRankPolar, FactorMoments, Adam, RowwiseRMSprop)}
+
+
+_RENAMED = (
+    "the rule 'tracked_momentum' (TrackedMomentum) is called 'low_rank_polar' (LowRankPolar) now. Its learning rate is AdamW's: "
+    "what was lr=1.6e-2 is about 2e-3; and it keeps a momentum only where momentum_rank= asks for one, 4 before"
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "TrackedMomentum":
+        warn(_RENAMED)
+        return LowRankPolar
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def resolve(rule: str | Rule) -> Rule:
@@ -22,6 +37,9 @@ def resolve(rule: str | Rule) -> Rule:
     """
     if isinstance(rule, Rule):
         return rule
+    if rule == "tracked_momentum":
+        warn(_RENAMED)
+        rule = "low_rank_polar"
     if isinstance(rule, str) and rule in BUILT_IN:
         return BUILT_IN[rule]()
     if isinstance(rule, type) and issubclass(rule, Rule):

@@ -22,7 +22,7 @@ class UpdateContext:
 
     Attributes:
         rank: r, the rank of the compressed gradient and of the update, 1 ≤ r ≤ min(m, n).
-        momentum_rank: k, the rank of the momentum that is kept, 1 ≤ k ≤ min(m, n).
+        momentum_rank: k, the rank of the momentum that is kept, 0 ≤ k ≤ min(m, n); 0 for none.
         beta: Momentum β in [0, 1).
         step: Number of this update of this parameter, counted from 1.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
@@ -91,6 +91,7 @@ class Rule:
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
         state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
+        optional_state: Keys that a checkpoint may lack, as one of a run without momentum does: they start at zero then.
     """
 
     name = "rule"
@@ -98,6 +99,7 @@ class Rule:
     accepts_row_factors = False
     supports_sharding = False
     state_sharding: ClassVar[Mapping[str, str]] = {}
+    optional_state: ClassVar[frozenset[str]] = frozenset()
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         """The state before the first update.
@@ -198,12 +200,20 @@ def fit_columns(x: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))  # a negative number cuts
 
 
-def update_scale(shape: torch.Size) -> float:
-    """0.2 √max(m, n): gives an orthogonal update the root mean square of AdamW's, so that learning rates compare.
+def update_scale(shape: torch.Size, rank: int, residual: float = 0.0) -> float:
+    """√(mn / (r + α²(d − r))) with d = min(m, n): gives the update a root mean square of one, whatever its rank.
 
-    Source: Moonlight, arXiv 2502.16982, section 2.2.
+    That is the size of Adam's update in its first steps, so that AdamW's learning rate is the right one: each step changes the
+    weights by `lr`, root mean square. Of long runs Adam's is about 0.2 (Moonlight, arXiv 2502.16982, section 2.2), of which
+    fine-tuning sees little: best rates of the sweeps lie where this puts them (`docs/study.md`).
+
+    Args:
+        shape: (..., m, n).
+        rank: r, the number of orthonormal directions.
+        residual: α, the size of the other directions beside these.
     """
-    return 0.2 * max(shape[-2:]) ** 0.5
+    m, n = shape[-2:]
+    return (m * n / (rank + residual**2 * (min(m, n) - rank))) ** 0.5
 
 
 def require_fraction(name: str, value: float) -> float:

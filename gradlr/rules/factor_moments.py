@@ -27,13 +27,12 @@ class FactorMoments(Rule):
     `W ← W − η · scale · O(m_U) diag(ŝ) O(m_V)ᵀ`. State: r(m + n) + 2r numbers.
 
     Singular vectors come with arbitrary signs and, where singular values are close, arbitrary rotations, so that their running
-    means cancel: measured, this rule is behind `TrackedMomentum`. `is_adjusted` is the correction that the notebook sets aside.
+    means cancel: measured, this rule is behind `LowRankPolar`. `is_adjusted` is the correction that the notebook sets aside.
 
     Args:
         beta2: Decay of the second moment of S.
         eps: Added to its root.
-        scale: Factor on the update; None for 0.2 √max(m, n), which makes learning rates comparable with AdamW's; 1.0 is the
-            notebook's.
+        scale: Factor on the update; None for √(mn / r), which makes `lr` AdamW's; 1.0 is the notebook's.
         is_adjusted: Whether moments are carried into the new singular basis before they are averaged: for the change of
             direction by the one rotation Q = polar(m_Uᵀ U + m_Vᵀ V), m_U ← m_U Q, m_V ← m_V Q; for the change of
             magnitude by m_S ← (Q∘Q)ᵀ m_S, v_S ← (Q∘Q)ᵀ v_S.
@@ -82,7 +81,7 @@ class FactorMoments(Rule):
         weights = mean / (root_mean_square + self.eps)
         # Means of orthonormal columns are shorter than one, and not orthogonal any more.
         left, right = (newton_schulz(new_state[key], dtype=self.newton_schulz_dtype).to(s.dtype) for key in ("U", "V"))
-        scale = update_scale(gradient.shape) if self.scale is None else self.scale
+        scale = update_scale(gradient.shape, context.rank) if self.scale is None else self.scale
         return Update(left=left * weights.unsqueeze(-2) * scale, right=right), new_state
 
 

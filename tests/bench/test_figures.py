@@ -12,7 +12,7 @@ from gradlr.errors import ArgumentError
 def report(**more):
     rows = [
         {"name": "adamw", "label": "AdamW", "mean": 1.9, "spread": 0.01, "state_bytes": 8e6, "step_ms": 10.0},
-        {"name": "k4_r64", "label": "TrackedMomentum k4 r64", "mean": 1.8, "spread": None, "state_bytes": 2e5, "step_ms": 15.0},
+        {"name": "k4_r64", "label": "LowRankPolar k4 r64", "mean": 1.8, "spread": None, "state_bytes": 2e5, "step_ms": 15.0},
         {"name": "x", "label": "Diverged", "mean": None, "spread": None, "state_bytes": 1, "step_ms": 1.0},
     ]
     return {"bench": "quality", "workload": {"name": "pretrained"}, "results": rows, **more}

@@ -74,7 +74,7 @@ def test_the_command_writes_json_with_the_environment(tmp_path, capsys, monkeypa
         assert row["mean"] == pytest.approx(sum(row["losses"]) / 2, abs=1e-5)
         assert row["step_ms"] > 0
     assert report["results"][0]["state_bytes"] == 8 * 858_880
-    assert "TrackedMomentum k1 r64" in capsys.readouterr().out
+    assert "LowRankPolar k1 r64" in capsys.readouterr().out
 
 
 def test_a_table_tells_of_divergence():

@@ -15,19 +15,19 @@ import gradlr
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.gradient import Dense, OuterProduct
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
 # The layers here are so small that hooks would cost less.
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
-PLAIN = {"rule": TrackedMomentum(residual=0)}
+PLAIN = {"rule": LowRankPolar(residual=0)}
 
 
 def weights(model):
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
-class Recorder(gradlr.rules.TrackedMomentum):
+class Recorder(gradlr.rules.LowRankPolar):
     """The default rule, keeping the products that it was handed."""
 
     def __init__(self):

@@ -13,14 +13,14 @@ import gradlr
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.gradient import Sketched
-from gradlr.rules import FactorMoments, TrackedMomentum
+from gradlr.rules import FactorMoments, LowRankPolar
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
-PLAIN = {"rule": TrackedMomentum(residual=0)}
+PLAIN = {"rule": LowRankPolar(residual=0)}
 
 
-class Recorder(TrackedMomentum):
+class Recorder(LowRankPolar):
     """The default rule, keeping the gradients that it was handed."""
 
     def __init__(self):
@@ -65,7 +65,7 @@ def test_at_full_rank_the_projection_is_the_gradient():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("rule", [TrackedMomentum(), FactorMoments()])
+@pytest.mark.parametrize("rule", [LowRankPolar(), FactorMoments()])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_training_lowers_the_loss(rule, apply):
     model, tracker, opt = attached(mlp(16, 3), capture="one_sided", rule=rule, rank=8, apply=apply)

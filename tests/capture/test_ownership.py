@@ -65,7 +65,7 @@ def test_a_gradient_that_other_nodes_still_need_is_not_overwritten():
     torch.testing.assert_close(found[0], expected)
 
 
-@pytest.mark.parametrize("rules", [("tracked_momentum", "adam"), ("adam", "tracked_momentum")])
+@pytest.mark.parametrize("rules", [("low_rank_polar", "adam"), ("adam", "low_rank_polar")])
 def test_gradients_that_share_a_buffer_wait_apart(rules):
     results = []
     for is_shared in (False, True):

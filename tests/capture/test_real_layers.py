@@ -12,10 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 import gradlr
 from gradlr.capture.layer_swap import SwappedLayer
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
-PLAIN = {"rule": TrackedMomentum(residual=0)}
+PLAIN = {"rule": LowRankPolar(residual=0)}
 
 
 def gpt2(**options):
@@ -191,10 +191,10 @@ DECOMPOSITIONS = {"linalg_eigh", "_linalg_eigh", "linalg_qr", "_linalg_svd", "li
 
 @pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
-def test_tracked_momentum_decomposes_nothing(apply, capture):
+def test_low_rank_polar_decomposes_nothing(apply, capture):
     """Products, Cholesky factors and triangular solves, as devices like them that must not wait."""
     called = {}
-    for rule in ("tracked_momentum", "factor_moments"):
+    for rule in ("low_rank_polar", "factor_moments"):
         model = nn.Sequential(nn.Embedding(70, 64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 70))
         options = {"apply": apply, "capture": capture, "rank": 8, "momentum_rank": 4}
         _, tracker, opt = attached(model, rule=rule, **options)
@@ -202,8 +202,8 @@ def test_tracked_momentum_decomposes_nothing(apply, capture):
             tracker(model(torch.arange(9)).square().mean()).backward()
             opt.step()
         called[rule] = operators.names
-    assert not called["tracked_momentum"] & DECOMPOSITIONS
-    assert {"linalg_cholesky_ex", "linalg_solve_triangular"} <= called["tracked_momentum"]
+    assert not called["low_rank_polar"] & DECOMPOSITIONS
+    assert {"linalg_cholesky_ex", "linalg_solve_triangular"} <= called["low_rank_polar"]
     assert called["factor_moments"] & DECOMPOSITIONS  # the check sees them
 
 

@@ -39,7 +39,7 @@ def tokens_of(step, count=40):
 
 def fine_tune(model, steps=4, *, parts=1, **options):
     # At full rank a sketch of several gradients loses nothing.
-    full = {"rank": 16, "momentum_rank": 16, "rule": gradlr.rules.TrackedMomentum(residual=0)}
+    full = {"rank": 16, "momentum_rank": 16, "rule": gradlr.rules.LowRankPolar(residual=0)}
     _, tracker, opt = attached(model, **full, **options)
     for step in range(steps):
         for part in tokens_of(step).chunk(parts):

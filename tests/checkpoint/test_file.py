@@ -299,7 +299,7 @@ OTHERS = {
     "fewer parameters": (lambda: (mlp(16, 2), {}), r"has, unlike the model, '4.bias' \(2 in all\)"),
     "more parameters": (lambda: (mlp(16, 4), {}), r"lacks '6.bias' \(2 in all\)"),
     "another shape": (lambda: (mlp(8, 3), {}), r"'0.weight' has shape \(16, 16\), the model's is \(8, 8\)"),
-    "another rule": (lambda: (mlp(16, 3), {"rule": "factor_moments"}), "saved with rule 'tracked_momentum', attached with"),
+    "another rule": (lambda: (mlp(16, 3), {"rule": "factor_moments"}), "saved with rule 'low_rank_polar', attached with"),
     "another kind": (lambda: (mlp(16, 3), {"groups": [{"match": "*.weight", "kind": "table"}]}), "group"),
     "a frozen layer": (lambda: (frozen(), {}), "'0.weight' for one"),
 }

@@ -11,13 +11,13 @@ from shapes import matrix
 from gradlr.engine.apply_update import apply_update
 from gradlr.gradient import Dense, Sketched
 from gradlr.layers import View
-from gradlr.rules import Adam, FactorMoments, RowwiseRMSprop, TrackedMomentum
+from gradlr.rules import Adam, FactorMoments, RowwiseRMSprop, LowRankPolar
 
 CPU = torch.device("cpu")
 
 TRACKED = {
-    "tracked": TrackedMomentum(),
-    "tracked_no_residual": TrackedMomentum(residual=0),
+    "tracked": LowRankPolar(),
+    "tracked_no_residual": LowRankPolar(residual=0),
 }
 FACTORS = {
     "factors": FactorMoments(),
@@ -192,7 +192,7 @@ def test_huge_and_tiny_gradients_stay_finite_and_move_the_weight(rule, shape, sc
 
 @over(TRACKED, FULL_RANK_SHAPES)
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_tracked_momentum_goes_the_same_way_for_1e30_and_1e_minus_30_as_for_1(rule, shape, scale):
+def test_low_rank_polar_goes_the_same_way_for_1e30_and_1e_minus_30_as_for_1(rule, shape, scale):
     gradients = several(shape, torch.float32)
     plain, _ = run(RULES[rule], gradients)
     scaled, _ = run(RULES[rule], [gradient * scale for gradient in gradients])
@@ -377,7 +377,7 @@ def test_a_sketch_has_orthonormal_or_zero_bases_of_the_right_shapes(rule, shape,
 @over(["tracked_no_residual"])
 @pytest.mark.parametrize("count", [0, 2])
 @pytest.mark.parametrize("rank", [3, 6])
-def test_the_update_from_tracked_momentums_own_sketch_is_the_dense_one(rule, shape, count, rank):
+def test_the_update_from_low_rank_polars_own_sketch_is_the_dense_one(rule, shape, count, rank):
     gradients = several(shape)
     state = run(RULES[rule], gradients[:count], rank=rank)[1] if count else fresh_state(RULES[rule], gradients[0], rank=rank)
     gradient = gradients[2]

@@ -152,14 +152,14 @@ def fsdp_in_backward_equals_one_process(rank, size):
 @contextmanager
 def forms_seen():
     """Names of the operators that rules are given."""
-    seen, update = set(), gradlr.rules.TrackedMomentum.update
+    seen, update = set(), gradlr.rules.LowRankPolar.update
     with pytest.MonkeyPatch.context() as patch:
 
         def looking(self, gradient, state, settings):
             seen.add(type(gradient).__name__)
             return update(self, gradient, state, settings)
 
-        patch.setattr(gradlr.rules.TrackedMomentum, "update", looking)
+        patch.setattr(gradlr.rules.LowRankPolar, "update", looking)
         yield seen
 
 
@@ -230,7 +230,7 @@ def columns_may_be_sharded(rank, size):
     with forms_seen() as seen:
         compare_with_one_process(rank, size, place=place, apply="step")
     assert seen == {"Sketched"}
-    compare_with_one_process(rank, size, place=place, rule=gradlr.rules.TrackedMomentum(residual=0.0))
+    compare_with_one_process(rank, size, place=place, rule=gradlr.rules.LowRankPolar(residual=0.0))
 
 
 def _same_gradients(model, reference, twin, steps, rank, size, **options):
@@ -469,7 +469,7 @@ def bytes_are_those_of_the_formula(rank, size):
     """Of docs/devices.md: what an update adds to the traffic of FSDP2 itself."""
     for residual in (0.0, 0.5):
         model = shard(net(dtype=torch.float32))
-        tracker, opt = attach(model, rule=gradlr.rules.TrackedMomentum(residual=residual))
+        tracker, opt = attach(model, rule=gradlr.rules.LowRankPolar(residual=residual))
         train(model, tracker, opt, 1, part=share_of(rank, size))
         loss = loss_of(model, tokens_of(1)[share_of(rank, size)])
         with counted_bytes() as counts:

@@ -1,4 +1,4 @@
-"""The sixty lines of docs/algorithm.md are the rule: run as they stand there, beside `TrackedMomentum`, in float64."""
+"""The sixty lines of docs/algorithm.md are the rule: run as they stand there, beside `LowRankPolar`, in float64."""
 
 import inspect
 import re
@@ -9,7 +9,7 @@ import torch
 
 import gradlr
 from gradlr.gradient import Dense
-from gradlr.rules import TrackedMomentum, UpdateContext
+from gradlr.rules import LowRankPolar, UpdateContext
 
 PAGE = Path(gradlr.__file__).parents[1] / "docs" / "algorithm.md"
 (CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
@@ -27,13 +27,13 @@ CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 def documented():
     names = {}
     exec(CODE, names)
-    return names["tracked_momentum"]
+    return names["low_rank_polar"]
 
 
 def rule_with(residual):
     # Matrix products and Cholesky factors, where there is a choice.
-    choice = {"arithmetic": "products"} if "arithmetic" in inspect.signature(TrackedMomentum).parameters else {}
-    return TrackedMomentum(residual=residual, **choice)
+    choice = {"arithmetic": "products"} if "arithmetic" in inspect.signature(LowRankPolar).parameters else {}
+    return LowRankPolar(residual=residual, **choice)
 
 
 def context(step, rank):

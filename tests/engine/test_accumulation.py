@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from gradlr.apps.bench.memory import peak_bytes
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 from gradlr.tensors import is_async
 
 pytestmark = [pytest.mark.also_asynchronous, pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")]
@@ -93,7 +93,7 @@ def test_what_waits_is_the_sketch_of_the_summed_gradient(name, capture):
     model = Shared()
     plain = copy.deepcopy(model)
     LOOPS[name](plain, lambda loss: loss)
-    _, tracker, opt = attached(model, capture=capture, apply="step", rule=TrackedMomentum(residual=0))
+    _, tracker, opt = attached(model, capture=capture, apply="step", rule=LowRankPolar(residual=0))
     LOOPS[name](model, tracker)
     for record in opt.records:
         expected = dict(plain.named_parameters())[record.plan.name].grad
@@ -111,7 +111,7 @@ def test_what_waits_is_the_sketch_of_the_summed_gradient(name, capture):
 @pytest.mark.parametrize("name", list(LOOPS))
 def test_at_full_rank_the_step_is_that_of_the_summed_gradient(name, capture):
     """One sketch of full rank loses nothing, so the step equals the one that a single gradient makes."""
-    full = {"rank": WIDTH, "momentum_rank": WIDTH, "apply": "step", "rule": TrackedMomentum(residual=0)}
+    full = {"rank": WIDTH, "momentum_rank": WIDTH, "apply": "step", "rule": LowRankPolar(residual=0)}
     model, other = Shared(), Shared()
     plain = copy.deepcopy(model)
     LOOPS[name](plain, lambda loss: loss)

@@ -105,7 +105,7 @@ def test_a_bad_gradient_is_told_when_a_checkpoint_is_asked_for():
     opt.state_dict()
 
 
-class Failing(gradlr.rules.TrackedMomentum):
+class Failing(gradlr.rules.LowRankPolar):
     """The default rule, whose factorization does not converge while `is_failing`."""
 
     is_failing = False

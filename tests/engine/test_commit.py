@@ -13,7 +13,7 @@ pytestmark = pytest.mark.also_asynchronous
 
 
 def test_an_error_in_a_rule_leaves_the_weight_and_its_state():
-    class Broken(gradlr.rules.TrackedMomentum):
+    class Broken(gradlr.rules.LowRankPolar):
         def update(self, gradient, state, settings):
             super().update(gradient, state, settings)
             raise RuntimeError("the rule is broken")
@@ -53,7 +53,7 @@ def test_an_update_of_another_shape_is_refused(parts):
 
 
 def test_an_update_of_another_type_is_refused():
-    class Bare(gradlr.rules.TrackedMomentum):
+    class Bare(gradlr.rules.LowRankPolar):
         def update(self, gradient, state, settings):
             return gradient.matrix
 

@@ -70,7 +70,7 @@ def test_a_graph_from_before_detach_gives_ordinary_gradients(apply, again):
     model = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8))
     plain, ids = copy.deepcopy(model), torch.randint(0, 9, (4, 3))
     plain(ids).square().mean().backward()
-    _, tracker, opt = attached(model, capture="adaptor", apply=apply, rule=gradlr.rules.TrackedMomentum(residual=0))
+    _, tracker, opt = attached(model, capture="adaptor", apply=apply, rule=gradlr.rules.LowRankPolar(residual=0))
     before, loss = weights(model), tracker(model(ids).square().mean())
     opt.detach()
     if again:

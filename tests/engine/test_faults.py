@@ -144,7 +144,7 @@ def test_a_step_that_is_half_taken_is_told(capture, steps):
     assert halves > steps / 6
 
 
-class Running(gradlr.rules.TrackedMomentum):
+class Running(gradlr.rules.LowRankPolar):
     """The default rule, until it runs out of memory."""
 
     is_failing = False

@@ -7,7 +7,7 @@ from torch import nn
 
 import gradlr
 from gradlr.gradient import Dense
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
 pytestmark = pytest.mark.also_asynchronous
 
@@ -26,7 +26,7 @@ def test_after_backward_every_weight_is_updated_and_no_gradient_is_left():
 
 
 @pytest.mark.sampled
-@pytest.mark.parametrize("rule", ["tracked_momentum", "factor_moments", "adam"])
+@pytest.mark.parametrize("rule", ["low_rank_polar", "factor_moments", "adam"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_training_lowers_the_loss(rule, apply):
     model, tracker, opt = attached(rule=rule, apply=apply, lr=3e-2)
@@ -53,7 +53,7 @@ def test_both_modes_agree_where_one_backward_makes_the_step():
     """Without the residual, which needs the gradient itself, the sketch loses nothing of its first gradient."""
     results = []
     for apply in ("backward", "step"):
-        model, tracker, opt = attached(mlp(64, 3, dtype=torch.float64), apply=apply, rule=TrackedMomentum(residual=0))
+        model, tracker, opt = attached(mlp(64, 3, dtype=torch.float64), apply=apply, rule=LowRankPolar(residual=0))
         train(model, opt, tracker, 10)
         results.append(weights(model))
     for one, other in zip(*results, strict=True):
@@ -332,7 +332,7 @@ def test_a_scheduler_needs_no_step_where_backward_has_updated():
 
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_a_rank_below_the_momentum_rank_is_kept(apply):
-    rule = TrackedMomentum(residual=0)
+    rule = LowRankPolar(residual=0)
     model, tracker, opt = attached(nn.Linear(12, 12, bias=False), rank=2, momentum_rank=4, rule=rule, apply=apply)
     for _ in range(3):
         before = model.weight.detach().clone()

@@ -20,7 +20,7 @@ def snapshot(model, opt, path):
 
 
 @pytest.mark.parametrize("apply", ["backward", "step"])
-@pytest.mark.parametrize("rule", ["tracked_momentum", "factor_moments", "adam"])
+@pytest.mark.parametrize("rule", ["low_rank_polar", "factor_moments", "adam"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, apply, rule, dtype):
     options = {"apply": apply, "rule": rule, "rank": gradlr.ByLoss(8), "seed": 5}

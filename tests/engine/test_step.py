@@ -9,12 +9,12 @@ from torch import nn
 
 import gradlr
 from gradlr import ArgumentError, GradlrWarning
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
 pytestmark = [pytest.mark.also_asynchronous, pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")]
 LATE = pytest.mark.synchronous("told one loss late there: test_asynchronous.py")
 
-PLAIN = {"rule": TrackedMomentum(residual=0), "apply": "step"}
+PLAIN = {"rule": LowRankPolar(residual=0), "apply": "step"}
 CAPTURES = pytest.mark.parametrize("capture", ["hook", "adaptor"])
 
 
@@ -305,7 +305,7 @@ def test_a_schedulers_groups_and_checkpoints_do_not_see_the_gauge():
     torch.optim.lr_scheduler.LambdaLR(opt, [lambda epoch: 1.0] * len(opt.param_groups))
     saved = opt.state_dict()
     assert [len(group["params"]) for group in saved["param_groups"]] == [2, 2]
-    _, _, other = attached(copy.deepcopy(model), rule=TrackedMomentum(residual=0))
+    _, _, other = attached(copy.deepcopy(model), rule=LowRankPolar(residual=0))
     other.load_state_dict(saved)  # and goes on with updates in backward
     opt.load_state_dict(other.state_dict())
 

@@ -63,9 +63,9 @@ def trajectory(*, processes: int = 1, is_exact: bool = False) -> Callable:
     return register
 
 
-def tracked(**options: float) -> gradlr.rules.TrackedMomentum:
+def tracked(**options: float) -> gradlr.rules.LowRankPolar:
     """The default rule in products, Cholesky factors and triangular solves."""
-    return gradlr.rules.TrackedMomentum(**options)
+    return gradlr.rules.LowRankPolar(**options)
 
 
 class Run:

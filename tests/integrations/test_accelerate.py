@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradlr
 from gradlr import ArgumentError, AttachError
 from gradlr.integrations.accelerate import attach, clip_grad_norm_, unwrap
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
-PLAIN = {"lr": 1e-2, "rank": 4, "momentum_rank": 2, "rule": TrackedMomentum(residual=0)}
+PLAIN = {"lr": 1e-2, "rank": 4, "momentum_rank": 2, "rule": LowRankPolar(residual=0)}
 EXACT = {"lr": 1e-2, "rank": 1.0, "momentum_rank": 2}
 
 

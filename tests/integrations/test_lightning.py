@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradlr
 from gradlr import ArgumentError, AttachError
 from gradlr.integrations.lightning import ShowLosses
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
 pytestmark = [
     # The data lie in memory; advice about loaders.
@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated"),
 ]
 
-PLAIN = {"lr": 1e-2, "rank": 4, "momentum_rank": 2, "rule": TrackedMomentum(residual=0), "apply": "step"}
+PLAIN = {"lr": 1e-2, "rank": 4, "momentum_rank": 2, "rule": LowRankPolar(residual=0), "apply": "step"}
 EXACT = {"lr": 1e-2, "rank": 1.0, "momentum_rank": 2, "apply": "step"}
 
 

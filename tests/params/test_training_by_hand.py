@@ -10,7 +10,7 @@ import pytest
 import torch
 from models import attached, lora_gpt2
 from reference.elementwise import AdamReference, RowwiseRMSpropReference
-from reference.tracked_momentum import TrackedMomentumReference
+from reference.low_rank_polar import LowRankPolarReference
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
@@ -282,7 +282,7 @@ class ByHand:
             return [RowwiseRMSpropReference(pieces[0].numpy(), LR)]
         ranks = [min(piece.shape) for piece in pieces]
         return [
-            TrackedMomentumReference(piece.numpy(), rank=rank, momentum_rank=rank, lr=LR, beta=BETA, residual=0.0)
+            LowRankPolarReference(piece.numpy(), rank=rank, momentum_rank=rank, lr=LR, beta=BETA, residual=0.0)
             for piece, rank in zip(pieces, ranks, strict=True)
         ]
 

@@ -10,7 +10,7 @@ from torch import nn
 from gradlr import ArgumentError
 from gradlr.gradient import Sketched
 from gradlr.params.views import checked_view
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
@@ -37,7 +37,7 @@ def test_a_sketch_of_a_batch_of_matrices_gives_what_its_gradient_gives(name):
     make, shape, views = BATCHED[name]
     results = []
     for apply in ("backward", "step"):
-        options = {"views": views, "rank": 1, "momentum_rank": 1, "rule": TrackedMomentum(residual=0)}
+        options = {"views": views, "rank": 1, "momentum_rank": 1, "rule": LowRankPolar(residual=0)}
         model, tracker, opt = attached(build(make), apply=apply, **options)
         for step in range(3):
             output = model(normal(shape, seed=2 * step))

@@ -12,7 +12,7 @@ import gradlr
 from gradlr import ArgumentError, NonFiniteError
 from gradlr.report import Observer
 from gradlr.report.metrics import change_energy
-from gradlr.rules import TrackedMomentum, Update
+from gradlr.rules import LowRankPolar, Update
 
 
 class Everything(nn.Module):
@@ -37,7 +37,7 @@ def loss_of(model, seed):
 def everything(dtype=torch.float64, **options):
     torch.manual_seed(0)
     model, tracker = Everything().to(dtype), gradlr.LossTracker()
-    options = {"lr": 1e-2, "rank": 3, "momentum_rank": 2, "rule": TrackedMomentum(residual=0)} | options
+    options = {"lr": 1e-2, "rank": 3, "momentum_rank": 2, "rule": LowRankPolar(residual=0)} | options
     return model, tracker, gradlr.attach(model, tracker, **options)
 
 
@@ -174,7 +174,7 @@ def test_update_with_residual_is_measured_before_it_is_rounded(dtype, weight_dec
 def test_observing_changes_no_bit(apply, capture, micro_batches):
     ends = []
     for is_observed in (False, True):
-        options = {"apply": apply, "capture": capture, "rule": "tracked_momentum", "weight_decay": 0.1}
+        options = {"apply": apply, "capture": capture, "rule": "low_rank_polar", "weight_decay": 0.1}
         model, tracker, opt = everything(torch.float32, **options)
         torch.manual_seed(5)
         if is_observed:
@@ -256,7 +256,7 @@ def test_which_parameters_are_observed_and_until_when():
     assert not any(record.observer for record in opt.records)
 
 
-class Overflowing(TrackedMomentum):
+class Overflowing(LowRankPolar):
     """A rule whose update is not finite."""
 
     def update(self, gradient, state, settings):

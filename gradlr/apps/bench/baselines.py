@@ -14,22 +14,23 @@ from ...ranks import ByLoss
 from .peers import PEERS, Peer
 from .train_steps import Baseline, adamw, adamw_slow_tables, gradlr, muon, row_normalized
 
-_SLOW = (1e-3, 2e-3, 4e-3)
-_FAST = (8e-3, 1.6e-2, 3.2e-2)
+_RATES = (1e-3, 2e-3, 4e-3)  # AdamW's, and ours
 
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
     for baseline in (
-        Baseline("adamw", "AdamW", adamw, _SLOW),
-        Baseline("adamw_b5", "AdamW, β₁ = 0.5", partial(adamw, betas=(0.5, 0.999)), _SLOW),
-        Baseline("adamw_b0", "AdamW, β₁ = 0", partial(adamw, betas=(0.0, 0.999)), _SLOW),
-        Baseline("adamw_slow_tables", "AdamW, tables at lr / 4", adamw_slow_tables, _SLOW),
+        Baseline("adamw", "AdamW", adamw, _RATES),
+        Baseline("adamw_b5", "AdamW, β₁ = 0.5", partial(adamw, betas=(0.5, 0.999)), _RATES),
+        Baseline("adamw_b0", "AdamW, β₁ = 0", partial(adamw, betas=(0.0, 0.999)), _RATES),
+        Baseline("adamw_slow_tables", "AdamW, tables at lr / 4", adamw_slow_tables, _RATES),
         Baseline("muon", "Muon", muon, (4e-3, 8e-3, 1.6e-2)),
         Baseline("muon_b5", "Muon, momentum 0.5", partial(muon, momentum=0.5), (4e-3, 8e-3, 1.6e-2)),
         Baseline("muon_b0", "Muon without momentum", partial(muon, momentum=0.0), (4e-3, 8e-3, 1.6e-2)),
-        Baseline("row_normalized", "Rows normalized (SCALE's rule)", row_normalized, _SLOW),
-        Baseline("default", "gradlr, default (k4, r ≤ 64 by loss)", gradlr(), _FAST),
-        Baseline("factor_moments", "FactorMoments r16 (the notebook's)", gradlr(rule="factor_moments", rank=ByLoss(16)), _FAST),
+        Baseline("row_normalized", "Rows normalized (SCALE's rule)", row_normalized, _RATES),
+        Baseline("default", "gradlr, default", gradlr(), _RATES),
+        Baseline("factor_moments", "FactorMoments r16 (the notebook's)", gradlr(rule="factor_moments", rank=ByLoss(16)), _RATES),
+        Baseline("factor_moments_adjusted", "FactorMoments r16, adjusted",
+                 gradlr(rule=rules.FactorMoments(is_adjusted=True), rank=ByLoss(16)), _RATES),
         *PEERS.values(),
     )
 }
@@ -38,16 +39,21 @@ OWN_BASELINES = [name for name in BASELINES if name not in PEERS]
 
 # What may follow `k4_r64`, those that begin alike with the longest first: the words in a table, and arguments of `gradlr`.
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "_no_residual": ("no residual", {"rule": rules.TrackedMomentum(residual=0)}),
-    "_fast_tables": ("tables at lr / 8", {"embedding_share": 1 / 8}),
+    "_no_residual": ("no residual", {"rule": rules.LowRankPolar(residual=0)}),
+    "_residual1": ("residual 1", {"rule": rules.LowRankPolar(residual=1)}),
+    "_residual2": ("residual 2", {"rule": rules.LowRankPolar(residual=2)}),
+    "_beta5": ("β = 0.5", {"beta": 0.5}),
+    "_tables1": ("embeddings at lr", {"embedding_share": 1.0}),
+    "_tables4": ("embeddings at lr / 4", {"embedding_share": 1 / 4}),
+    "_tables8": ("embeddings at lr / 8", {"embedding_share": 1 / 8}),
     "_one_sided": ('capture="one_sided"', {"capture": "one_sided"}),
     "_adaptor": ('capture="adaptor"', {"capture": "adaptor"}),
     "_group": ("process_group=", {"apply": "step", "in_group": True}),
     "_step": ('apply="step"', {"apply": "step"}),
 }
 _FORM = "|".join(_FORMS)
-_SPELLED = re.compile(rf"k(?P<k>[1-9]\d*)_(?P<schedule>r|loss)(?P<rank>[1-9]\d*)(?P<forms>({_FORM})*)")
-SPELLING = f"k<K>_r<R> or k<K>_loss<R>, followed by any of {', '.join(_FORMS)}"
+_SPELLED = re.compile(rf"k(?P<k>\d+)_(?P<schedule>r|loss|d)(?P<rank>[1-9]\d*)(?P<forms>({_FORM})*)")
+SPELLING = f"k<K>_r<R>, k<K>_loss<R> or, for a share of the width, k<K>_d<SHARE>, followed by any of {', '.join(_FORMS)}"
 
 
 def baseline(name: str) -> Baseline:
@@ -61,13 +67,18 @@ def baseline(name: str) -> Baseline:
     match = _SPELLED.fullmatch(name)
     if match is None:
         raise ArgumentError(f"no baseline {name!r}: known are {', '.join(BASELINES)}, or gradlr spelled out as {SPELLING}")
-    k, rank, is_by_loss = int(match["k"]), int(match["rank"]), match["schedule"] == "loss"
-    label = f"TrackedMomentum k{k} r ≤ {rank} by loss" if is_by_loss else f"TrackedMomentum k{k} r{rank}"
-    options: dict[str, Any] = {"rank": ByLoss(rank) if is_by_loss else rank, "momentum_rank": k}
+    k, number = int(match["k"]), int(match["rank"])
+    words, rank = {
+        "r": (f"r{number}", number),
+        "loss": (f"r ≤ {number} by loss", ByLoss(number)),
+        "d": (f"r = d/{number}", 1 / number),
+    }[match["schedule"]]
+    label = f"LowRankPolar k{k} {words}"
+    options: dict[str, Any] = {"rank": rank, "momentum_rank": k}
     for form in re.findall(_FORM, match["forms"]):
         words, more = _FORMS[form]
         label, options = f"{label}, {words}", options | more
-    return Baseline(name, label, gradlr(**options), _FAST)
+    return Baseline(name, label, gradlr(**options), _RATES)
 
 
 def require_baselines(names: list[str]) -> None:

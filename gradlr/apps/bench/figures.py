@@ -30,7 +30,7 @@ TITLES = {
 _ROW = {"name", "label", "mean", "spread", "step_ms", "state_bytes"}
 _NOT_OURS = ("AdamW", "Muon", "GaLore", "APOLLO", "AdaLomo", "LoRA")
 _SHORTER = {
-    "TrackedMomentum ": "",
+    "LowRankPolar ": "",
     ", a quarter of full rank": "",
     " (bitsandbytes)": "",
     "gradlr, default (k4, r ≤ 64 by loss)": "gradlr (default)",

@@ -64,7 +64,7 @@ def peak_of_steps(
 
 def methods(rank: int, peers: Sequence[str] = ()) -> list[Baseline]:
     """What is compared, gradlr's at the given rank; the named peers at a quarter of full rank, LoRA at 32."""
-    bare = rules.TrackedMomentum(residual=0)
+    bare = rules.LowRankPolar(residual=0)
     return [
         Baseline("adamw_foreach", "AdamW (foreach)", lambda model, lr: adamw(model, lr, foreach=True)),
         Baseline("adamw_fused", "AdamW (fused)", fused_adamw),

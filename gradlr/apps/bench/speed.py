@@ -31,7 +31,7 @@ def linear_methods(rank: int) -> list[Baseline]:
     """What is timed on one Linear; the first is the reference."""
     return [
         Baseline("plain", "forward + backward", forward_backward),
-        Baseline("no_residual", "gradlr, no residual", gradlr(rank=rank, rule=rules.TrackedMomentum(residual=0))),
+        Baseline("no_residual", "gradlr, no residual", gradlr(rank=rank, rule=rules.LowRankPolar(residual=0))),
         Baseline("residual", "gradlr, residual", gradlr(rank=rank)),
         Baseline("step", 'gradlr, apply="step"', gradlr(rank=rank, apply="step")),
         *adaptors(rank),
@@ -74,7 +74,7 @@ def measure_crossover(
     """Time of one Linear's step by rank, with hooks and without weight gradient, as ratios to SGD."""
     results = []
     for rank in ranks or [max(1, share * width // 32) for share in (1, 2, 4, 8, 12)]:
-        hook = Baseline("hook", "hook", gradlr(rank=rank, rule=rules.TrackedMomentum(residual=0)))
+        hook = Baseline("hook", "hook", gradlr(rank=rank, rule=rules.LowRankPolar(residual=0)))
         baselines = [Baseline("sgd", "SGD", sgd), hook, *adaptors(rank)]
         found = _time_linear(baselines, width, tokens, rounds, device, torch.float32)
         # Multiplications a token as a share of the gradient's: 2r(m + n) / mn, and r(m + 3n) / mn, which is the same here.

@@ -1,4 +1,4 @@
-"""TrackedMomentum: a low-rank momentum whose basis is followed from step to step, under an update of larger rank."""
+"""LowRankPolar: the polar factor of the gradient's leading directions, the rest of it normalized, momentum where it is wanted."""
 
 from __future__ import annotations
 
@@ -21,10 +21,13 @@ _RESIDUAL_RTOL = 1e-6
 _MOMENTUM_RTOL = 1e-5
 
 
-class TrackedMomentum(Rule):
-    """The default: a warm-started power step on momentum plus gradient, an orthogonalized update of rank r, momentum of rank k.
+class LowRankPolar(Rule):
+    """The default: a randomized power step finds r directions of the gradient, whose polar factor is the update; no state.
 
-    State: P (..., m, k) with orthonormal or zero columns, and R (..., n, k), with momentum M ≈ P Rᵀ: k(m + n) numbers.
+    `B = orth(G Ω)` with random columns Ω, `Z = Gᵀ B`, and the direction is `B polar(Z)ᵀ` plus the rest of the gradient, spread
+    over all other directions. With a momentum rank k > 0 a momentum M ≈ P Rᵀ of rank k is kept and followed from step to step:
+    the power step is one on `G + β M` and starts where M points, and the direction looks ahead as Nesterov's does. State then:
+    P (..., m, k) with orthonormal or zero columns, and R (..., n, k): k(m + n) numbers.
 
     All of it is matrix products, Cholesky factors of r × r numbers and triangular solves: no device waits for the host, and
     what CPUs compute is what GPUs compute.
@@ -36,28 +39,30 @@ class TrackedMomentum(Rule):
     Raises:
         ArgumentError: `residual` is no finite number of at least 0.
 
-    Source: power iteration with warm start as in PowerSGD (arXiv 1905.13727) and Dion (2504.05295); orthogonalized momentum as
-    in Muon; residual by gradient multi-normalization (2502.06742).
+    Source: randomized range finder, Halko, Martinsson, Tropp 2011 (arXiv 0909.4061); orthogonalized updates as in Muon; residual
+    by gradient multi-normalization (arXiv 2502.06742); momentum by power iteration with warm start as in PowerSGD (1905.13727)
+    and Dion (2504.05295).
     """
 
-    name = "tracked_momentum"
+    name = "low_rank_polar"
     supports_sharding = True
     state_sharding: ClassVar = {"P": "rows", "R": "columns"}
+    optional_state: ClassVar = frozenset({"P", "R"})
 
     def __init__(self, *, residual: float = 0.5) -> None:
         self.residual = require_number("residual", residual)
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
-        rows = {"P": m, "R": n}
-        return {key: torch.zeros((*batch, size, context.momentum_rank), dtype=dtype, device=device) for key, size in rows.items()}
+        k, rows = context.momentum_rank, {"P": m, "R": n}
+        return {key: torch.zeros((*batch, size, k), dtype=dtype, device=device) for key, size in rows.items()} if k else {}
 
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         # The state's shape follows k alone; r, which follows the loss, moves nothing.
         return {key: fit_columns(value, context.momentum_rank) for key, value in state.items()}
 
-    def momentum(self, state: State) -> tuple[Tensor, Tensor]:
-        return state["P"], state["R"]
+    def momentum(self, state: State) -> tuple[Tensor, Tensor] | None:
+        return (state["P"], state["R"]) if state else None
 
     def right_basis(
         self,
@@ -74,57 +79,74 @@ class TrackedMomentum(Rule):
         The power step is worth 0.026 nats over random columns (width 128, k 4, r 64, one seed), a random combination of the
         inputs 0.023; the whole gradient is 0.017 better (`gradlr/apps/bench/results/quality-capture.json`).
         """
-        columns = context.layout.columns
-        return orthonormalize(_directions(state["R"], context.rank, context, columns, covariance_matmul), axis=columns)
+        like, columns = torch.empty((*shape[:-2], shape[-1], 0), dtype=dtype, device=device), context.layout.columns
+        factor = state.get("R", like)
+        return orthonormalize(_directions(factor, context.rank, context, columns, covariance_matmul), axis=columns)
 
     def left_basis(
         self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
     ) -> Tensor:
         """The momentum's own directions, and random ones beside them."""
-        return orthonormalize(_directions(state["P"], context.rank, context, REPLICATED))
+        factor = state.get("P", torch.empty((*shape[:-1], 0), dtype=dtype, device=device))
+        return orthonormalize(_directions(factor, context.rank, context, REPLICATED))
 
     def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own.
 
         Before there is any momentum, random directions stand for its own: further gradients of the step lie elsewhere.
         """
-        known, rows, columns = state["P"], context.layout.rows, context.layout.columns
+        rows, columns = context.layout.rows, context.layout.columns
         right = self.right_basis(gradient.shape, state, context, dtype=gradient.dtype, device=gradient.device)
-        image = gradient.matmul(right)
-        moved = image + context.beta * (known @ columns.inner(state["R"], right))
-        own = _directions(known, known.shape[-1], context, rows)
-        spanning = torch.cat([moved, own], dim=-1)[..., : rows.size(known.shape[-2])]
+        spanning = image = gradient.matmul(right)
+        if state:
+            known = state["P"]
+            moved = image + context.beta * (known @ columns.inner(state["R"], right))
+            own = _directions(known, known.shape[-1], context, rows)
+            spanning = torch.cat([moved, own], dim=-1)[..., : rows.size(known.shape[-2])]
         left = orthonormalize(spanning, axis=rows)
         return Sketched(right, image, left, gradient.rmatmul(left), layout=context.layout)
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
-        beta, layout = context.beta, context.layout
-        rows, columns = layout.rows, layout.columns
-        left, right = state["P"], state["R"]
-        tiny = torch.finfo(right.dtype).tiny
-        # One power step of A = G + βM from where the momentum points: B, an orthonormal basis of m rows.
-        test = _directions(right, context.rank, context, columns)
-        basis = orthonormalize(gradient.matmul(test) + beta * (left @ columns.inner(right, test)), axis=rows)
-        # Seen from there, the gradient is z = Gᵀ B, the momentum Aᵀ B, and Nesterov's look ahead z + β Aᵀ B.
-        seen, overlap = gradient.rmatmul(basis), rows.inner(left, basis)
-        averaged = seen + beta * (right @ overlap)
-        ahead = seen + beta * averaged
+        layout, rows, columns = context.layout, context.layout.rows, context.layout.columns
+        # One power step from random directions, or from where the momentum points: B, an orthonormal basis of m rows.
+        like = torch.empty((*gradient.shape[:-2], gradient.shape[-1], 0), dtype=gradient.dtype, device=gradient.device)
+        test = _directions(state.get("R", like), context.rank, context, columns)
+        image = gradient.matmul(test)
+        if state:
+            image += context.beta * (state["P"] @ columns.inner(state["R"], test))
+        basis = orthonormalize(image, axis=rows)
+        seen = gradient.rmatmul(basis)
+        parts = [seen, *_followed(seen, basis, state, context)]
         # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size. Where none is seen,
-        # as of an expert without tokens, nothing moves, though the momentum still points somewhere.
-        peaks = columns.column_peaks(torch.cat([seen, averaged, ahead], dim=-1)).unflatten(-1, (3, -1)).amax(dim=-1)
-        is_moving, (_, scale, scale_ahead) = peaks[..., :1] > 0, peaks.clamp(min=tiny).split(1, dim=-1)
-        direction = newton_schulz_by_gram(ahead / scale_ahead, axis=columns)
-        rotation = _leading(averaged / scale, overlap, columns)
+        # as of an expert without tokens, nothing moves, though the momentum may still point somewhere.
+        peaks = columns.column_peaks(torch.cat(parts, dim=-1)).unflatten(-1, (len(parts), -1)).amax(dim=-1)
+        is_moving, scales = peaks[..., :1] > 0, peaks.clamp(min=torch.finfo(seen.dtype).tiny).split(1, dim=-1)
+        direction = newton_schulz_by_gram(parts[-1] / scales[-1], axis=columns)
         whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
-        # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
-        # counts as much as α times that.
-        length, open_directions = update_scale(whole), min(whole[-2:]) - context.rank
+        open_directions = min(whole[-2:]) - context.rank
+        has_residual = self.residual > 0 and open_directions > 0 and isinstance(gradient, Dense)
+        length = update_scale(whole, context.rank, self.residual if has_residual else 0.0)
         update = Update(left=basis * length, right=direction * is_moving)
-        if self.residual and open_directions > 0 and isinstance(gradient, Dense):
-            size = self.residual * length * open_directions**0.5
-            update.dense = _residual(gradient, basis, seen, size, layout)
+        if has_residual:
+            # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
+            # counts as much as α times that.
+            update.dense = _residual(gradient, basis, seen, self.residual * length * open_directions**0.5, layout)
+        if not state:
+            return update, {}
         # A ≈ B Bᵀ A, of which the k leading directions are kept.
-        return update, {"P": basis @ rotation, "R": averaged @ rotation}
+        rotation = _leading(parts[1] / scales[1], rows.inner(state["P"], basis), columns)
+        return update, {"P": basis @ rotation, "R": parts[1] @ rotation}
+
+
+def _followed(seen: Tensor, basis: Tensor, state: State, context: UpdateContext) -> list[Tensor]:
+    """Of the basis B and z = Gᵀ B: the momentum as it is seen from there, Aᵀ B, and Nesterov's look ahead z + β Aᵀ B, (..., n, r).
+
+    Nothing where there is no momentum.
+    """
+    if not state:
+        return []
+    averaged = seen + context.beta * (state["R"] @ context.layout.rows.inner(state["P"], basis))
+    return [averaged, seen + context.beta * averaged]
 
 
 def _directions(
@@ -139,6 +161,8 @@ def _directions(
     fresh = context.gaussian((*factor.shape[:-1], rank), factor, axis=axis)
     if covariance_matmul is not None:
         fresh = normalize_columns(covariance_matmul(fresh))
+    if not k:
+        return fresh
     peaks = axis.column_peaks(factor)
     is_known = (peaks > _MOMENTUM_RTOL * peaks.amax(dim=-1, keepdim=True))[..., :k]
     known = torch.where(is_known, factor[..., :k] / peaks[..., :k].clamp(min=tiny), fresh[..., :k])

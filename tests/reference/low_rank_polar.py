@@ -39,7 +39,7 @@ def spread(E, norm):
     return E * (norm / np.sqrt((E * E).sum()))
 
 
-class TrackedMomentumReference:
+class LowRankPolarReference:
     def __init__(self, weight, *, rank, momentum_rank, lr, beta, weight_decay=0.0, residual=0.5):
         self.weight = np.array(weight, dtype=np.float64)
         m, n = self.weight.shape

@@ -1,9 +1,9 @@
-"""TrackedMomentum against its float64 reference, and what it promises by itself."""
+"""LowRankPolar against its float64 reference, and what it promises by itself."""
 
 import pytest
 import torch
 from reference.decompositions import best_approximation, leading_directions, polar_factor
-from reference.tracked_momentum import TrackedMomentumReference
+from reference.low_rank_polar import LowRankPolarReference
 from rules.driving import context, descend, first_state, random_gradients, standard_normals
 from torch import nn
 
@@ -11,7 +11,7 @@ import gradlr
 from gradlr import ArgumentError
 from gradlr.gradient import Dense, Sketched
 from gradlr.linalg import newton_schulz
-from gradlr.rules import TrackedMomentum
+from gradlr.rules import LowRankPolar
 from gradlr.rules.base import update_scale
 from gradlr.tensors import mixed_seed
 
@@ -30,7 +30,7 @@ ANY_BASIS = {"rtol": 0.0, "atol": 1e-7}
 
 
 def reference_for(weight, rule, *, rank, momentum_rank, lr, beta, weight_decay=0.0):
-    return TrackedMomentumReference(
+    return LowRankPolarReference(
         weight.numpy(), rank=rank, momentum_rank=momentum_rank, lr=lr, beta=beta, weight_decay=weight_decay,
         residual=rule.residual,
     )  # fmt: skip
@@ -54,7 +54,7 @@ def same_space(one, other):
 @pytest.mark.parametrize(("options", "writing"), OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize(("rank", "momentum_rank"), [(4, 2), (4, 4), (10, 3)])
 def test_twenty_steps_are_the_references(shape, decay, options, writing, rank, momentum_rank):
-    rule, common = TrackedMomentum(**options), {"rank": rank, "momentum_rank": momentum_rank, "lr": 0.05, "beta": 0.9}
+    rule, common = LowRankPolar(**options), {"rank": rank, "momentum_rank": momentum_rank, "lr": 0.05, "beta": 0.9}
     weight, gradients = torch.randn(shape, dtype=torch.float64), random_gradients(shape, COUNT, decay=decay)
     state = first_state(rule, shape, rank=rank, momentum_rank=momentum_rank)
     weights, _ = descend(rule, state, gradients, weight=weight, **common, **writing)
@@ -70,7 +70,7 @@ def test_twenty_steps_of_the_optimizer_are_the_references(shape):
     tracker = gradlr.LossTracker()
     options = {"rank": 5, "momentum_rank": 2, "lr": 0.05, "beta": 0.8, "weight_decay": 0.1}
     opt = gradlr.attach(model, tracker, seed=7, **options)
-    reference = reference_for(model.weight.detach(), TrackedMomentum(), **options)
+    reference = reference_for(model.weight.detach(), LowRankPolar(), **options)
     for step, gradient in enumerate(random_gradients(shape, COUNT), start=1):
         tracker(1.0)
         opt.receive(model.weight, Dense(gradient))
@@ -81,7 +81,7 @@ def test_twenty_steps_of_the_optimizer_are_the_references(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_gradients_of_rank_two_and_zero_ones_between_are_the_references(shape):
-    rule, common = TrackedMomentum(), {"rank": 6, "momentum_rank": 4, "lr": 0.05, "beta": 0.9}
+    rule, common = LowRankPolar(), {"rank": 6, "momentum_rank": 4, "lr": 0.05, "beta": 0.9}
     left = torch.randn(shape[0], 2, dtype=torch.float64)
     gradients = [left @ torch.randn(2, shape[1], dtype=torch.float64) for _ in range(6)]
     gradients[3] = torch.zeros(shape, dtype=torch.float64)
@@ -95,7 +95,7 @@ def test_gradients_of_rank_two_and_zero_ones_between_are_the_references(shape):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_float32_stays_near_the_float64_reference(shape):
-    rule, common = TrackedMomentum(), {"rank": 4, "momentum_rank": 2, "lr": 0.05, "beta": 0.9}
+    rule, common = LowRankPolar(), {"rank": 4, "momentum_rank": 2, "lr": 0.05, "beta": 0.9}
     weight, gradients = torch.randn(shape), [gradient.float() for gradient in random_gradients(shape, 1)]
     weights, _ = descend(rule, first_state(rule, shape, torch.float32), gradients, weight=weight, **common)
     reference = reference_for(weight, rule, **common)
@@ -111,7 +111,7 @@ def test_float32_stays_near_the_float64_reference(shape):
 @pytest.mark.parametrize("shape", [(3, 12, 9), (2, 2, 7, 11)])
 def test_a_batch_is_a_loop_where_the_rank_is_full(shape):
     # Full rank: the basis spans everything, so that the random numbers, which differ, do not matter.
-    full, rule = min(shape[-2:]), TrackedMomentum()
+    full, rule = min(shape[-2:]), LowRankPolar()
     options = {"rank": full, "momentum_rank": full, "lr": 0.1}
     gradients, weight = random_gradients(shape, 5), torch.zeros(shape, dtype=torch.float64)
     state = first_state(rule, shape, rank=full, momentum_rank=full)
@@ -125,7 +125,7 @@ def test_a_batch_is_a_loop_where_the_rank_is_full(shape):
 
 @pytest.mark.parametrize("residual", [0.0, 0.5])
 def test_a_batch_is_a_loop_where_the_same_random_numbers_are_fed(residual):
-    shape, rule, common = (3, 12, 9), TrackedMomentum(residual=residual), {"rank": 4, "momentum_rank": 2, "lr": 0.1, "beta": 0.9}
+    shape, rule, common = (3, 12, 9), LowRankPolar(residual=residual), {"rank": 4, "momentum_rank": 2, "lr": 0.1, "beta": 0.9}
     gradients, weight = random_gradients(shape, 5), torch.randn(shape, dtype=torch.float64)
     weights, _ = descend(rule, first_state(rule, shape), gradients, weight=weight, **common)
     references = [reference_for(one, rule, **common) for one in weight]
@@ -141,7 +141,7 @@ def test_a_batch_is_a_loop_where_the_same_random_numbers_are_fed(residual):
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_the_momentum_has_an_orthonormal_left_factor(shape):
-    rule = TrackedMomentum()
+    rule = LowRankPolar()
     _, state = descend(
         rule, first_state(rule, shape, momentum_rank=3), random_gradients(shape, 6, decay=0.7), rank=5, momentum_rank=3,
         lr=0.1, weight=torch.zeros(shape, dtype=torch.float64),
@@ -154,7 +154,7 @@ def test_the_momentum_has_an_orthonormal_left_factor(shape):
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_the_update_is_about_the_polar_factor_of_what_the_basis_sees(shape, rank):
     (gradient,) = random_gradients(shape, 1)
-    update, _ = one_update(TrackedMomentum(residual=0), gradient, rank=rank)
+    update, _ = one_update(LowRankPolar(residual=0), gradient, rank=rank)
     basis = update.left / update_scale(shape)
     seen = polar_factor(gradient.mT @ basis)
     # Newton-Schulz steps leave singular vectors where they are: rounding and shifts of 1e-13, times the condition.
@@ -165,7 +165,7 @@ def test_the_update_is_about_the_polar_factor_of_what_the_basis_sees(shape, rank
 
 
 def test_at_full_rank_with_full_momentum_it_is_muon_with_nesterov_momentum():
-    rule, n, beta, lr = TrackedMomentum(), 12, 0.9, 0.1
+    rule, n, beta, lr = LowRankPolar(), 12, 0.9, 0.1
     gradients, weight = random_gradients((n, n), COUNT), torch.randn(n, n, dtype=torch.float64)
     state = first_state(rule, (n, n), rank=n, momentum_rank=n)
     weights, state = descend(rule, state, gradients, weight=weight, rank=n, momentum_rank=n, lr=lr, beta=beta)
@@ -181,7 +181,7 @@ def test_at_full_rank_with_full_momentum_it_is_muon_with_nesterov_momentum():
 @pytest.mark.parametrize(("rank", "momentum_rank"), [(4, 1), (6, 3), (10, 4)])
 def test_the_momentum_that_is_kept_is_about_the_best_one_of_its_rank(shape, rank, momentum_rank):
     (gradient,) = random_gradients(shape, 1, decay=0.5)
-    update, state = one_update(TrackedMomentum(), gradient, rank=rank, momentum_rank=momentum_rank)
+    update, state = one_update(LowRankPolar(), gradient, rank=rank, momentum_rank=momentum_rank)
     basis = update.left / update_scale(shape)
     seen = basis @ (basis.mT @ gradient)
     kept, best = state["P"] @ state["R"].mT, best_approximation(seen, momentum_rank)
@@ -193,7 +193,7 @@ def test_following_a_fixed_gradient_finds_its_leading_directions():
     shape, k = (24, 16), 3
     (gradient,) = random_gradients(shape, 1, decay=0.7)
     leading = torch.linalg.svd(gradient, full_matrices=False).U[:, :k]
-    rule, weight, cosines = TrackedMomentum(), torch.zeros(shape, dtype=torch.float64), {}
+    rule, weight, cosines = LowRankPolar(), torch.zeros(shape, dtype=torch.float64), {}
     for count in (1, 40):
         state = first_state(rule, shape, momentum_rank=k)
         _, state = descend(rule, state, [gradient] * count, weight=weight, lr=0.1, rank=6, momentum_rank=k)
@@ -208,7 +208,7 @@ def test_momentum_of_low_rank_is_kept_whole(shape, dtype):
     k, beta = 3, 0.9
     left, right = torch.randn(shape[0], k, dtype=dtype), torch.randn(shape[1], k, dtype=dtype)
     gradients = [(left * torch.tensor([4.0, 2.0, 1.0], dtype=dtype)) @ right.mT * (1 + 0.1 * step) for step in range(4)]
-    rule = TrackedMomentum()
+    rule = LowRankPolar()
     state = first_state(rule, shape, dtype, momentum_rank=k)
     common = {"weight": torch.zeros(shape, dtype=dtype), "lr": 0.1, "rank": 6, "momentum_rank": k, "beta": beta}
     _, state = descend(rule, state, gradients, **common)
@@ -224,7 +224,7 @@ def test_momentum_of_low_rank_is_kept_whole(shape, dtype):
 @pytest.mark.parametrize("residual", [0.25, 1.0])
 def test_the_residual_lies_outside_the_basis_with_its_frobenius_norm(shape, residual):
     (gradient,) = random_gradients(shape, 1)
-    update, _ = one_update(TrackedMomentum(residual=residual), gradient, rank=4)
+    update, _ = one_update(LowRankPolar(residual=residual), gradient, rank=4)
     expected = residual * 0.2 * max(shape) ** 0.5 * (min(shape) - 4) ** 0.5
     # The length is set in the last multiplication: a few roundings.
     torch.testing.assert_close(float(update.dense.norm()), expected, rtol=1e-12, atol=0)
@@ -235,9 +235,9 @@ def test_the_residual_lies_outside_the_basis_with_its_frobenius_norm(shape, resi
 
 def test_there_is_no_residual_at_full_rank_without_weight_or_for_a_sketch():
     (gradient,) = random_gradients((12, 8), 1)
-    assert one_update(TrackedMomentum(), gradient, rank=8)[0].dense is None
-    assert one_update(TrackedMomentum(residual=0), gradient, rank=4)[0].dense is None
-    rule = TrackedMomentum()
+    assert one_update(LowRankPolar(), gradient, rank=8)[0].dense is None
+    assert one_update(LowRankPolar(residual=0), gradient, rank=4)[0].dense is None
+    rule = LowRankPolar()
     state, q = first_state(rule, (12, 8)), torch.linalg.qr(gradient).Q
     sketches = (Sketched.of(Dense(gradient), q[:8, :4]), rule.sketch(Dense(gradient), state, context()))
     assert all(rule.update(sketch, state, context())[0].dense is None for sketch in sketches)
@@ -246,12 +246,12 @@ def test_there_is_no_residual_at_full_rank_without_weight_or_for_a_sketch():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rounding_errors_are_no_residual(dtype):
     gradient = torch.randn(20, 3, dtype=dtype) @ torch.randn(3, 16, dtype=dtype)
-    update, _ = one_update(TrackedMomentum(), gradient, rank=5)
+    update, _ = one_update(LowRankPolar(), gradient, rank=5)
     assert torch.count_nonzero(update.dense) == 0
 
 
 def test_a_zero_gradient_gives_a_zero_update_while_momentum_is_kept():
-    rule, shape = TrackedMomentum(), (12, 8)
+    rule, shape = LowRankPolar(), (12, 8)
     (gradient,) = random_gradients(shape, 1)
     _, state = one_update(rule, gradient, rank=4)
     update, after = rule.update(Dense(torch.zeros_like(gradient)), state, context(step=2, beta=0.5))
@@ -260,7 +260,7 @@ def test_a_zero_gradient_gives_a_zero_update_while_momentum_is_kept():
 
 
 def test_without_momentum_the_state_is_about_the_gradients_best_approximation():
-    rule, shape = TrackedMomentum(), (12, 8)
+    rule, shape = LowRankPolar(), (12, 8)
     first, second = random_gradients(shape, 2, decay=0.4)
     weight = torch.zeros(shape, dtype=torch.float64)
     state = first_state(rule, shape, rank=8)
@@ -273,4 +273,4 @@ def test_without_momentum_the_state_is_about_the_gradients_best_approximation():
 @pytest.mark.parametrize("residual", [-0.1, float("nan"), float("inf"), True, "half"])
 def test_options_out_of_range_are_errors(residual):
     with pytest.raises(ArgumentError, match="residual"):
-        TrackedMomentum(residual=residual)
+        LowRankPolar(residual=residual)
