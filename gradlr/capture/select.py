@@ -72,7 +72,7 @@ def _layer(module: nn.Module, record: ParamRecord, capture: str) -> CapturedLaye
     found = layer_op(module)
     if found is None or found.view != record.plan.view or not _suits(found, record):
         return None
-    return CapturedLayer(module, found, is_one_sided=capture == "one_sided" and not rule.is_elementwise)
+    return CapturedLayer(module, found, is_one_sided=capture == "one_sided" and rule.has_rank)
 
 
 def _suits(found: LayerOp, record: ParamRecord) -> bool:
@@ -88,7 +88,7 @@ def work_per_token(record: ParamRecord, is_one_sided: bool) -> int:
 def is_slower_than_hook(record: ParamRecord, is_one_sided: bool) -> bool:
     """Whether that is more than the gradient's own mn; the rules of embeddings take the gradient by factors at any price."""
     m, n = record.plan.shape[-2:]
-    return not record.rule.is_elementwise and work_per_token(record, is_one_sided) > m * n
+    return record.rule.has_rank and work_per_token(record, is_one_sided) > m * n
 
 
 def _advice(slow: list[ParamRecord], capture: str) -> str:

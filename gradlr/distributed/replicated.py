@@ -147,7 +147,7 @@ def form_of(record: ParamRecord) -> str:
     that all ranks know, "projection" the one product rm of a one-sided layer.
     """
     shape = record.plan.shape
-    if record.rule.is_elementwise:
+    if not record.rule.has_rank:
         return "rows" if record.plan.kind == EMBEDDING and len(shape) == 2 else "entries"
     if record.capture == "one_sided":
         return "projection"

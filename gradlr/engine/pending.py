@@ -81,7 +81,7 @@ class Pending:
 
     def sketched(self, record: ParamRecord, gradient: GradientOperator) -> GradientOperator:
         """A step's first gradient in the bases that suit it, or as it is where nothing smaller would serve."""
-        if record.rule.is_elementwise or isinstance(gradient, Sketched) or _is_small(record, gradient):
+        if not record.rule.has_rank or isinstance(gradient, Sketched) or _is_small(record, gradient):
             return without_activations(gradient)
         sketch = record.rule.sketch(gradient, self.store.read(record), self.store.context(record))
         sketch.whole = as_dense(gradient) if record.observer is not None else None

@@ -55,7 +55,7 @@ class CommitPolicy:
     ) -> None:
         self.tracker, self.store, self.committer, self.pending = tracker, store, committer, pending
         self.checks, self.attached, self.skipped, self.bases, self.sync = checks, attached, skipped, bases, sync
-        self._followers = [record for record in store.records if not record.rule.is_elementwise]
+        self._followers = [record for record in store.records if record.rule.has_rank]
         self.tells_mean = sync.tells_mean
         self._bad_loss: str | None = None
         # Number of autograd's graph task whose gradients are to be left out, and why.

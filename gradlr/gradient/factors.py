@@ -60,6 +60,14 @@ class OuterProduct(GradientOperator):
         blocks = delta.split(max(1, _BLOCK_NUMBERS // x.shape[-1]), dim=-1)
         return torch.cat([torch.linalg.vector_norm(widen(block).mT @ x, dim=-1, keepdim=True) for block in blocks]) ** 2
 
+    @property
+    def tokens(self) -> tuple[Tensor, Tensor] | None:
+        """δ (T, m) and x (T, n) of G = δᵀ x, float32 or wider; None where the map is no Linear."""
+        if not isinstance(self._op, LinearOp):
+            return None
+        delta, x = self._tokens()
+        return widen(delta), widen(x)
+
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
         """The two factors of a Linear's gradient, and the scale."""
         delta, x = self._tokens()

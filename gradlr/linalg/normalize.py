@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -77,12 +79,32 @@ def multi_normalize(
     # What is subnormal counts as zero, here and below: its reciprocal would be infinite.
     unit = torch.where(peak >= tiny, peak.reciprocal(), 0.0)
     squares = (y * unit).square_()
-    columns = squares.new_ones((*x.shape[:-2], x.shape[-1], 1))
-    for _ in range(passes):
-        rows = squares @ columns if whole else layout.columns.inner(squares.mT, columns)
-        # These are reciprocals of squared lengths: the roots are taken once, below.
-        rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
-        columns = squares.mT @ rows if whole else layout.rows.inner(squares, rows)
-        columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
+    rows, columns = alternate(
+        lambda scales: squares @ scales if whole else layout.columns.inner(squares.mT, scales),
+        lambda scales: squares.mT @ scales if whole else layout.rows.inner(squares, scales),
+        squares.new_ones((*x.shape[:-2], x.shape[-1], 1)),
+        passes=passes,
+    )
     row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
     return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)
+
+
+def alternate(
+    row_energies: Callable[[Tensor], Tensor], column_energies: Callable[[Tensor], Tensor], columns: Tensor, *, passes: int
+) -> tuple[Tensor, Tensor]:
+    """Squared scales of rows and columns after so many passes, zero where a row or column is.
+
+    Args:
+        row_energies: Squared lengths of the rows, (..., m, 1), under squared scales (..., n, 1) of the columns.
+        column_energies: The same of the columns under scales of the rows.
+        columns: Ones, (..., n, 1).
+        passes: How often each is found.
+    """
+    tiny, rows = torch.finfo(columns.dtype).tiny, columns
+    for _ in range(passes):
+        # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.
+        rows = row_energies(columns)
+        rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
+        columns = column_energies(rows)
+        columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
+    return rows, columns

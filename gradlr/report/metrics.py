@@ -70,7 +70,7 @@ class Observer:
         """The gradient's part of the numbers, of what `keep` gave and the update, number `step`, that the rule made of it."""
         is_projected, energy = isinstance(kept, Sketched), kept.squared_norm()
         rank = None if KINDS[record.plan.kind].is_vector else mean_stable_rank(kept)
-        left = None if record.rule.is_elementwise or is_projected else update.left
+        left = None if not record.rule.has_rank or is_projected else update.left
         share = None if left is None else captured_energy(kept, left) / energy
         return UpdateMetrics(step, is_projected, energy.sqrt(), rank, share)
 

@@ -131,7 +131,7 @@ def describe(
     for record, size in zip(records, sizes, strict=True):
         plan, group = record.plan, groups[record.group_index]
         view = _format_shape(plan.shape) if plan.view.pattern else "as it is"
-        ranks = ("", "") if record.rule.is_elementwise else (f"{record.rank}/{record.largest_rank}", f"{record.momentum_rank}")
+        ranks = (f"{record.rank}/{record.largest_rank}", f"{record.momentum_rank or ''}") if record.rule.has_rank else ("", "")
         rates = (f"{float(group['lr']):.3g}", f"{float(group['weight_decay']):.3g}" if group["weight_decay"] else "")
         what = (plan.name, _format_shape(plan.parameter.shape), plan.kind, view, record.rule.name)
         rows.append((*what, *ranks, record.capture, *rates, format_bytes(size)))
@@ -194,7 +194,7 @@ def _row(record: ParamRecord, state: dict[str, Tensor]) -> ParameterReport:
     plan, steps = record.plan, int(state["step"])
     numbers: dict[str, Any] = {"steps": steps, "state_bytes": state_bytes(state)}
     numbers["weight_norm"] = squared_norm(plan.parameter.detach()).sqrt()
-    if not record.rule.is_elementwise:
+    if record.rule.has_rank:
         numbers |= {"rank": record.rank, "largest_rank": record.largest_rank, "momentum_rank": record.momentum_rank}
     factors = record.rule.momentum(rule_entries(state))
     if factors is not None and steps:

@@ -8,13 +8,28 @@ from ..errors import ArgumentError, warn
 from .adam import Adam
 from .base import Rule, State, Update, UpdateContext
 from .factor_moments import FactorMoments
-from .rowwise import RowwiseRMSprop
 from .low_rank_polar import LowRankPolar
+from .multi_normalized import MultiNormalized
+from .polar import Polar
+from .rowwise import RowwiseRMSprop
 
-__all__ = ["Adam", "FactorMoments", "RowwiseRMSprop", "Rule", "State", "LowRankPolar", "Update", "UpdateContext", "resolve"]
+__all__ = [
+    "Adam",
+    "FactorMoments",
+    "LowRankPolar",
+    "MultiNormalized",
+    "Polar",
+    "RowwiseRMSprop",
+    "Rule",
+    "State",
+    "Update",
+    "UpdateContext",
+    "resolve",
+]
 
-BUILT_IN: dict[str, type[Rule]] = {rule.name: rule for rule in (LowRankPolar, FactorMoments, Adam, RowwiseRMSprop)}
-
+BUILT_IN: dict[str, type[Rule]] = {
+    rule.name: rule for rule in (LowRankPolar, MultiNormalized, Polar, FactorMoments, Adam, RowwiseRMSprop)
+}
 
 _RENAMED = (
     "the rule 'tracked_momentum' (TrackedMomentum) is called 'low_rank_polar' (LowRankPolar) now. Its learning rate is AdamW's: "

@@ -29,6 +29,7 @@ class RowwiseRMSprop(Rule):
 
     name = "rowwise_rmsprop"
     is_elementwise = True
+    has_rank = False
     accepts_row_factors = True
     supports_sharding = True
     state_sharding: ClassVar = {"square": "rows"}

@@ -1,6 +1,6 @@
-"""Naive float64 reference of the tracked momentum rule: one matrix, exact decompositions, nothing shared with the package.
+"""Naive float64 reference of the low-rank polar rule: one matrix, exact decompositions, nothing shared with the package.
 
-W, G, M = P Rᵀ are m × n; r is the rank of the update, k the rank of the momentum that is kept.
+W, G, M = P Rᵀ are m × n; r is the rank of the update, k the rank of the momentum that is kept, 0 for none.
 """
 
 import numpy as np
@@ -83,12 +83,16 @@ class LowRankPolarReference:
         if self.residual > 0:
             E = G - B @ (B.T @ G)
             open_directions = min(m, n) - self.rank
-            if open_directions > 0 and np.abs(E).max() > 1e-6 * np.abs(G).max():
+            if open_directions > 0 and np.abs(E).max() > 5e-13 * np.abs(G).max():
                 D = D + self.residual * spread(E, np.sqrt(open_directions))
         if not np.any(G):
             D = np.zeros((m, n))
 
         self.weight *= 1 - self.lr * self.weight_decay
-        self.weight -= self.lr * 0.2 * np.sqrt(max(m, n)) * D
+        # A root mean square of one, had every direction its full length.
+        squares = self.rank + self.residual**2 * (min(m, n) - self.rank)
+        self.weight -= self.lr * np.sqrt(m * n / squares) * D
+        if self.momentum_rank == 0:
+            return
         C = self.leading(B, Z)
         self.P, self.R = B @ C, Z @ C

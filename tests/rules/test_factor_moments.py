@@ -37,7 +37,7 @@ def signs_of(gradient, rank, generator):
 
 
 def reference_for(weight, rule, *, rank, lr, beta, weight_decay=0.0):
-    scale = 0.2 * max(weight.shape) ** 0.5 if rule.scale is None else rule.scale
+    scale = rule.scale
     return FactorMomentsReference(
         weight.numpy(), rank=rank, lr=lr, beta=beta, beta2=rule.beta2, eps=rule.eps, scale=scale, weight_decay=weight_decay,
         adjust=rule.is_adjusted,
@@ -54,7 +54,7 @@ def follow(reference, gradient, rank, generators):
 @pytest.mark.parametrize("decay", [1.0, 0.6])
 @pytest.mark.parametrize("is_adjusted", [False, True])
 @pytest.mark.parametrize("ranks", [[4] * COUNT, [4] * 5 + [2] * 5 + [8] * 5 + [6] * 5], ids=["fixed", "changing"])
-@pytest.mark.parametrize(("scale", "weight_decay"), [(None, 0.1), (1.0, 0.0)])
+@pytest.mark.parametrize(("scale", "weight_decay"), [(1.4, 0.1), (1.0, 0.0)])
 def test_twenty_steps_are_the_references(shape, decay, is_adjusted, ranks, scale, weight_decay):
     rule, common = exact(is_adjusted=is_adjusted, scale=scale), {"lr": 0.05, "beta": 0.9, "weight_decay": weight_decay}
     weight, gradients = torch.randn(shape, dtype=torch.float64), random_gradients(shape, COUNT, decay=decay)
@@ -69,7 +69,7 @@ def test_twenty_steps_are_the_references(shape, decay, is_adjusted, ranks, scale
 @pytest.mark.parametrize("is_adjusted", [False, True])
 def test_twenty_steps_of_the_optimizer_are_the_references(shape, is_adjusted):
     model = nn.Linear(shape[1], shape[0], bias=False, dtype=torch.float64)
-    tracker, rule = gradlr.LossTracker(), exact(is_adjusted=is_adjusted)
+    tracker, rule = gradlr.LossTracker(), exact(is_adjusted=is_adjusted, scale=1.3)
     options = {"lr": 0.05, "beta": 0.8, "weight_decay": 0.1}
     opt = gradlr.attach(model, tracker, rule=rule, rank=gradlr.ByLoss(8), seed=3, **options)
     reference = reference_for(model.weight.detach(), rule, rank=8, **options)
@@ -123,8 +123,8 @@ def test_the_default_scale_makes_the_notebooks_update_comparable_with_adamws():
     one, other = (
         rule.update(Dense(gradient), first_state(rule, (20, 10)), context())[0].left for rule in (exact(), exact(scale=1.0))
     )
-    # One multiplication.
-    torch.testing.assert_close(one, 0.2 * 20**0.5 * other, rtol=1e-14, atol=0)
+    # One multiplication: √(mn / r).
+    torch.testing.assert_close(one, (20 * 10 / 4) ** 0.5 * other, rtol=1e-14, atol=0)
 
 
 def test_adjusting_keeps_momentum_that_changing_signs_would_cancel():

@@ -46,18 +46,24 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "_tables1": ("embeddings at lr", {"embedding_share": 1.0}),
     "_tables4": ("embeddings at lr / 4", {"embedding_share": 1 / 4}),
     "_tables8": ("embeddings at lr / 8", {"embedding_share": 1 / 8}),
+    "_tables16": ("embeddings at lr / 16", {"embedding_share": 1 / 16}),
     "_one_sided": ('capture="one_sided"', {"capture": "one_sided"}),
     "_adaptor": ('capture="adaptor"', {"capture": "adaptor"}),
     "_group": ("process_group=", {"apply": "step", "in_group": True}),
     "_step": ('apply="step"', {"apply": "step"}),
 }
-_FORM = "|".join(_FORMS)
-_SPELLED = re.compile(rf"k(?P<k>\d+)_(?P<schedule>r|loss|d)(?P<rank>[1-9]\d*)(?P<forms>({_FORM})*)")
-SPELLING = f"k<K>_r<R>, k<K>_loss<R> or, for a share of the width, k<K>_d<SHARE>, followed by any of {', '.join(_FORMS)}"
+_FORM = "|".join(sorted(_FORMS, key=len, reverse=True))
+_FULL_WIDTH = {"multi_normalized": "MultiNormalized", "polar": "Polar"}
+_SPELLED = re.compile(
+    rf"((?P<rule>{'|'.join(_FULL_WIDTH)})|k(?P<k>\d+)_(?P<schedule>r|loss|d)(?P<rank>[1-9]\d*))(?P<forms>({_FORM})*)"
+)
+SPELLING = (
+    f"k<K>_r<R>, k<K>_loss<R>, k<K>_d<SHARE OF THE WIDTH>, {' or '.join(_FULL_WIDTH)}, followed by any of {', '.join(_FORMS)}"
+)
 
 
 def baseline(name: str) -> Baseline:
-    """The baseline of that name, from the list or spelled out: `k4_r64_no_residual`, `k4_loss128`.
+    """The baseline of that name, from the list or spelled out: `k4_r64_no_residual`, `k0_d4`, `multi_normalized_adaptor`.
 
     Raises:
         ArgumentError: there is none of that name.
@@ -67,18 +73,25 @@ def baseline(name: str) -> Baseline:
     match = _SPELLED.fullmatch(name)
     if match is None:
         raise ArgumentError(f"no baseline {name!r}: known are {', '.join(BASELINES)}, or gradlr spelled out as {SPELLING}")
+    label, options = _full_width(match["rule"]) if match["rule"] else _low_rank(match)
+    for form in re.findall(_FORM, match["forms"]):
+        words, more = _FORMS[form]
+        label, options = f"{label}, {words}", options | more
+    return Baseline(name, label, gradlr(**options), _RATES)
+
+
+def _full_width(rule: str) -> tuple[str, dict[str, Any]]:
+    return _FULL_WIDTH[rule], {"rule": rule}
+
+
+def _low_rank(match: re.Match[str]) -> tuple[str, dict[str, Any]]:
     k, number = int(match["k"]), int(match["rank"])
     words, rank = {
         "r": (f"r{number}", number),
         "loss": (f"r ≤ {number} by loss", ByLoss(number)),
         "d": (f"r = d/{number}", 1 / number),
     }[match["schedule"]]
-    label = f"LowRankPolar k{k} {words}"
-    options: dict[str, Any] = {"rank": rank, "momentum_rank": k}
-    for form in re.findall(_FORM, match["forms"]):
-        words, more = _FORMS[form]
-        label, options = f"{label}, {words}", options | more
-    return Baseline(name, label, gradlr(**options), _RATES)
+    return f"LowRankPolar k{k} {words}", {"rank": rank, "momentum_rank": k}
 
 
 def require_baselines(names: list[str]) -> None:
