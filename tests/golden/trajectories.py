@@ -79,7 +79,7 @@ class Run:
             for part in (self.model.first, self.model.second, self.model):
                 fully_shard(part)
         self.tracker = gradlr.LossTracker()
-        options = {"lr": 1e-2, "rank": 4, "momentum_rank": 3, "rule": tracked()} | options
+        options = {"lr": 2e-3, "rank": 4, "momentum_rank": 3, "rule": tracked()} | options
         self.opt = gradlr.attach(self.model, self.tracker, **options)
         self.losses: list[float] = []
         self.kept: dict[str, Tensor] = {}
@@ -161,8 +161,28 @@ def hook_without_residual():
 
 
 @trajectory()
+def without_momentum():
+    return Run(momentum_rank=0).go()
+
+
+@trajectory()
+def without_momentum_accumulation():
+    return Run(momentum_rank=0, apply="step").go(micro=3)
+
+
+@trajectory()
+def multi_normalized():
+    return Run(rule="multi_normalized").go()
+
+
+@trajectory()
+def polar_adaptor():
+    return Run(rule="polar", capture="adaptor").go()
+
+
+@trajectory()
 def weight_decay():
-    groups = [{"match": "second.*", "lr": 5e-3, "weight_decay": 0.02, "rank": 6, "momentum_rank": 2, "beta": 0.8}]
+    groups = [{"match": "second.*", "lr": 1e-3, "weight_decay": 0.02, "rank": 6, "momentum_rank": 2, "beta": 0.8}]
     return Run(weight_decay=0.3, groups=groups).go()
 
 
@@ -186,7 +206,7 @@ def convolutions_hook():
 @trajectory()
 def rank_by_loss():
     Counted.given.clear()
-    kept = Run(Falling, lr=4e-2, rank=Counted(12)).go()
+    kept = Run(Falling, lr=8e-3, rank=Counted(12)).go()
     assert len(set(Counted.given)) >= 4, f"the rank hardly changes: {Counted.given}"
     return kept
 
@@ -194,7 +214,7 @@ def rank_by_loss():
 @trajectory()
 def rank_by_loss_step():
     Counted.given.clear()
-    kept = Run(Falling, lr=4e-2, rank=Counted(6), apply="step").go()
+    kept = Run(Falling, lr=8e-3, rank=Counted(6), apply="step").go()
     assert len(set(Counted.given)) >= 4, f"the rank hardly changes: {Counted.given}"
     return kept
 
@@ -350,6 +370,11 @@ def replicas_adaptor_accumulation():
 @trajectory(processes=2)
 def sharded_backward():
     return Run(is_sharded=True).go(part=_own_half())
+
+
+@trajectory(processes=2)
+def sharded_without_momentum():
+    return Run(is_sharded=True, momentum_rank=0).go(part=_own_half())
 
 
 @trajectory(processes=2)

@@ -37,7 +37,7 @@ _SHORTER = {
     'capture="adaptor"': "adaptor",
     " (the notebook's)": "",
     ", gradient release (optimi)": ", optimi",
-    "AdamW, tables at lr / 4": "AdamW, slow tables",
+    "AdamW, embeddings at lr / 4": "AdamW, slow embeddings",
 }
 
 

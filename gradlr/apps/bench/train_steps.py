@@ -148,11 +148,11 @@ def fused_adamw(model: nn.Module, lr: float) -> TrainStep:
     return adamw(model, lr, fused=True)
 
 
-def adamw_slow_tables(model: nn.Module, lr: float) -> TrainStep:
-    """AdamW with embeddings at a quarter of the rate: what splitting the rates alone is worth."""
+def adamw_slow_tables(model: nn.Module, lr: float, share: float = 1 / 4, **options: Any) -> TrainStep:
+    """AdamW with embeddings at a share of the rate: what splitting the rates alone is worth."""
     matrices, embeddings, vectors = split_parameters(model)
-    groups: list[dict[str, Any]] = [{"params": matrices + vectors}, {"params": embeddings, "lr": lr / 4}]
-    return ordinary(torch.optim.AdamW(groups, lr=lr, weight_decay=0.0))
+    groups: list[dict[str, Any]] = [{"params": matrices + vectors}, {"params": embeddings, "lr": lr * share}]
+    return ordinary(torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, **options))
 
 
 def muon(model: nn.Module, lr: float, momentum: float = 0.95) -> TrainStep:
