@@ -70,7 +70,7 @@ def test_it_is_a_torch_optimizer_over_the_real_parameters():
 
 def test_rates_follow_lr_unless_given():
     rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2)[2].param_groups}
-    assert rates == pytest.approx({"matrix": 1e-2, "embedding": 2e-4, "vector": 1e-3})
+    assert rates == pytest.approx({"matrix": 1e-2, "embedding": 6.25e-4, "vector": 1e-2})
     rates = {
         group["kind"]: group["lr"]
         for group in attached(Mixed(), lr=1e-2, kinds={"vector": {"lr": 0.5}, "table": {"lr": 0.25}})[2].param_groups
@@ -91,13 +91,13 @@ def test_the_first_matching_group_wins_and_takes_every_option():
     assert (group["lr"], group["beta"], group["weight_decay"], group["rule"]) == (0.5, 0.5, 0.1, "factor_moments")
     assert (mix.largest_rank, mix.momentum_rank) == (2, 1)
     assert opt.param_groups[conv.group_index]["lr"] == 0.25
-    assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(1e-3)
+    assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(1e-2)
 
 
 def test_a_groups_own_lr_is_nearer_than_a_global_one_of_a_kind():
     _, _, opt = attached(Mixed(), kinds={"vector": {"lr": 1.0}}, groups=[{"match": "mix.*", "lr": 0.5}])
     records = {record.plan.name: record for record in opt.records}
-    assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(0.05)
+    assert opt.param_groups[records["mix.bias"].group_index]["lr"] == pytest.approx(0.5)
     assert opt.param_groups[records["conv.bias"].group_index]["lr"] == 1.0
 
 
@@ -153,7 +153,8 @@ BAD_ARGUMENTS = [
     ({"rank": 0}, "rank"),
     ({"rank": 1.5}, "rank"),
     ({"rank": "all"}, "rank"),
-    ({"momentum_rank": 0}, "momentum_rank"),
+    ({"momentum_rank": -1}, "momentum_rank"),
+    ({"momentum_rank": True}, "momentum_rank"),
     ({"momentum_rank": gradlr.ByLoss(8)}, "momentum_rank"),
     ({"rule": "sgd"}, "low_rank_polar"),
     ({"rule": LowRankPolar}, "object"),
@@ -286,7 +287,7 @@ def test_sharded_parameters_are_seen_and_several_processes_not_passed_over(tmp_p
         x = distribute_tensor(torch.ones(2, 4), model.weight.device_mesh)
         tracker(model(x).to_local().square().mean()).backward()
         assert not torch.equal(model.weight.to_local(), before) and model.weight.grad is None
-        assert opt.state[model.weight]["P"].shape == (4, 4)
+        assert opt.state[model.weight].keys() == {"step"}
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         with pytest.warns(gradlr.GradlrWarning, match="2 processes"):
             gradlr.attach(mlp(), LossTracker())

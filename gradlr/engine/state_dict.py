@@ -17,7 +17,7 @@ from .record import ParamRecord
 
 # Rates of format 1 are in another unit: a matrix changed by 0.2 √(max(m, n) (r + α² (d − r)) / (mn)) times its `lr`.
 FORMAT = 2
-_RENAMED = {("kind", "table"): "embedding", ("rule", "tracked_momentum"): "low_rank_polar"}
+_RENAMED = (("kind", "table", "embedding"), ("rule", "tracked_momentum", "low_rank_polar"))
 
 
 def rates_message(saved: list[dict[str, Any]], groups: list[dict[str, Any]]) -> str:
@@ -72,7 +72,7 @@ def _check_entries(state_dict: Any) -> None:
     copy = _in_first_group(state_dict)
     if extra is not copy and copy is not None and repr(copy) != repr(extra):  # NaN in a history equals nothing
         raise CheckpointError("the checkpoint's two records of ranks, seed and losses differ: it is damaged")
-    if extra.get("version") not in (1, FORMAT) or isinstance(extra["version"], bool):
+    if type(extra.get("version")) is not int or not 1 <= extra["version"] <= FORMAT:
         raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads formats 1 and {FORMAT}")
     is_sound = {
         "state": isinstance(state_dict["state"], dict),
@@ -99,7 +99,7 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
         example = differing[0] if differing else names[0]
         raise CheckpointError(f"{where}: the checkpoint has other parameters or another order, {example!r} for one")
     for key in ("kind", "rule"):
-        if _RENAMED.get((key, saved[key]), saved[key]) != group[key]:
+        if saved[key] != group[key] and (key, saved[key], group[key]) not in _RENAMED:
             raise CheckpointError(f"{where}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
     for key, value in group.items():
         limit = 1.0 if key == "beta" else math.inf

@@ -118,7 +118,12 @@ class LowRankPolar(Rule):
             image += context.beta * (state["P"] @ columns.inner(state["R"], test))
         basis = orthonormalize(image, axis=rows)
         seen = gradient.rmatmul(basis)
-        parts = [seen, *_followed(seen, basis, state, context)]
+        parts = [seen]
+        if state:
+            # Seen from there, the momentum is Aᵀ B, and Nesterov's look ahead z + β Aᵀ B.
+            overlap = rows.inner(state["P"], basis)
+            averaged = seen + context.beta * (state["R"] @ overlap)
+            parts += [averaged, seen + context.beta * averaged]
         # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size. Where none is seen,
         # as of an expert without tokens, nothing moves, though the momentum may still point somewhere.
         peaks = columns.column_peaks(torch.cat(parts, dim=-1)).unflatten(-1, (len(parts), -1)).amax(dim=-1)
@@ -137,19 +142,8 @@ class LowRankPolar(Rule):
         if not state:
             return update, {}
         # A ≈ B Bᵀ A, of which the k leading directions are kept.
-        rotation = _leading(parts[1] / scales[1], rows.inner(state["P"], basis), columns)
-        return update, {"P": basis @ rotation, "R": parts[1] @ rotation}
-
-
-def _followed(seen: Tensor, basis: Tensor, state: State, context: UpdateContext) -> list[Tensor]:
-    """Of the basis B and z = Gᵀ B: the momentum as it is seen from there, Aᵀ B, and Nesterov's look ahead z + β Aᵀ B, (..., n, r).
-
-    Nothing where there is no momentum.
-    """
-    if not state:
-        return []
-    averaged = seen + context.beta * (state["R"] @ context.layout.rows.inner(state["P"], basis))
-    return [averaged, seen + context.beta * averaged]
+        rotation = _leading(averaged / scales[1], overlap, columns)
+        return update, {"P": basis @ rotation, "R": averaged @ rotation}
 
 
 def _directions(

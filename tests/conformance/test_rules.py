@@ -11,7 +11,7 @@ from shapes import matrix
 from gradlr.engine.apply_update import apply_update
 from gradlr.gradient import Dense, Sketched
 from gradlr.layers import View
-from gradlr.rules import Adam, FactorMoments, RowwiseRMSprop, LowRankPolar
+from gradlr.rules import Adam, FactorMoments, LowRankPolar, MultiNormalized, Polar, RowwiseRMSprop
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,8 @@ FACTORS = {
     "factors_notebook": FactorMoments(scale=1.0),
 }
 MATRIX_RULES = TRACKED | FACTORS
-RULES = MATRIX_RULES | {"adam": Adam(), "rowwise": RowwiseRMSprop()}
+FULL_WIDTH = {"multi_normalized": MultiNormalized(), "polar": Polar()}
+RULES = MATRIX_RULES | FULL_WIDTH | {"adam": Adam(), "rowwise": RowwiseRMSprop()}
 
 FULL_RANK_SHAPES = ("tall", "wide", "square", "batched", "one_row", "one_column")
 MATRIX_SHAPES = (*FULL_RANK_SHAPES, "deficient", "zero")
@@ -273,8 +274,8 @@ def test_the_rank_may_fall_and_grow_between_updates(rule, shape):
         update, state = RULES[rule].update(Dense(gradient), state, settings_for(gradient, rank=rank, step=step))
         assert update.left.shape[-1] == update.right.shape[-1] == rank
         assert all(value.isfinite().all() for value in (*parts(update).values(), *state.values()))
-        # At least a tenth of, and no more than ten times, the length 0.2 sqrt(max(m, n) r) of an orthogonal update.
-        length = (1.0 if rule == "factors_notebook" else 0.2 * max(gradient.shape[-2:]) ** 0.5) * rank**0.5
+        # At least a tenth of, and no more than ten times, the length sqrt(mn) of an update with a root mean square of one.
+        length = rank**0.5 if rule == "factors_notebook" else (gradient.shape[-2] * gradient.shape[-1]) ** 0.5
         lengths = torch.linalg.matrix_norm(update.left @ update.right.mT)
         assert (lengths > length / 10).all() and (lengths < length * 10).all()
 
@@ -325,7 +326,7 @@ def test_a_resized_state_goes_on_with_updates_of_the_same_length(rule, shape, ra
     now = settings_for(gradients[2], rank=rank, momentum_rank=momentum_rank, step=3)
     state = RULES[rule].resize(state, gradients[2].shape, now)
     update, _ = RULES[rule].update(Dense(gradients[2]), state, now)
-    length = (1.0 if rule == "factors_notebook" else 0.2 * max(gradients[2].shape[-2:]) ** 0.5) * rank**0.5
+    length = rank**0.5 if rule == "factors_notebook" else (gradients[2].shape[-2] * gradients[2].shape[-1]) ** 0.5
     # Every rule's singular values are about one; ten times that is no longer the same update.
     assert (torch.linalg.matrix_norm(update.left @ update.right.mT) < 10 * length).all()
 

@@ -156,7 +156,7 @@ def test_frozen_layers_do_not_shift_the_state():
 
 
 @pytest.mark.synchronous("what is refused is refused before any device is asked")
-@pytest.mark.parametrize("options", [{"rank": gradlr.ByLoss(4)}, {"rule": "factor_moments", "apply": "step"}])
+@pytest.mark.parametrize("options", [{"rank": gradlr.ByLoss(4), "momentum_rank": 2}, {"rule": "factor_moments", "apply": "step"}])
 def test_a_damaged_state_is_refused_whole_or_trains_on(options):
     def start():
         return attached(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5, bias=False)), **options)

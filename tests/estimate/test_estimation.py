@@ -203,7 +203,7 @@ def test_it_reads_well():
         (("minilm", {"method": "adamw", "rank": 4}), "has no rank"),
         (("minilm", {"method": "lora", "rank": 0.5}), "int of at least 1"),
         (("minilm", {"method": "adamw", "momentum_rank": 4}), "option of gradlr.attach"),
-        (("minilm", {"momentum_rank": 0}), "momentum_rank"),
+        (("minilm", {"momentum_rank": -1}), "momentum_rank"),
         ((nn.Conv1d(3, 4, 1),), "give inputs="),
         ((nn.Linear(3, 4), {"checkpointing": True}), "no nn.ModuleList or nn.Sequential"),
         ((nn.Linear(3, 4), {"method": "lora"}), "no Linear inside"),

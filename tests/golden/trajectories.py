@@ -79,7 +79,8 @@ class Run:
             for part in (self.model.first, self.model.second, self.model):
                 fully_shard(part)
         self.tracker = gradlr.LossTracker()
-        options = {"lr": 2e-3, "rank": 4, "momentum_rank": 3, "rule": tracked()} | options
+        kinds = {"embedding": {"lr": 1e-3}, "vector": {"lr": 1e-3}}
+        options = {"lr": 2e-3, "kinds": kinds, "rank": 4, "momentum_rank": 3, "rule": tracked()} | options
         self.opt = gradlr.attach(self.model, self.tracker, **options)
         self.losses: list[float] = []
         self.kept: dict[str, Tensor] = {}
