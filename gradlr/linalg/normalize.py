@@ -49,7 +49,7 @@ def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
 
 
 def multi_normalize(
-    x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = UNSHARDED, peak: Tensor | None = None
+    x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = UNSHARDED
 ) -> Tensor:
     """Scale rows, then columns, to unit length, in turn.
 
@@ -61,7 +61,6 @@ def multi_normalize(
         passes: How often rows and columns are normalized, at least once. Columns come last, so their lengths are exact.
         inplace: Whether the result may overwrite `x` (float32 or wider only).
         layout: How rows and columns are spread.
-        peak: Largest absolute entry of the whole, (..., 1, 1), where it is known.
 
     Returns:
         Shape (..., m, n), float32 or wider: `diag(a) x diag(b)` with columns of unit length, or zero where `x` is zero.
@@ -73,20 +72,24 @@ def multi_normalize(
     """
     if passes < 1:
         raise ArgumentError(f"multi_normalize: passes={passes}; it must be at least 1")
-    y, whole = widen(x), layout.is_whole
-    tiny = torch.finfo(y.dtype).tiny
-    peak = layout.all_reduce_max(largest_entry(y)) if peak is None else peak
-    # What is subnormal counts as zero, here and below: its reciprocal would be infinite.
-    unit = torch.where(peak >= tiny, peak.reciprocal(), 0.0)
-    squares = (y * unit).square_()
-    rows, columns = alternate(
-        lambda scales: squares @ scales if whole else layout.columns.inner(squares.mT, scales),
-        lambda scales: squares.mT @ scales if whole else layout.rows.inner(squares, scales),
-        squares.new_ones((*x.shape[:-2], x.shape[-1], 1)),
-        passes=passes,
-    )
+    y = widen(x)
+    peak = layout.all_reduce_max(largest_entry(y))
+    # What is subnormal counts as zero: its reciprocal would be infinite.
+    unit = torch.where(peak >= torch.finfo(y.dtype).tiny, peak.reciprocal(), 0.0)
+    rows, columns = scales_of_squares((y * unit).square_(), layout, passes=passes)
     row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
     return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)
+
+
+def scales_of_squares(squares: Tensor, layout: Layout = UNSHARDED, *, passes: int = 3) -> tuple[Tensor, Tensor]:
+    """Squared scales of rows (..., m, 1) and columns (..., n, 1), of squared entries (..., m, n)."""
+    whole = layout.is_whole
+    return alternate(
+        lambda scales: squares @ scales if whole else layout.columns.inner(squares.mT, scales),
+        lambda scales: squares.mT @ scales if whole else layout.rows.inner(squares, scales),
+        squares.new_ones((*squares.shape[:-2], squares.shape[-1], 1)),
+        passes=passes,
+    )
 
 
 def alternate(

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..gradient import Dense, GradientOperator, OuterProduct, Sketched
-from ..linalg import REPLICATED, Axis, Layout, multi_normalize, normalize_columns, orthonormalize
-from ..linalg.normalize import largest_entry
+from ..linalg import REPLICATED, Axis, Layout, normalize_columns, orthonormalize
+from ..linalg.normalize import scales_of_squares
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
 from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
 
-# Entries of the residual below this share of the gradient's largest are rounding errors, not a direction: where the gradient has
-# fewer directions than r, as of a batch of 16 in the last layer, 2.2e-5 and 1.0e-13 were the largest of 60 random cases.
+# A residual shorter than this share of what the basis sees is rounding errors, not a direction: where the gradient has fewer
+# directions than r, as of a batch of 16 in the last layer, 2.2e-5 and 1.0e-13 were the largest of 60 random cases.
 _RESIDUAL_RTOL = {torch.float32: 5e-5, torch.float64: 5e-13}
 # Directions of the momentum below this share of the largest are rounding errors of the others, and count as none.
 _MOMENTUM_RTOL = 1e-5
@@ -221,13 +221,19 @@ def _with_token_residual(
 
 def _residual(rest: Tensor, basis: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
     """G − B zᵀ in the place of G, normalized."""
-    before = largest_entry(rest)
     if rest.ndim == 2:
         rest.addmm_(basis, seen.mT, alpha=-1)
     else:
         rest -= basis @ seen.mT
-    before, peak = layout.all_reduce_max(torch.cat([before, largest_entry(rest)], dim=-1)).split(1, dim=-1)
-    spread = multi_normalize(rest, inplace=True, layout=layout, peak=peak)
-    # Columns are of unit length or zero: the norm says how many are not.
-    energy = layout.all_reduce_sum(torch.linalg.vector_norm(spread, dim=(-2, -1), keepdim=True) ** 2)
-    return spread.mul_(torch.where((peak > _RESIDUAL_RTOL[rest.dtype] * before) & (energy > 0), size * energy.rsqrt(), 0.0))
+    # In units of what the basis sees, which is the largest part of the gradient, squares neither overflow nor vanish.
+    peak = layout.columns.column_peaks(seen).amax(dim=-1, keepdim=True)
+    unit = torch.where(peak >= torch.finfo(rest.dtype).tiny, peak.reciprocal(), 0.0)
+    squares = (rest * unit).square_()
+    energy = layout.all_reduce_sum(squares.sum(dim=(-2, -1), keepdim=True))
+    captured = layout.columns.all_reduce_sum((seen * unit).square_().sum(dim=(-2, -1), keepdim=True))
+    rows, columns = scales_of_squares(squares, layout)
+    # Columns are of unit length or zero.
+    count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(rest.dtype))
+    is_there = energy > _RESIDUAL_RTOL[rest.dtype] ** 2 * captured
+    factor = torch.where(is_there, size * count.clamp(min=1).rsqrt(), 0.0)
+    return rest.mul_(rows.sqrt_().mul_(unit * factor)).mul_(columns.sqrt_().mT)
