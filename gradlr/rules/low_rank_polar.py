@@ -51,8 +51,9 @@ class LowRankPolar(Rule):
     state_sharding: ClassVar = {"P": "rows", "R": "columns"}
     optional_state: ClassVar = frozenset({"P", "R"})
 
-    def __init__(self, *, residual: float = 0.5) -> None:
+    def __init__(self, *, residual: float = 0.5, residual_tokens: int = 128) -> None:
         self.residual = require_number("residual", residual)
+        self.residual_tokens = residual_tokens
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
@@ -138,7 +139,7 @@ class LowRankPolar(Rule):
             # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
             # counts as much as α times that.
             size = self.residual * length * open_directions**0.5
-            update = _with_residual(update, gradient, basis, seen, size, layout)
+            update = _with_residual(update, gradient, basis, seen, size, context, self.residual_tokens)
         if not state:
             return update, {}
         # A ≈ B Bᵀ A, of which the k leading directions are kept.
@@ -184,47 +185,45 @@ def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
 
 
 def _with_residual(
-    update: Update, gradient: GradientOperator, basis: Tensor, seen: Tensor, size: float, layout: Layout
+    update: Update,
+    gradient: GradientOperator,
+    basis: Tensor,
+    seen: Tensor,
+    size: float,
+    context: UpdateContext,
+    most_tokens: int,
 ) -> Update:
     """The update, and G − B zᵀ spread over all directions by normalizing rows and columns, with Frobenius norm `size`."""
     tokens = gradient.tokens if isinstance(gradient, OuterProduct) else None
-    if tokens is not None and normalization_is_cheaper(len(tokens[0]) + basis.shape[-1], *gradient.shape):
-        return _with_token_residual(update, tokens, basis, seen, size)
-    # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
-    rest = gradient.consume() if isinstance(gradient, Dense) else gradient.matrix
-    update.dense = _residual(rest, basis, seen, size, layout)
-    return update
-
-
-def _with_token_residual(
-    update: Update, tokens: tuple[Tensor, Tensor], basis: Tensor, seen: Tensor, size: float
-) -> Update:
-    """The same of G = δᵀ x in token space: G − B zᵀ is the outer product with r tokens more, and neither is ever formed."""
-    (delta, x), tiny = tokens, torch.finfo(seen.dtype).tiny
-    # The scales of δ and of x may lie far apart, those of B and z as well: what is 1 in B is so in δ.
-    unit = delta.abs().amax().clamp(min=tiny)
-    delta, x = torch.cat([delta / unit, -basis.mT]), torch.cat([x * unit, seen.mT])
-    peak = x.abs().amax().clamp(min=tiny)
-    x = x / peak
+    if tokens is None:
+        # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
+        rest = gradient.consume() if isinstance(gradient, Dense) else gradient.matrix
+        rest = rest.addmm_(basis, seen.mT, alpha=-1) if rest.ndim == 2 else rest.sub_(basis @ seen.mT)
+        update.dense = _normalized(rest, seen, size, context.layout)
+        return update
+    # Every so many tokens stand for all: of these the gradient is a fraction of the work, and the next step takes the next ones.
+    stride = max(1, len(tokens[0]) // most_tokens)
+    delta, x = (part[context.step % stride :: stride] for part in tokens)
+    delta = delta - (delta @ basis) @ basis.mT
+    if not normalization_is_cheaper(len(delta), *gradient.shape):
+        update.dense = _normalized(delta.mT @ x, seen, size, context.layout)
+        return update
     rows, columns = token_scales(delta, x)
-    rest, whole = token_energy(delta, x), token_energy(delta[: len(tokens[0])], x[: len(tokens[0])])
-    # The difference of two numbers of this size says nothing below their rounding.
-    is_there = rest > 100 * torch.finfo(rest.dtype).eps * whole
-    # Columns are of unit length or zero.
-    factor = torch.where(is_there, size / (columns > 0).sum().clamp(min=1).sqrt(), 0.0).to(x.dtype)
+    # The rest is measured against what the basis sees, as in `_normalized`, both in units of its largest entry.
+    tiny = torch.finfo(x.dtype).tiny
+    peak, x_peak = (part.abs().amax().clamp(min=tiny) for part in (seen, x))
+    energy = token_energy(delta * (x_peak / peak), x / x_peak)
+    is_there = energy > _RESIDUAL_RTOL[x.dtype] ** 2 * (seen / peak).square().sum()
+    factor = torch.where(is_there, size * (columns > 0).sum().clamp(min=1).to(x.dtype).rsqrt(), 0.0)
     left, right = update.left, update.right
     if left is not None and right is not None:
-        update.left = torch.cat([left, (delta * rows.mT).mT * factor], dim=-1)
+        update.left = torch.cat([left, delta.mT * (rows * factor)], dim=-1)
         update.right = torch.cat([right, (x * columns.mT).mT], dim=-1)
     return update
 
 
-def _residual(rest: Tensor, basis: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
-    """G − B zᵀ in the place of G, normalized."""
-    if rest.ndim == 2:
-        rest.addmm_(basis, seen.mT, alpha=-1)
-    else:
-        rest -= basis @ seen.mT
+def _normalized(rest: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
+    """What the basis does not see, in its own place, with rows and columns normalized and the Frobenius norm `size`."""
     # In units of what the basis sees, which is the largest part of the gradient, squares neither overflow nor vanish.
     peak = layout.columns.column_peaks(seen).amax(dim=-1, keepdim=True)
     unit = torch.where(peak >= torch.finfo(rest.dtype).tiny, peak.reciprocal(), 0.0)
