@@ -22,8 +22,8 @@ from .rules import Rule
 from .rules.base import require_positive
 from .tracker import LossTracker
 
-# Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how those
-# of the other kinds follow it.
+# Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how
+# those of the other kinds follow it.
 DEFAULT_LR = 1e-4
 DEFAULT_RANK = ByLoss(max_rank=64)
 DEFAULT_MOMENTUM_RANK = 0

@@ -1,4 +1,4 @@
-"""`python -m gradlr bench quality|memory|speed|crossover|devices|estimate`: measure, print, write; `pareto|study`: draw that."""
+"""`python -m gradlr bench quality|memory|speed|crossover|devices|estimate`: measure, print, write; `pareto|front|study`: draw."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _HELP = {
     "devices": "several processes: time of one step and bytes that travel, beside DDP and FSDP2",
     "estimate": "the peak that `gradlr estimate` tells against the measured one",
     "pareto": "draw results of `quality`: loss against state, and against time",
+    "front": "draw results of `quality` on SmolLM2: loss against what is forgotten, and against state",
     "study": "draw results of `quality`: loss over rank and momentum rank, and schedules",
 }
-_DRAWINGS = ("pareto", "study")
+_DRAWINGS = ("pareto", "front", "study")
 _MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed, "devices": devices, "estimate": estimate}
 # Options that are integers of at least 1, with their defaults; threads of torch are its own choice where None.
 _NUMBERS: dict[str, dict[str, int | None]] = {

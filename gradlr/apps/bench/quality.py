@@ -81,13 +81,14 @@ def train(baseline: Baseline, lr: float, seed: int, workload: Workload, device: 
             if not is_finite:
                 return
 
+    train_step, peak = TrainStep(lambda compute: compute(), []), 0
+
     def start() -> TrainStep:
         nonlocal train_step
         train_step = baseline.make(model, lr)
         take(_WATCHED)
         return train_step
 
-    train_step, peak = TrainStep(lambda compute: compute(), []), 0
     try:
         peak = peak_bytes(start, device)
         take(None)
@@ -176,8 +177,9 @@ def measure(
             wanted = [(one.name, lr, seed) for one, lr, seed in todo]
             futures = [pool.submit(_train_by_name, *key, workload, device) for key in wanted if store(*key) is None]
             for future in as_completed(futures):
-                store.add(run := future.result())
-                print(f"{run.baseline:26s} lr {run.lr:<8g} seed {run.seed}  {_told(run.metrics)}", flush=True)
+                ended = future.result()
+                store.add(ended)
+                print(f"{ended.baseline:26s} lr {ended.lr:<8g} seed {ended.seed}  {_told(ended.metrics)}", flush=True)
             # In the order asked for, so that a report does not depend on which run was the faster.
             return [run for key in wanted if (run := store(*key)) is not None]
 
