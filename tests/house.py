@@ -272,7 +272,7 @@ def calls(apply):
 
     torch.manual_seed(0)
     model, tracker, x = torch.nn.Linear(64, 48), gradlr.LossTracker(), torch.randn(8, 64)
-    opt = gradlr.attach(model, tracker, rank=4, momentum_rank=2, apply=apply)
+    opt = gradlr.attach(model, tracker, rank=4, apply=apply)
     called = []
 
     def note(frame, event, _):

@@ -60,7 +60,7 @@ def test_it_leaves_report_results_and_models(straight):
     assert ours["peak_bytes"] < adamw["peak_bytes"]
     model = load_pretrained(folder / "gradlr-fine-tuned.pt")
     assert evaluate(model, FineTuning().validation()) == pytest.approx(ours["validation"][-1][1], abs=1e-6)
-    assert "1/44 of its state" in printed
+    assert "1/120 of its state" in printed
     assert sorted(path.name for path in folder.iterdir()) == [
         "adamw-fine-tuned.pt", "gradlr-fine-tuned.pt", "report.png", "results.json",
     ]  # fmt: skip

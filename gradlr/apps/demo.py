@@ -33,8 +33,7 @@ INTERRUPTED_STATUS = 130
 COLORS = {"adamw": "#8c8c8c", "gradlr": "#0b6e4f"}
 VALIDATE_EVERY = 20
 
-# Learning rates: the best of AdamW's row and of the LowRankPolar rows in gradlr/apps/bench/results/quality.json, written by
-# `python -m gradlr bench quality`. Momentum of rank 3: at this width a fortieth of AdamW's state, the vectors' Adam included.
+# AdamW's best rate (gradlr/apps/bench/results/quality.json, written by `python -m gradlr bench quality`), for both.
 METHODS = (
     Baseline("adamw", "AdamW", adamw, (2e-3,)),
     Baseline("gradlr", "gradlr", gradlr(), (2e-3,)),

@@ -74,7 +74,7 @@ def test_training_is_that_of_hook_capture(name):
 @pytest.mark.parametrize("name", list(NETWORKS))
 def test_training_lowers_the_loss_on_one_batch(name, capture, apply):
     make, loss_of = NETWORKS[name]
-    model, tracker, opt = attached(make(), capture=capture, apply=apply, lr=3e-2, **PLAIN)
+    model, tracker, opt = attached(make(), capture=capture, apply=apply, lr=3e-3, **PLAIN)
     losses = []
     for _ in range(25):
         loss = loss_of(model, 0)

@@ -44,10 +44,10 @@ def update_traffic(shape, rank, momentum_rank):
     """Bytes that one update of a matrix whose rows are sharded hands to all-reduces, inside backward; the rows do not matter.
 
     In float32: Gᵀ times the basis, nr; momentum times the basis, kr; largest entries, r, and three passes of Cholesky-QR, r²
-    each; three row and column scalings of the residual, n each, and three numbers; one that says whether all is finite.
+    each; three row and column scalings of the residual, n each, and its energy; one that says whether all is finite.
     """
     n, r, k = shape[1], rank, momentum_rank
-    return 4 * (n * r + k * r + r + 3 * r * r + 3 * n + 3 + 1)
+    return 4 * (n * r + k * r + r + 3 * r * r + 3 * n + 1 + 1)
 
 
 def replica_traffic(gpus, parameters, matrices, vectors, table_numbers, table_rows):

@@ -334,5 +334,5 @@ def test_transformers_own_default_rate_is_not_passed_on_and_that_is_told(tmp_pat
     trainer = trainer_of(tmp_path, learning_rate=5e-5, max_steps=1)
     with pytest.warns(GradlrWarning, match="default of 5e-5, which is AdamW's"):
         trainer.train()
-    assert unwrap(trainer.optimizer).param_groups[0]["initial_lr"] == 1.6e-2
+    assert unwrap(trainer.optimizer).param_groups[0]["initial_lr"] == 1e-4
     trainer_of(tmp_path, options={"lr": 5e-5}, learning_rate=5e-5, max_steps=1).train()
