@@ -14,7 +14,6 @@ from ..rules import UpdateContext
 from ..tracker import LossTracker
 from .record import ParamRecord
 
-
 # Rates of format 1 are in another unit: a matrix changed by 0.2 √(max(m, n) (r + α² (d − r)) / (mn)) times its `lr`.
 FORMAT = 2
 _RENAMED = (("kind", "table", "embedding"), ("rule", "tracked_momentum", "low_rank_polar"))

@@ -48,9 +48,7 @@ def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     return x * axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True)).clamp_(min=tiny).rsqrt_()
 
 
-def multi_normalize(
-    x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = UNSHARDED
-) -> Tensor:
+def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = UNSHARDED) -> Tensor:
     """Scale rows, then columns, to unit length, in turn.
 
     The scalings are found as two vectors from the squared entries (a Sinkhorn iteration) and applied once at the end, so

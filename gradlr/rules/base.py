@@ -86,8 +86,8 @@ class Rule:
         name: What `rule="..."` and `repr(opt)` call it.
         is_elementwise: Whether the rule needs the gradient's entries (`gradient.matrix`); such a rule may suit vectors too.
             Matrix rules use `gradient @ X` and `gradient.mT @ Y` only.
-        has_rank: Whether the rule looks at r directions of the gradient; where it looks at all of them, rank and momentum rank say
-            nothing, and what waits for `opt.step()` is the gradient itself.
+        has_rank: Whether the rule looks at r directions of the gradient; where it looks at all of them, rank and momentum rank
+            say nothing, and what waits for `opt.step()` is the gradient itself.
         accepts_row_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the
             `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
@@ -240,3 +240,10 @@ def require_number(name: str, value: float, *, minimum: float = 0.0) -> float:
     if not is_number or not minimum <= value < float("inf"):
         raise ArgumentError(f"{name}={value!r}: it must be a finite number, at least {minimum:g}")
     return float(value)
+
+
+def require_count(name: str, value: int) -> int:
+    """`value`, where it is an int of at least 1; an ArgumentError otherwise."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ArgumentError(f"{name}={value!r}: it must be an int of at least 1")
+    return value

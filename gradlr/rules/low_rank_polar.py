@@ -14,7 +14,7 @@ from ..linalg import REPLICATED, Axis, Layout, normalize_columns, orthonormalize
 from ..linalg.normalize import scales_of_squares
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
-from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
+from .base import Rule, State, Update, UpdateContext, fit_columns, require_count, require_number, update_scale
 
 # A residual shorter than this share of what the basis sees is rounding errors, not a direction: where the gradient has fewer
 # directions than r, as of a batch of 16 in the last layer, 2.2e-5 and 1.0e-13 were the largest of 60 random cases.
@@ -37,9 +37,11 @@ class LowRankPolar(Rule):
     Args:
         residual: Weight α of the part of the gradient outside the update's basis, spread over all directions by normalizing
             rows and columns; used where the gradient itself is known, and not only a sketch of it. 0 turns it off.
+        residual_tokens: Of how many of a step's tokens that part is made where capture never forms the gradient: T tokens are
+            thinned to every (T / residual_tokens)th, others in each step.
 
     Raises:
-        ArgumentError: `residual` is no finite number of at least 0.
+        ArgumentError: `residual` is no finite number of at least 0, or `residual_tokens` no int of at least 1.
 
     Source: randomized range finder, Halko, Martinsson, Tropp 2011 (arXiv 0909.4061); orthogonalized updates as in Muon; residual
     by gradient multi-normalization (arXiv 2502.06742); momentum by power iteration with warm start as in PowerSGD (1905.13727)
@@ -53,7 +55,7 @@ class LowRankPolar(Rule):
 
     def __init__(self, *, residual: float = 0.5, residual_tokens: int = 128) -> None:
         self.residual = require_number("residual", residual)
-        self.residual_tokens = residual_tokens
+        self.residual_tokens = require_count("residual_tokens", residual_tokens)
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
@@ -136,8 +138,8 @@ class LowRankPolar(Rule):
         length = update_scale(whole, context.rank, self.residual if has_residual else 0.0)
         update = Update(left=basis * length, right=direction * is_moving)
         if has_residual:
-            # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those directions,
-            # counts as much as α times that.
+            # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those, counts
+            # as much as α times that.
             size = self.residual * length * open_directions**0.5
             update = _with_residual(update, gradient, basis, seen, size, context, self.residual_tokens)
         if not state:

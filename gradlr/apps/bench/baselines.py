@@ -23,16 +23,24 @@ BASELINES: dict[str, Baseline] = {
         Baseline("adamw_b5", "AdamW, β₁ = 0.5", partial(adamw, betas=(0.5, 0.999)), _RATES),
         Baseline("adamw_b0", "AdamW, β₁ = 0", partial(adamw, betas=(0.0, 0.999)), _RATES),
         Baseline("adamw_slow_tables", "AdamW, embeddings at lr / 4", adamw_slow_tables, _RATES),
-        Baseline("adamw_b0_slow_tables", "AdamW, β₁ = 0, embeddings at lr / 16",
-                 partial(adamw_slow_tables, share=1 / 16, betas=(0.0, 0.999)), _RATES),
+        Baseline(
+            "adamw_b0_slow_tables",
+            "AdamW, β₁ = 0, embeddings at lr / 16",
+            partial(adamw_slow_tables, share=1 / 16, betas=(0.0, 0.999)),
+            _RATES,
+        ),
         Baseline("muon", "Muon", muon, (4e-3, 8e-3, 1.6e-2)),
         Baseline("muon_b5", "Muon, momentum 0.5", partial(muon, momentum=0.5), (4e-3, 8e-3, 1.6e-2)),
         Baseline("muon_b0", "Muon without momentum", partial(muon, momentum=0.0), (4e-3, 8e-3, 1.6e-2)),
         Baseline("row_normalized", "Rows normalized (SCALE's rule)", row_normalized, _RATES),
         Baseline("default", "gradlr, default", gradlr(), _RATES),
         Baseline("factor_moments", "FactorMoments r16 (the notebook's)", gradlr(rule="factor_moments", rank=ByLoss(16)), _RATES),
-        Baseline("factor_moments_adjusted", "FactorMoments r16, adjusted",
-                 gradlr(rule=rules.FactorMoments(is_adjusted=True), rank=ByLoss(16)), _RATES),
+        Baseline(
+            "factor_moments_adjusted",
+            "FactorMoments r16, adjusted",
+            gradlr(rule=rules.FactorMoments(is_adjusted=True), rank=ByLoss(16)),
+            _RATES,
+        ),
         *PEERS.values(),
     )
 }

@@ -1,4 +1,4 @@
-"""`python -m gradlr bench quality|memory|speed|crossover|devices|estimate`: measure, print, write; `pareto|study`: draw that."""
+"""`python -m gradlr bench quality|memory|speed|crossover|devices|estimate`: measure, print, write; `pareto|front|study`: draw."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError
 from . import devices, estimate, figures, memory, quality, speed
-from .baselines import BASELINES, OWN_BASELINES, SPELLING, require_baselines
+from .baselines import BASELINES, OWN_BASELINES, SPELLING, baseline, require_baselines
 from .environment import require_device
 from .peers import PEERS, installed_peers
 from .workloads import WORKLOADS
@@ -25,9 +25,10 @@ _HELP = {
     "devices": "several processes: time of one step and bytes that travel, beside DDP and FSDP2",
     "estimate": "the peak that `gradlr estimate` tells against the measured one",
     "pareto": "draw results of `quality`: loss against state, and against time",
+    "front": "draw results of `quality` on SmolLM2: loss against what is forgotten, and against state",
     "study": "draw results of `quality`: loss over rank and momentum rank, and schedules",
 }
-_DRAWINGS = ("pareto", "study")
+_DRAWINGS = ("pareto", "front", "study")
 _MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed, "devices": devices, "estimate": estimate}
 # Options that are integers of at least 1, with their defaults; threads of torch are its own choice where None.
 _NUMBERS: dict[str, dict[str, int | None]] = {
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     quality_parser.add_argument("--baselines", nargs="+", metavar="NAME", help=named)
     resumed = "file of runs, one a line: what it holds is not done again, and what is done is added to it"
     quality_parser.add_argument("--resume", type=Path, metavar="RUNS.jsonl", help=resumed)
+    quality_parser.add_argument("--stored", action="store_true", help="run nothing: tell what the file of --resume holds")
     speed_parser.add_argument("--model", choices=("linear", "transformer"), default="linear", help="--depth is the latter's")
     dtypes = ("float32", "bfloat16", "float16")
     speed_parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights and inputs")
@@ -100,8 +102,12 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if bench == "quality":
         sizes = {key: given[key] for key in ("steps", "batch_size") if given[key] is not None}
         workload, seeds = WORKLOADS[arguments.workload](**sizes), list(range(arguments.seeds))
-        where = {"device": arguments.device, "jobs": arguments.jobs, "resume": arguments.resume}
-        return quality.measure(chosen(arguments), seeds, workload, **where)
+        where = {"device": arguments.device, "jobs": arguments.jobs}
+        if arguments.stored:
+            store = quality.RunStore(arguments.resume, workload, arguments.device)
+            names = arguments.baselines or list(dict.fromkeys(run.baseline for run in store))
+            return quality.report([baseline(name) for name in names], seeds, store, workload, **where)
+        return quality.measure(chosen(arguments), seeds, workload, **where, resume=arguments.resume)
     if bench == "memory":
         return memory.measure(**numbers, device=arguments.device, peers=_peers(arguments))
     if bench == "crossover":
@@ -145,6 +151,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ArgumentError(f"--width {arguments.width}: heads of about 64 do not divide it: give a multiple of 64")
         if arguments.tokens < speed.SEQUENCES:
             raise ArgumentError(f"--tokens {arguments.tokens}: it must be at least {speed.SEQUENCES}, one for each sequence")
+    if given.get("stored") and arguments.resume is None:
+        raise ArgumentError("--stored tells what a file of runs holds: name it with --resume RUNS.jsonl")
     if "peers" in given:
         require_baselines(chosen(arguments) if arguments.bench == "quality" else _peers(arguments))
 

@@ -25,10 +25,12 @@ TITLES = {
     "scratch": "A byte transformer from scratch",
     "minilm": "Fine-tuning MiniLM on source code, one epoch",
     "digits": "A convolutional net on 8 × 8 digits, ten epochs",
+    "smollm2": "SmolLM2-135M learns eight languages",
+    "smollm2-chat": "SmolLM2-135M learns to translate",
 }
 # What every row is drawn from.
 _ROW = {"name", "label", "mean", "spread", "step_ms", "state_bytes"}
-_NOT_OURS = ("AdamW", "Muon", "GaLore", "APOLLO", "AdaLomo", "LoRA")
+_NOT_OURS = ("AdamW", "Muon", "GaLore", "APOLLO", "AdaLomo", "LoRA", "SinkGD", "MLorc", "Rows normalized")
 _SHORTER = {
     "LowRankPolar ": "",
     ", a quarter of full rank": "",
@@ -45,7 +47,7 @@ def write(kind: str, paths: Sequence[Path], out: Path) -> None:
     """Draw the reports in the given JSON files, as PNG or whatever the name of `out` says, whole or not at all.
 
     Args:
-        kind: "pareto" or "study", see `draw`.
+        kind: "pareto", "front" or "study", see `draw`.
         paths: Reports of one workload and of the same seeds are drawn as one.
         out: The picture.
 
@@ -87,8 +89,9 @@ def draw(kind: str, reports: Sequence[Report]) -> Figure:
     """One row of two panels per report of `bench quality`.
 
     Args:
-        kind: "pareto" for the loss against state and against the time of a step; "study" for the loss over the rank, a line
-            for each momentum rank, and against the mean rank of schedules.
+        kind: "pareto" for the loss against state and against the time of a step; "front" for the loss against what is forgotten,
+            a line for each optimizer over its learning rates, and against state; "study" for the loss over the rank, a line for
+            each momentum rank, and against the mean rank of schedules.
         reports: As `read_report` gives them.
 
     Raises:
@@ -138,6 +141,28 @@ def _draw_costs(figure: Figure, axes: Axes, rows: list[Row], costs: list[float])
     axes.margins(x=0.15, y=0.1)
     figure.draw_without_rendering()  # the places of texts are known only then
     adjust_text(names, *zip(*points, strict=True), ax=axes, expand=(1.15, 1.5), arrowprops={"arrowstyle": "-", "color": FRONT})
+
+
+def _draw_front(figure: Figure, left: Axes, right: Axes, rows: list[Row]) -> None:
+    from adjustText import adjust_text  # an extra, as matplotlib
+
+    rows = [row for row in rows if row.get("general_sweep")]
+    if not rows:
+        raise ArgumentError("the report tells no general loss: run `bench quality --workload smollm2`")
+    names = []
+    for row in rows:
+        color = OTHERS if row["label"].startswith(_NOT_OURS) else OURS
+        points = [(row["general_sweep"][lr], loss) for lr, loss in row["sweep"].items() if loss is not None]
+        left.plot(*zip(*points, strict=True), "o-", color=color, alpha=0.8, markersize=4, linewidth=1)
+        best = min(points, key=lambda point: point[1])
+        names.append(left.text(*best, short(row["label"]), fontsize=8, color=color))
+    left.margins(x=0.15, y=0.1)
+    left.set(xlabel="loss on English that no run sees, nats (forgetting)", ylabel="validation loss, nats")
+    figure.draw_without_rendering()  # the places of texts are known only then
+    adjust_text(names, ax=left, arrowprops={"arrowstyle": "-", "color": FRONT})
+    # No state is a place on the axis, which a logarithm has none for.
+    _draw_costs(figure, right, rows, [max(row["state_bytes"] / 2**20, 0.1) for row in rows])
+    right.set(xlabel="optimizer state, MiB (0.1 and less at 0.1)")
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -195,5 +220,6 @@ def grid(rows: Sequence[Row]) -> dict[int, list[tuple[int, float]]]:
 
 _PANELS: dict[str, Callable[[Figure, Axes, Axes, list[Row]], None]] = {
     "pareto": _draw_pareto,
+    "front": _draw_front,
     "study": _draw_study,
 }

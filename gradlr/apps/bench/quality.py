@@ -81,13 +81,14 @@ def train(baseline: Baseline, lr: float, seed: int, workload: Workload, device: 
             if not is_finite:
                 return
 
+    train_step, peak = TrainStep(lambda compute: compute(), []), 0
+
     def start() -> TrainStep:
         nonlocal train_step
         train_step = baseline.make(model, lr)
         take(_WATCHED)
         return train_step
 
-    train_step, peak = TrainStep(lambda compute: compute(), []), 0
     try:
         peak = peak_bytes(start, device)
         take(None)
@@ -127,6 +128,10 @@ class RunStore:
 
     def __iter__(self) -> Iterator[Run]:
         return iter(self._runs.values())
+
+    def sweep(self, baseline: str, seed: int) -> dict[float, Run]:
+        """Its runs with this seed, by rate."""
+        return {run.lr: run for run in self if (run.baseline, run.seed) == (baseline, seed)}
 
     def add(self, run: Run) -> None:
         """Keep a run."""
@@ -169,33 +174,52 @@ def measure(
     baselines = choose(names, workload)
     if not baselines:
         raise ArgumentError(f"none of {', '.join(names)} can train {workload.name}: name others, such as adamw")
-    context, store = multiprocessing.get_context("spawn"), RunStore(resume, workload, device)
+    context, store, times = multiprocessing.get_context("spawn"), RunStore(resume, workload, device), None
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
 
-        def run_all(todo: Iterable[tuple[Baseline, float, int]]) -> list[Run]:
+        def run_all(todo: Iterable[tuple[Baseline, float, int]]) -> None:
             wanted = [(one.name, lr, seed) for one, lr, seed in todo]
             futures = [pool.submit(_train_by_name, *key, workload, device) for key in wanted if store(*key) is None]
             for future in as_completed(futures):
-                store.add(run := future.result())
+                run = future.result()
+                store.add(run)
                 print(f"{run.baseline:26s} lr {run.lr:<8g} seed {run.seed}  {_told(run.metrics)}", flush=True)
-            # In the order asked for, so that a report does not depend on which run was the faster.
-            return [run for key in wanted if (run := store(*key)) is not None]
 
-        sweeps: dict[str, dict[float, Run]] = {one.name: {} for one in baselines}
         todo = [(one, lr * workload.rate_scale, seeds[0]) for one in baselines for lr in one.rates]
         while todo:
-            for run in run_all(todo):
-                sweeps[run.baseline][run.lr] = run
-            todo = [(one, lr, seeds[0]) for one in baselines for lr in _beyond_the_edge(sweeps[one.name])]
-        best = {name: _best_of(sweep) for name, sweep in sweeps.items()}
-        repeats = run_all((one, best[one.name].lr, seed) for one in baselines for seed in seeds[1:])
-        times = {name: run.step_ms for name, run in best.items()}
+            run_all(todo)
+            todo = [(one, lr, seeds[0]) for one in baselines for lr in _beyond_the_edge(store.sweep(one.name, seeds[0]))]
+        best = {one: _best_of(store.sweep(one.name, seeds[0])).lr for one in baselines}
+        run_all((one, lr, seed) for one, lr in best.items() for seed in seeds[1:])
         if workload.times_apart:
             times = pool.submit(_step_times, [one.name for one in baselines], workload, device).result()
+    return report(baselines, seeds, store, workload, device=device, jobs=jobs, times=times)
+
+
+def report(
+    baselines: Sequence[Baseline],
+    seeds: Sequence[int],
+    store: RunStore,
+    workload: Workload,
+    *,
+    device: str = "cpu",
+    jobs: int = 1,
+    times: dict[str, float] | None = None,
+) -> dict[str, Any]:
+    """What the runs of a store say, as `measure` returns it; a baseline without a run at the first seed is left out.
+
+    Args:
+        baselines, seeds, workload, device, jobs: As for `measure`.
+        store: The runs.
+        times: Milliseconds of one step of each baseline; those of its best run where None.
+    """
     results = []
     for one in baselines:
-        runs = [best[one.name], *(run for run in repeats if run.baseline == one.name)]
-        results.append({**_summary(one, sweeps[one.name], runs), "step_ms": times[one.name]})
+        if sweep := store.sweep(one.name, seeds[0]):
+            best = _best_of(sweep)
+            repeats = [run for seed in seeds[1:] if (run := store(one.name, best.lr, seed)) is not None]
+            step_ms = best.step_ms if times is None else times[one.name]
+            results.append({**_summary(one, sweep, [best, *repeats]), "step_ms": step_ms})
     return {
         "environment": {**environment(device), "threads": 1, "jobs": jobs},
         "workload": {"name": workload.name, **asdict(workload)},

@@ -168,7 +168,7 @@ def muon(model: nn.Module, lr: float, momentum: float = 0.95) -> TrainStep:
 
 
 def row_normalized(model: nn.Module, lr: float) -> TrainStep:
-    """Every row of a matrix's gradient scaled to a root mean square of one, as in SCALE (arXiv 2506.16659); AdamW for the rest."""
+    """Every row of a matrix's gradient at a root mean square of one, as in SCALE (arXiv 2506.16659); AdamW for the rest."""
     matrices, embeddings, vectors = split_parameters(model)
     rest = torch.optim.AdamW(embeddings + vectors, lr=lr, weight_decay=0.0)
     normalized = torch.optim.SGD(matrices, lr=lr)

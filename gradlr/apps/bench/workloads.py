@@ -3,8 +3,9 @@
 A workload is a frozen dataclass with `steps`, `batch_size`, steps of `warmup` and sizes of its own, which a report tells; `name`;
 `rate_scale`, a factor on every baseline's grid of learning rates; `needs_pretrained`, whether adapters on frozen weights make
 sense; `times_apart`, whether the steps of all baselines are timed in turns afterwards, or those of the runs count, where so many
-models would not fit; `model(seed, device)`, before training; `losses(model, seed)`, one function per step that computes the training loss; and
-`evaluate(model)`, `loss` on held-out data in nats, `accuracy` where there are classes, and `general` where forgetting is measured. All depends on the seed alone.
+models would not fit; `model(seed, device)`, before training; `losses(model, seed)`, one function per step that computes the
+training loss; and `evaluate(model)`, `loss` on held-out data in nats, `accuracy` where there are classes, and `general` where
+forgetting is measured. All depends on the seed alone.
 """
 
 from __future__ import annotations
