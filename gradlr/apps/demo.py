@@ -37,7 +37,7 @@ VALIDATE_EVERY = 20
 # `python -m gradlr bench quality`. Momentum of rank 3: at this width a fortieth of AdamW's state, the vectors' Adam included.
 METHODS = (
     Baseline("adamw", "AdamW", adamw, (2e-3,)),
-    Baseline("gradlr", "gradlr", gradlr(), (4e-3,)),
+    Baseline("gradlr", "gradlr", gradlr(), (2e-3,)),
 )
 
 

@@ -85,7 +85,8 @@ def token_polar(delta: Tensor, x: Tensor, *, steps: int = STEPS) -> Tensor:
     scaled, x = delta / peaks[0], x / peaks[1]
     of_delta, of_x = scaled @ scaled.mT, x @ x.mT
     norm = (of_delta * of_x).sum().clamp(min=0).sqrt()
-    coefficients = torch.eye(len(x), dtype=x.dtype, device=x.device) / (norm + 1e-7 * norm + tiny)
+    first = torch.where(norm > tiny, 1 / (norm * (1 + 1e-7)), 0.0)
+    coefficients = torch.eye(len(x), dtype=x.dtype, device=x.device) * first
     for _ in range(steps):
         product = coefficients @ of_x @ coefficients.mT @ of_delta
         step = product @ coefficients

@@ -203,12 +203,15 @@ def fit_columns(x: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))  # a negative number cuts
 
 
-def update_scale(shape: torch.Size, rank: int, residual: float = 0.0) -> float:
-    """√(mn / (r + α²(d − r))) with d = min(m, n): gives the update a root mean square of one, whatever its rank.
+# Root mean square of an update at lr = 1. Adam's is near 1 in its first steps and falls to about 0.2 in long runs (Moonlight, arXiv
+# 2502.16982, section 2.2). With 2, AdamW's best rate of a workload is about ours: on all of `python -m gradlr bench quality`.
+UPDATE_RMS = 2.0
 
-    That is the size of Adam's update in its first steps, so that AdamW's learning rate is the right one: each step changes the
-    weights by `lr`, root mean square. Of long runs Adam's is about 0.2 (Moonlight, arXiv 2502.16982, section 2.2), of which
-    fine-tuning sees little: best rates of the sweeps lie where this puts them (`docs/study.md`).
+
+def update_scale(shape: torch.Size, rank: int, residual: float = 0.0) -> float:
+    """2 √(mn / (r + α²(d − r))) with d = min(m, n): gives the update one root mean square, whatever its rank and shape.
+
+    So AdamW's learning rate is the right one for all of them.
 
     Args:
         shape: (..., m, n).
@@ -216,7 +219,7 @@ def update_scale(shape: torch.Size, rank: int, residual: float = 0.0) -> float:
         residual: α, the size of the other directions beside these.
     """
     m, n = shape[-2:]
-    return (m * n / (rank + residual**2 * (min(m, n) - rank))) ** 0.5
+    return UPDATE_RMS * (m * n / (rank + residual**2 * (min(m, n) - rank))) ** 0.5
 
 
 def require_fraction(name: str, value: float) -> float:

@@ -32,7 +32,7 @@ class FactorMoments(Rule):
     Args:
         beta2: Decay of the second moment of S.
         eps: Added to its root.
-        scale: Factor on the update; None for √(mn / r), which makes `lr` AdamW's; 1.0 is the notebook's.
+        scale: Factor on the update; None for 2 √(mn / r), which makes `lr` AdamW's; 1.0 is the notebook's.
         is_adjusted: Whether moments are carried into the new singular basis before they are averaged: for the change of
             direction by the one rotation Q = polar(m_Uᵀ U + m_Vᵀ V), m_U ← m_U Q, m_V ← m_V Q; for the change of
             magnitude by m_S ← (Q∘Q)ᵀ m_S, v_S ← (Q∘Q)ᵀ v_S.

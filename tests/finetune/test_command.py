@@ -56,7 +56,7 @@ def logged(out, key):
 
 def test_from_the_file_to_the_model_and_the_adapter(tmp_path, model, data, capsys):
     out, adapter = tmp_path / "deep" / "out", tmp_path / "adapter"
-    options = ["--length", "32", "--batch-size", "4", "--epochs", "3", "--eval-every", "10", "--lora-out", str(adapter)]
+    options = ["--length", "32", "--batch-size", "4", "--epochs", "3", "--eval-every", "10", "--lr", "0.004", "--lora-out", str(adapter)]
     assert finetune(model, data, out, *options, "--lora-rank", "32") == 0
     printed = capsys.readouterr().out
     before, *_, after = logged(out, "validation_loss")
@@ -162,7 +162,7 @@ def test_conversations_follow_the_chat_template(tmp_path, data, capsys, is_marke
     ids=["one-sided", "accumulated"],
 )  # fmt: skip
 def test_every_way_of_training_lowers_the_loss(tmp_path, model, data, options):
-    assert finetune(model, data, tmp_path / "out", *SHORT, *options, "--steps", "12") == 0
+    assert finetune(model, data, tmp_path / "out", *SHORT, *options, "--steps", "12", "--lr", "0.004") == 0
     before, after = logged(tmp_path / "out", "validation_loss")
     assert after < before - 0.1
 
@@ -265,7 +265,7 @@ def test_a_folder_with_other_things_or_another_run_is_left_alone(tmp_path, model
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert finetune("builtin", data, out, *SHORT, "--lr", "0.01", "--seed", "3") == 2
     error = capsys.readouterr().err
-    assert "lr: 0.016 there, 0.01 now" in error and "seed: 0 there, 3 now" in error and "steps" not in error
+    assert "lr: 0.0001 there, 0.01 now" in error and "seed: 0 there, 3 now" in error and "steps" not in error
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert finetune("builtin", data, out, *SHORT, "--lr", "0.01", "--overwrite") == 0
     assert logged(out, "lr")[0] == pytest.approx(0.01)
@@ -335,7 +335,7 @@ def test_a_run_that_diverges_ends_and_keeps_its_last_weights(tmp_path, data, mon
     diverge(monkeypatch, after=3)
     with pytest.warns(GradlrWarning, match="the step was left out whole"):
         assert finetune("builtin", data, tmp_path / "out", *SHORT, *options, "--steps", "20", "--save-every", "2") == 2
-    assert "5 steps in a row" in (error := capsys.readouterr().err) and "--lr than 0.016" in error
+    assert "5 steps in a row" in (error := capsys.readouterr().err) and "--lr than 0.0001" in error
     assert "checkpoint.pt keeps the last good weights" in error
     saved = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["model"].values())

@@ -80,7 +80,7 @@ class Run:
                 fully_shard(part)
         self.tracker = gradlr.LossTracker()
         kinds = {"embedding": {"lr": 1e-3}, "vector": {"lr": 1e-3}}
-        options = {"lr": 2e-3, "kinds": kinds, "rank": 4, "momentum_rank": 3, "rule": tracked()} | options
+        options = {"lr": 1e-3, "kinds": kinds, "rank": 4, "momentum_rank": 3, "rule": tracked()} | options
         self.opt = gradlr.attach(self.model, self.tracker, **options)
         self.losses: list[float] = []
         self.kept: dict[str, Tensor] = {}
@@ -183,7 +183,7 @@ def polar_adaptor():
 
 @trajectory()
 def weight_decay():
-    groups = [{"match": "second.*", "lr": 1e-3, "weight_decay": 0.02, "rank": 6, "momentum_rank": 2, "beta": 0.8}]
+    groups = [{"match": "second.*", "lr": 5e-4, "weight_decay": 0.02, "rank": 6, "momentum_rank": 2, "beta": 0.8}]
     return Run(weight_decay=0.3, groups=groups).go()
 
 
@@ -207,7 +207,7 @@ def convolutions_hook():
 @trajectory()
 def rank_by_loss():
     Counted.given.clear()
-    kept = Run(Falling, lr=8e-3, rank=Counted(12)).go()
+    kept = Run(Falling, lr=4e-3, rank=Counted(12)).go()
     assert len(set(Counted.given)) >= 4, f"the rank hardly changes: {Counted.given}"
     return kept
 
@@ -215,7 +215,7 @@ def rank_by_loss():
 @trajectory()
 def rank_by_loss_step():
     Counted.given.clear()
-    kept = Run(Falling, lr=8e-3, rank=Counted(6), apply="step").go()
+    kept = Run(Falling, lr=4e-3, rank=Counted(6), apply="step").go()
     assert len(set(Counted.given)) >= 4, f"the rank hardly changes: {Counted.given}"
     return kept
 

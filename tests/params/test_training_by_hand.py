@@ -20,7 +20,7 @@ pytestmark = pytest.mark.also_asynchronous
 QUIET = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
 
-LR, BETA = 2e-3, 0.9
+LR, BETA = 1e-3, 0.9
 
 
 # What a parameter is, written with plain indexing. A matrix is told by how to cut it into views that are m × n.

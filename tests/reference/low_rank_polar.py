@@ -89,9 +89,9 @@ class LowRankPolarReference:
             D = np.zeros((m, n))
 
         self.weight *= 1 - self.lr * self.weight_decay
-        # A root mean square of one, had every direction its full length.
+        # A root mean square of two, had every direction its full length.
         squares = self.rank + self.residual**2 * (min(m, n) - self.rank)
-        self.weight -= self.lr * np.sqrt(m * n / squares) * D
+        self.weight -= self.lr * 2 * np.sqrt(m * n / squares) * D
         if self.momentum_rank == 0:
             return
         C = self.leading(B, Z)

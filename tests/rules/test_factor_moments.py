@@ -123,8 +123,8 @@ def test_the_default_scale_makes_the_notebooks_update_comparable_with_adamws():
     one, other = (
         rule.update(Dense(gradient), first_state(rule, (20, 10)), context())[0].left for rule in (exact(), exact(scale=1.0))
     )
-    # One multiplication: √(mn / r).
-    torch.testing.assert_close(one, (20 * 10 / 4) ** 0.5 * other, rtol=1e-14, atol=0)
+    # One multiplication: 2 √(mn / r).
+    torch.testing.assert_close(one, 2 * (20 * 10 / 4) ** 0.5 * other, rtol=1e-14, atol=0)
 
 
 def test_adjusting_keeps_momentum_that_changing_signs_would_cancel():

@@ -165,14 +165,14 @@ def test_the_update_is_about_the_polar_factor_of_what_the_basis_sees(shape, rank
 
 
 def test_at_full_rank_with_full_momentum_it_is_muon_with_nesterov_momentum():
-    rule, n, beta, lr = LowRankPolar(), 12, 0.9, 0.02
+    rule, n, beta, lr = LowRankPolar(), 12, 0.9, 0.01
     gradients, weight = random_gradients((n, n), COUNT), torch.randn(n, n, dtype=torch.float64)
     state = first_state(rule, (n, n), rank=n, momentum_rank=n)
     weights, state = descend(rule, state, gradients, weight=weight, rank=n, momentum_rank=n, lr=lr, beta=beta)
     momentum = torch.zeros_like(weight)
     for gradient, found in zip(gradients, weights, strict=True):
         momentum = beta * momentum + gradient
-        weight = weight - lr * n**0.5 * newton_schulz(gradient + beta * momentum, dtype=torch.float64)
+        weight = weight - lr * 2 * n**0.5 * newton_schulz(gradient + beta * momentum, dtype=torch.float64)
         torch.testing.assert_close(found, weight, **ANY_BASIS)
     torch.testing.assert_close(state["P"] @ state["R"].mT, momentum, **TIGHT)
 
@@ -261,12 +261,12 @@ def test_a_zero_gradient_gives_a_zero_update_while_momentum_is_kept():
 
 @pytest.mark.parametrize("rank", [1, 13, 60, 120])
 @pytest.mark.parametrize("residual", [0.0, 0.5, 1.0, 2.0])
-def test_every_update_has_a_root_mean_square_of_about_one(rank, residual):
+def test_every_update_has_a_root_mean_square_of_about_two(rank, residual):
     gradient = torch.randn(120, 200, dtype=torch.float64)
     update, state = one_update(LowRankPolar(residual=residual), gradient, rank=rank, momentum_rank=0)
     change = update.left @ update.right.mT + (0 if update.dense is None else update.dense)
     # Five Newton-Schulz steps leave singular values between 0.69 and 1.2; one value alone may lie anywhere there.
-    assert 0.69 < change.square().mean().sqrt() < 1.2
+    assert 0.69 < change.square().mean().sqrt() / 2 < 1.2
     assert state == {}
 
 

@@ -61,7 +61,7 @@ def _add_training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--weight-decay", type=_number(0, is_open=False), default=0.0, help="of matrices and tables (default 0)")
     group.add_argument("--max-grad-norm", type=_number(0), help="clip the global norm (default: not)")
     group.add_argument("--rank", type=_rank, help="r, an int or a fraction of min(m, n) (default: up to 64, by the loss)")
-    group.add_argument("--momentum-rank", type=_rank, default=DEFAULT_MOMENTUM_RANK,
+    group.add_argument("--momentum-rank", type=_rank_or_none, default=DEFAULT_MOMENTUM_RANK,
                        help=f"k, int or fraction (default {DEFAULT_MOMENTUM_RANK})")  # fmt: skip
     group.add_argument("--seed", type=_whole(0, _MOST), default=0, help="of data order, split and random directions (default 0)")
 
@@ -100,6 +100,10 @@ def _number(least: float, most: float = math.inf, *, is_open: bool = True) -> Ca
         return value
 
     return read
+
+
+def _rank_or_none(text: str) -> int | float:
+    return 0 if text.strip() == "0" else _rank(text)
 
 
 def _rank(text: str) -> int | float:
