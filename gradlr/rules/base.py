@@ -243,10 +243,3 @@ def require_number(name: str, value: float, *, minimum: float = 0.0) -> float:
     if not is_number or not minimum <= value < float("inf"):
         raise ArgumentError(f"{name}={value!r}: it must be a finite number, at least {minimum:g}")
     return float(value)
-
-
-def require_count(name: str, value: int) -> int:
-    """`value`, where it is an int of at least 1; an ArgumentError otherwise."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ArgumentError(f"{name}={value!r}: it must be an int of at least 1")
-    return value

@@ -14,7 +14,7 @@ from ..linalg import REPLICATED, Axis, Layout, normalize_columns, orthonormalize
 from ..linalg.normalize import scales_of_squares
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
-from .base import Rule, State, Update, UpdateContext, fit_columns, require_count, require_number, update_scale
+from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
 
 # A residual shorter than this share of what the basis sees is rounding errors, not a direction: where the gradient has fewer
 # directions than r, as of a batch of 16 in the last layer, 2.2e-5 and 1.0e-13 were the largest of 60 random cases.
@@ -36,12 +36,11 @@ class LowRankPolar(Rule):
 
     Args:
         residual: Weight α of the part of the gradient outside the update's basis, spread over all directions by normalizing
-            rows and columns; used where the gradient itself is known, and not only a sketch of it. 0 turns it off.
-        residual_tokens: Of how many of a step's tokens that part is made where capture never forms the gradient: T tokens are
-            thinned to every (T / residual_tokens)th, others in each step.
+            rows and columns; used where the gradient itself is known, and not only a sketch of it. Under adaptor capture it is
+            found in token space where a step has few tokens; else the gradient is formed, a layer at a time. 0 turns it off.
 
     Raises:
-        ArgumentError: `residual` is no finite number of at least 0, or `residual_tokens` no int of at least 1.
+        ArgumentError: `residual` is no finite number of at least 0.
 
     Source: randomized range finder, Halko, Martinsson, Tropp 2011 (arXiv 0909.4061); orthogonalized updates as in Muon; residual
     by gradient multi-normalization (arXiv 2502.06742); momentum by power iteration with warm start as in PowerSGD (1905.13727)
@@ -53,9 +52,8 @@ class LowRankPolar(Rule):
     state_sharding: ClassVar = {"P": "rows", "R": "columns"}
     optional_state: ClassVar = frozenset({"P", "R"})
 
-    def __init__(self, *, residual: float = 0.5, residual_tokens: int = 128) -> None:
+    def __init__(self, *, residual: float = 0.5) -> None:
         self.residual = require_number("residual", residual)
-        self.residual_tokens = require_count("residual_tokens", residual_tokens)
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         *batch, m, n = shape
@@ -113,6 +111,12 @@ class LowRankPolar(Rule):
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         layout, rows, columns = context.layout, context.layout.rows, context.layout.columns
+        whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
+        open_directions = min(whole[-2:]) - context.rank
+        has_residual = self.residual > 0 and open_directions > 0 and isinstance(gradient, Dense | OuterProduct)
+        if has_residual and isinstance(gradient, OuterProduct) and not _is_thin(gradient):
+            # The rest would need it anyway, of this layer alone and for as long as its update takes.
+            gradient = Dense(gradient.matrix, is_owned=True)
         # One power step from random directions, or from where the momentum points: B, an orthonormal basis of m rows.
         like = torch.empty((*gradient.shape[:-2], gradient.shape[-1], 0), dtype=gradient.dtype, device=gradient.device)
         test = _directions(state.get("R", like), context.rank, context, columns)
@@ -132,16 +136,13 @@ class LowRankPolar(Rule):
         peaks = columns.column_peaks(torch.cat(parts, dim=-1)).unflatten(-1, (len(parts), -1)).amax(dim=-1)
         is_moving, scales = peaks[..., :1] > 0, peaks.clamp(min=torch.finfo(seen.dtype).tiny).split(1, dim=-1)
         direction = newton_schulz_by_gram(parts[-1] / scales[-1], axis=columns)
-        whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
-        open_directions = min(whole[-2:]) - context.rank
-        has_residual = self.residual > 0 and open_directions > 0 and isinstance(gradient, Dense | OuterProduct)
         length = update_scale(whole, context.rank, self.residual if has_residual else 0.0)
         update = Update(left=basis * length, right=direction * is_moving)
         if has_residual:
             # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those, counts
             # as much as α times that.
             size = self.residual * length * open_directions**0.5
-            update = _with_residual(update, gradient, basis, seen, size, context, self.residual_tokens)
+            update = _with_residual(update, gradient, basis, seen, size, layout)
         if not state:
             return update, {}
         # A ≈ B Bᵀ A, of which the k leading directions are kept.
@@ -186,14 +187,13 @@ def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
     return pad(start, (0, k - start.shape[-1]))
 
 
+def _is_thin(gradient: OuterProduct) -> bool:
+    tokens = gradient.tokens
+    return tokens is not None and normalization_is_cheaper(len(tokens[0]), *gradient.shape)
+
+
 def _with_residual(
-    update: Update,
-    gradient: GradientOperator,
-    basis: Tensor,
-    seen: Tensor,
-    size: float,
-    context: UpdateContext,
-    most_tokens: int,
+    update: Update, gradient: GradientOperator, basis: Tensor, seen: Tensor, size: float, layout: Layout
 ) -> Update:
     """The update, and G − B zᵀ spread over all directions by normalizing rows and columns, with Frobenius norm `size`."""
     tokens = gradient.tokens if isinstance(gradient, OuterProduct) else None
@@ -201,15 +201,11 @@ def _with_residual(
         # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
         rest = gradient.consume() if isinstance(gradient, Dense) else gradient.matrix
         rest = rest.addmm_(basis, seen.mT, alpha=-1) if rest.ndim == 2 else rest.sub_(basis @ seen.mT)
-        update.dense = _normalized(rest, seen, size, context.layout)
+        update.dense = _normalized(rest, seen, size, layout)
         return update
-    # Every so many tokens stand for all: of these the gradient is a fraction of the work, and the next step takes the next ones.
-    stride = max(1, len(tokens[0]) // most_tokens)
-    delta, x = (part[context.step % stride :: stride] for part in tokens)
+    delta, x = tokens
+    # Off the basis, token by token: the rest is an outer product as well, and neither it nor the gradient is ever formed.
     delta = delta - (delta @ basis) @ basis.mT
-    if not normalization_is_cheaper(len(delta), *gradient.shape):
-        update.dense = _normalized(delta.mT @ x, seen, size, context.layout)
-        return update
     rows, columns = token_scales(delta, x)
     # The rest is measured against what the basis sees, as in `_normalized`, both in units of its largest entry.
     tiny = torch.finfo(x.dtype).tiny

@@ -39,7 +39,9 @@ def test_it_does_not_depend_on_the_size_of_the_gradient(size):
     torch.testing.assert_close(scaled_rows * size, rows, rtol=1e-5, atol=0)
     torch.testing.assert_close(scaled_columns, columns, rtol=1e-5, atol=0)
     # A few roundings, times the largest entry of δᵀ.
-    torch.testing.assert_close((delta * size).mT @ token_polar(delta * size, x), delta.mT @ token_polar(delta, x), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        (delta * size).mT @ token_polar(delta * size, x), delta.mT @ token_polar(delta, x), rtol=0, atol=1e-4
+    )
 
 
 def test_zero_rows_columns_and_gradients_stay_zero():

@@ -7,7 +7,6 @@ import torch
 from models import attached, mlp
 from torch import nn
 
-import gradlr
 from gradlr.gradient import Dense, OuterProduct
 from gradlr.rules import LowRankPolar, MultiNormalized, Polar
 
@@ -18,7 +17,9 @@ RULES = pytest.mark.parametrize("rule", [LowRankPolar(), MultiNormalized(), Pola
 
 
 def whole(update):
-    low_rank = 0 if update.left is None else (update.left * (1 if update.row_scale is None else update.row_scale)) @ update.right.mT
+    low_rank = (
+        0 if update.left is None else (update.left * (1 if update.row_scale is None else update.row_scale)) @ update.right.mT
+    )
     return low_rank + (0 if update.dense is None else update.dense)
 
 
@@ -38,7 +39,9 @@ def test_with_few_tokens_nothing_of_the_weights_size_is_made():
     class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             result = func(*args, **(kwargs or {}))
-            made.extend(part.numel() for part in (result if isinstance(result, tuple | list) else [result]) if torch.is_tensor(part))
+            made.extend(
+                part.numel() for part in (result if isinstance(result, tuple | list) else [result]) if torch.is_tensor(part)
+            )
             return result
 
     delta, x = torch.randn(16, 300), torch.randn(16, 400)
@@ -53,7 +56,6 @@ def test_with_few_tokens_nothing_of_the_weights_size_is_made():
 @QUIET
 @RULES
 def test_training_with_adaptors_is_training_with_hooks(rule):
-    # 8 tokens a step, fewer than residual_tokens: all of them make the residual.
     model = mlp(48, 3, dtype=torch.float64)
     twin = copy.deepcopy(model)
     x = torch.randn(6, 8, 48, dtype=torch.float64)
@@ -64,27 +66,6 @@ def test_training_with_adaptors_is_training_with_hooks(rule):
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         # Updates agree to 1e-5 at worst, above, times six steps of 1e-3.
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)
-
-
-def test_a_residual_of_some_tokens_takes_others_in_each_step():
-    delta, x = torch.randn(64, 30, dtype=torch.float64), torch.randn(64, 40, dtype=torch.float64)
-    rule = LowRankPolar(residual_tokens=16)
-
-    def update(step):
-        settings = context(4, 0, step=step)
-        settings.generator.manual_seed(0)
-        return whole(rule.update(OuterProduct(delta, x), {}, settings)[0])
-
-    steps = [update(step) for step in range(1, 6)]
-    assert all(not torch.equal(steps[0], other) for other in steps[1:4])
-    # Every fourth token, from another place: four steps see all of them.
-    assert torch.equal(steps[0], steps[4])
-
-
-@pytest.mark.parametrize("count", [0, -1, True, 2.5])
-def test_residual_tokens_out_of_range_are_errors(count):
-    with pytest.raises(gradlr.ArgumentError, match="residual_tokens"):
-        LowRankPolar(residual_tokens=count)
 
 
 @pytest.mark.parametrize("rule", ["multi_normalized", "polar"])

@@ -50,7 +50,6 @@ OWN_BASELINES = [name for name in BASELINES if name not in PEERS]
 # What may follow `k4_r64`, those that begin alike with the longest first: the words in a table, and arguments of `gradlr`.
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "_no_residual": ("no residual", {"rule": rules.LowRankPolar(residual=0)}),
-    "_few_tokens": ("residual of 32 tokens", {"rule": rules.LowRankPolar(residual_tokens=32)}),
     "_residual1": ("residual 1", {"rule": rules.LowRankPolar(residual=1)}),
     "_residual2": ("residual 2", {"rule": rules.LowRankPolar(residual=2)}),
     "_beta5": ("β = 0.5", {"beta": 0.5}),
