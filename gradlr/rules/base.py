@@ -203,8 +203,8 @@ def fit_columns(x: Tensor, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, columns - x.shape[-1]))  # a negative number cuts
 
 
-# Root mean square of an update at lr = 1. Adam's is near 1 in its first steps and falls to about 0.2 in long runs (Moonlight, arXiv
-# 2502.16982, section 2.2). With 2, AdamW's best rate of a workload is about ours: on all of `python -m gradlr bench quality`.
+# Root mean square of an update at lr = 1. Adam's is near 1 in its first steps and falls to about 0.2 in long runs (Moonlight,
+# arXiv 2502.16982, section 2.2). With 2, AdamW's best rate of a workload is about ours: on all of `python -m gradlr bench quality`.
 UPDATE_RMS = 2.0
 
 
