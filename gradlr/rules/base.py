@@ -204,7 +204,7 @@ def fit_columns(x: Tensor, columns: int) -> Tensor:
 
 
 # Root mean square of an update at lr = 1. Adam's is near 1 in its first steps and falls to about 0.2 in long runs (Moonlight,
-# arXiv 2502.16982, section 2.2). With 2, AdamW's best rate of a workload is about ours: on all of `python -m gradlr bench quality`.
+# arXiv 2502.16982, section 2.2). With 2, AdamW's best rate of a workload is about ours: `python -m gradlr bench quality`.
 UPDATE_RMS = 2.0
 
 

@@ -1,6 +1,7 @@
 """state_dict: plain tensors, bit for bit, and refusals that name the parameter."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -199,3 +200,58 @@ def test_a_checkpoint_with_the_earlier_word_for_embeddings_is_loaded():
         group["kind"] = {"embedding": "table"}.get(group["kind"], group["kind"])
     opt.load_state_dict(saved)
     assert {group["kind"] for group in opt.param_groups} == {"embedding", "matrix", "vector"}
+
+
+def of_format_1(saved, rate):
+    """As gradlr wrote it when the rule was called TrackedMomentum and rates were in another unit."""
+    saved["gradlr"] = {**saved["gradlr"], "version": 1}
+    saved["param_groups"][0]["gradlr"] = json.dumps(saved["gradlr"])
+    for group in saved["param_groups"]:
+        group["lr"] = group["initial_lr"] = rate
+        group["rule"] = group["rule"].replace("low_rank_polar", "tracked_momentum")
+    return saved
+
+
+@pytest.mark.parametrize("momentum_rank", [0, 2])
+def test_a_checkpoint_of_format_1_is_loaded_without_its_rates(momentum_rank):
+    model, tracker, opt = attached(momentum_rank=2)
+    tracker(model(torch.ones(2, 16)).square().mean()).backward()
+    saved = of_format_1(copy.deepcopy(opt.state_dict()), 0.016)
+    _, _, fresh = attached(momentum_rank=momentum_rank, lr=3e-4)
+    with pytest.warns(gradlr.GradlrWarning, match=r"0.016 \(kept: 0.0003\).*make a new one"):
+        fresh.load_state_dict(saved)
+    assert {group["lr"] for group in fresh.param_groups} == {3e-4}
+    weight = fresh.records[0].plan.parameter
+    assert fresh.state[weight]["step"] == 1
+    assert (fresh.state[weight].keys() == {"step", "P", "R"}) == (momentum_rank == 2)
+    assert fresh.param_groups[0]["rule"] == "low_rank_polar"
+    assert fresh.state_dict()["gradlr"]["version"] == 2
+
+
+def test_momentum_begins_at_zero_where_the_saved_run_had_none_and_ends_where_this_one_has_none():
+    model, tracker, opt = attached(momentum_rank=0)
+    tracker(model(torch.ones(2, 16)).square().mean()).backward()
+    _, _, with_momentum = attached(momentum_rank=2)
+    with_momentum.load_state_dict(opt.state_dict())
+    state = with_momentum.state[with_momentum.records[0].plan.parameter]
+    assert state["P"].shape == (16, 2) and not state["P"].any() and not state["R"].any() and state["step"] == 1
+    _, _, without = attached(momentum_rank=0)
+    without.load_state_dict(with_momentum.state_dict())
+    assert without.state[without.records[0].plan.parameter].keys() == {"step"}
+
+
+@pytest.mark.parametrize("key", ["P", "R"])
+def test_half_a_momentum_is_damage(key):
+    _, _, opt = attached(momentum_rank=2)
+    saved = opt.state_dict()
+    saved["state"][0] = {name: value for name, value in saved["state"][0].items() if name != key}
+    with pytest.raises(gradlr.CheckpointError, match=f"lacks its state .{key}."):
+        opt.load_state_dict(saved)
+
+
+def test_the_earlier_name_of_the_rule_is_taken_and_told():
+    with pytest.warns(gradlr.GradlrWarning, match="is called 'low_rank_polar'"):
+        _, _, opt = attached(rule="tracked_momentum")
+    assert opt.records[0].rule.name == "low_rank_polar"
+    with pytest.warns(gradlr.GradlrWarning, match="is called 'low_rank_polar'"):
+        assert gradlr.rules.TrackedMomentum is gradlr.rules.LowRankPolar

