@@ -78,9 +78,10 @@ def attach(
             several backwards and scaled losses right.
         capture: "hook" takes each gradient when it is complete. "adaptor" never forms the weight gradient of a Linear,
             transformers' Conv1D or ungrouped convolution: its backward hands over input and output gradient, from which the
-            rule takes its products of rank r, exact, without the residual; embeddings hand over rows. "one_sided" also saves
-            r numbers a token for backward instead of the layer's input; the gradient is projected. "auto" is "adaptor" where
-            that costs less than a hook. Everything else falls back to hooks; `docs/capture.md` tells more.
+            rule takes its products of rank r, exact; for the residual of a step of many tokens it is formed after all, a
+            layer at a time. Embeddings hand over rows. "one_sided" also saves r numbers a token for backward instead of the
+            layer's input; the gradient is projected. "auto" is "adaptor" where that costs less than a hook. Everything else
+            falls back to hooks; `docs/capture.md` tells more.
         max_grad_norm: Largest global norm of a step's gradients, over all parameters; needs `apply="step"`. It decides what a
             spike weighs in the momentum; the size of an orthogonalized update does not depend on it. `opt.grad_norm` tells the
             norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and

@@ -1,7 +1,7 @@
 """transformers: a Trainer whose weights gradlr updates, with accumulation, clipping, logging and checkpoints as usual.
 
 from gradlr.integrations.transformers import Trainer
-trainer = Trainer(model=model, args=TrainingArguments(..., learning_rate=1e-4), train_dataset=data, gradlr={"rank": 64})
+trainer = Trainer(model=model, args=TrainingArguments(..., learning_rate=2e-4), train_dataset=data, gradlr={"rank": 64})
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
 """The sixty lines of docs/algorithm.md are the rule: run as they stand there, beside `LowRankPolar`, in float64."""
 
-import inspect
 import re
 from pathlib import Path
 
@@ -12,7 +11,8 @@ from gradlr.gradient import Dense
 from gradlr.rules import LowRankPolar, UpdateContext
 
 PAGE = Path(gradlr.__file__).parents[1] / "docs" / "algorithm.md"
-(CODE,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
+# The rule as it is without momentum, and what a momentum adds.
+CODE, MOMENTUM = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 STEPS = 8
 SHAPES = {"tall": (24, 10), "wide": (10, 24), "square": (16, 16)}
@@ -24,20 +24,23 @@ MOMENTUM_RANK = 4
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 
-def documented():
+def documented(name):
     names = {}
-    exec(CODE, names)
-    return names["low_rank_polar"]
+    exec(CODE + MOMENTUM, names)
+    return names[name]
 
 
-def rule_with(residual):
-    # Matrix products and Cholesky factors, where there is a choice.
-    choice = {"arithmetic": "products"} if "arithmetic" in inspect.signature(LowRankPolar).parameters else {}
-    return LowRankPolar(residual=residual, **choice)
+def context(step, rank, momentum_rank=MOMENTUM_RANK):
+    return UpdateContext(rank, momentum_rank, 0.9, step, torch.Generator().manual_seed(step))
 
 
-def context(step, rank):
-    return UpdateContext(rank, MOMENTUM_RANK, 0.9, step, torch.Generator().manual_seed(step))
+def whole(update):
+    low_rank = update.left @ update.right.mT
+    return low_rank if update.dense is None else low_rank + update.dense
+
+
+def fresh_columns(n, step, rank):
+    return torch.randn(n, rank, dtype=torch.float64, generator=context(step, rank).generator) / n**0.5
 
 
 def gradients(shape, seed=0):
@@ -52,22 +55,32 @@ def gradients(shape, seed=0):
 
 def both(shape, ranks, residual, given):
     """Direction and momentum of the rule and of the page, step by step, each from its own state."""
-    update_of, rule = documented(), rule_with(residual)
+    update_of, rule = documented("with_momentum"), LowRankPolar(residual=residual)
     state = rule.init(torch.Size(shape), context(1, max(ranks)), dtype=torch.float64, device=torch.device("cpu"))
     left, right = torch.zeros_like(state["P"]), torch.zeros_like(state["R"])
     for step, (gradient, rank) in enumerate(zip(given, ranks, strict=True), start=1):
-        fresh = torch.randn(shape[1], rank, dtype=torch.float64, generator=context(step, rank).generator) / shape[1] ** 0.5
-        direction, left, right = update_of(gradient, left, right, fresh, residual=residual)
+        direction, left, right = update_of(gradient, left, right, fresh_columns(shape[1], step, rank), residual=residual)
         update, state = rule.update(Dense(gradient.clone()), state, context(step, rank))
-        ours = update.left @ update.right.mT
-        ours = ours if update.dense is None else ours + update.dense
-        yield ours, direction, state["P"] @ state["R"].mT, left @ right.mT
+        yield whole(update), direction, state["P"] @ state["R"].mT, left @ right.mT
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("rank", [1, 6, 10])
+@pytest.mark.parametrize("residual", [0.0, 0.5])
+def test_the_page_is_the_rule_without_momentum(shape, rank, residual):
+    update_of, rule = documented("low_rank_polar"), LowRankPolar(residual=residual)
+    for step, gradient in enumerate([*gradients(shape), torch.zeros(shape, dtype=torch.float64)], start=1):
+        theirs = update_of(gradient, fresh_columns(shape[1], step, rank), residual)
+        update, state = rule.update(Dense(gradient.clone()), {}, context(step, rank, momentum_rank=0))
+        assert state == {}
+        assert bool(theirs.any()) == bool(gradient.any())
+        torch.testing.assert_close(whole(update), theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("ranks", RANKS.values(), ids=RANKS)
 @pytest.mark.parametrize("residual", [0.0, 0.5])
-def test_the_page_is_the_rule(shape, ranks, residual):
+def test_the_page_is_the_rule_with_momentum(shape, ranks, residual):
     for ours, theirs, momentum, page_momentum in both(shape, ranks, residual, gradients(shape)):
         assert ours.norm() > 0
         torch.testing.assert_close(ours, theirs, **CLOSE)
@@ -84,4 +97,4 @@ def test_a_step_without_gradient_changes_nothing_in_either():
 
 
 def test_it_fits_on_a_page():
-    assert len([line for line in CODE.splitlines() if line.strip()]) <= 60
+    assert len([line for line in (CODE + MOMENTUM).splitlines() if line.strip()]) <= 60

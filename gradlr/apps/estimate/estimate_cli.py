@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step (default 1)")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="of the weights (default: the model's own)")
     parser.add_argument("--rank", type=int, help="of all methods that have one (default: each one's own)")
-    parser.add_argument("--momentum-rank", type=int, help="of gradlr (default 4)")
+    parser.add_argument("--momentum-rank", type=int, help="of gradlr (default 0, no momentum)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block in backward")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="what one of N devices takes and sends; needs --shard")
     parser.add_argument("--shard", choices=SHARDS, help="with --gpus: a replica on each (dp), FSDP2, or tensor parallel")
