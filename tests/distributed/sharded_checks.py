@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 from processes import Checks
-from replicated_checks import counted_bytes
+from replicated_checks import CLOSE, counted_bytes
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -123,7 +123,9 @@ def assert_like(model, reference, agreement=AGREEMENT):
         torch.testing.assert_close(whole, other, **agreement, msg=lambda tale, name=name: f"{name}: {tale}")
 
 
-def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None, reference_micro=None, **options):
+def compare_with_one_process(
+    rank, size, /, *, place=shard, kind=Net, share=None, reference_micro=None, agreement=AGREEMENT, **options
+):
     how = {key: options.pop(key) for key in ("micro", "syncs_last", "shows_share") if key in options}
     model, reference = place(net(kind=kind)), net(kind=kind)
     untrained = copy.deepcopy(reference)
@@ -131,7 +133,7 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
     train(model, tracker, opt, STEPS, part=share_of(rank, size) if share is None else share, **how)
     reference_tracker, reference_opt = attach_alone(reference, **options)
     train(reference, reference_tracker, reference_opt, STEPS, micro=reference_micro or how.get("micro", 1))
-    assert_like(model, reference)
+    assert_like(model, reference, agreement)
     assert all(not torch.equal(one, two) for one, two in zip(reference.parameters(), untrained.parameters(), strict=True))
     if reference_micro is None:  # both have shown the same losses
         assert math.isclose(tracker.ratio, reference_tracker.ratio, rel_tol=1e-6)
@@ -168,6 +170,12 @@ def fsdp_at_step_equals_one_process(rank, size):
     with forms_seen() as seen:
         compare_with_one_process(rank, size, apply="step", max_grad_norm=0.5)
     assert seen == {"Sketched"}
+
+
+@check(2)
+def normalized_gradients_equal_one_process(rank, size):
+    for apply in ("backward", "step"):
+        compare_with_one_process(rank, size, rule="multi_normalized", apply=apply, agreement=CLOSE)
 
 
 @check(2)
@@ -485,8 +493,9 @@ def bytes_are_those_of_the_formula(rank, size):
 
 @check(2)
 def what_cannot_be_sharded_is_refused(rank, size):
-    with pytest.raises(gradlr.ArgumentError, match=r"rule 'factor_moments' needs whole matrices, and 'up.weight' \(48, 24\)"):
-        attach(shard(net()), rule="factor_moments")
+    for rule in ("factor_moments", "polar"):
+        with pytest.raises(gradlr.ArgumentError, match=rf"rule '{rule}' needs whole matrices, and 'up.weight' \(48, 24\)"):
+            attach(shard(net()), rule=rule)
     with pytest.raises(gradlr.ArgumentError, match="FSDP2 gathers a weight"):
         attach(shard(net()), capture="adaptor")
     with pytest.raises(gradlr.ArgumentError, match="leave process_group= out"):
