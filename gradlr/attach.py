@@ -56,7 +56,7 @@ def attach(
             embedding (a head with as many rows included) or a vector (bias, norm); `print(opt)` shows which.
         loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
         lr: Learning rate η, AdamW's: a step changes the weights of a matrix by 2 η, root mean square, whatever its shape, its
-            rank and the residual, which puts the best rate where AdamW has it. Vectors take `lr`, embeddings `lr / 8`.
+            rank and the residual, which puts the best rate where AdamW has it. Vectors take `lr`, embeddings `lr / 16`.
         rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
         momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state. 0 for none: matrices then
             have no state at all.

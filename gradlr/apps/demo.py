@@ -85,6 +85,8 @@ def train(method: Baseline, plan: Plan, folder: Path) -> Record:
     """
     workload = FineTuning(steps=plan.steps)
     model: Any = workload.model(plan.seed, plan.device)
+    # As people do who are short of memory: what is left of it then is weights, gradients and state.
+    model.is_checkpointing = True
     record, lr = Record(method.name, method.label), method.rates[0]
     copied = copy.deepcopy(model)
     first = next(workload.losses(copied, plan.seed))

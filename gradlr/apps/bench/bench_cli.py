@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resumed = "file of runs, one a line: what it holds is not done again, and what is done is added to it"
     quality_parser.add_argument("--resume", type=Path, metavar="RUNS.jsonl", help=resumed)
     quality_parser.add_argument("--stored", action="store_true", help="run nothing: tell what the file of --resume holds")
-    speed_parser.add_argument("--model", choices=("linear", "transformer"), default="linear", help="--depth is the latter's")
+    speed_parser.add_argument("--model", choices=("linear", "transformer", "smollm2"), default="linear", help="what is trained")
     dtypes = ("float32", "bfloat16", "float16")
     speed_parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights and inputs")
     ranks = "default: shares of the width from 1/32 to 3/8"
@@ -117,6 +117,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     options = {**numbers, "device": arguments.device, "dtype": arguments.dtype}
     if arguments.model == "transformer":
         return speed.measure_transformer(**options, peers=_peers(arguments))
+    if arguments.model == "smollm2":
+        kept = {key: options[key] for key in ("tokens", "rounds", "device")}
+        return speed.measure_language_model(**kept, peers=arguments.peers or ())
     del options["depth"]
     return speed.measure(**options)
 

@@ -6,7 +6,7 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from ... import rules
 from .environment import environment, markdown
 from .memory import adaptors
 from .peers import PEERS
+from .smollm2 import SmolLM2
 from .text import batches, documentation
-from .train_steps import Baseline, TrainStep, forward_backward, fused_adamw, gradlr, muon, sgd
+from .train_steps import Baseline, TrainStep, adamw, forward_backward, fused_adamw, gradlr, muon, sgd
 from .transformer import ByteTransformer, language_model_loss
 
 Windows = list[tuple[Tensor, Tensor]]
@@ -109,6 +110,40 @@ def measure_transformer(
     return {"environment": environment(device), "workload": {**workload, "dtype": dtype}, "results": results}
 
 
+def language_model_methods() -> list[Baseline]:
+    """What is timed on SmolLM2; the first is the reference."""
+    bare = rules.LowRankPolar(residual=0)
+    return [
+        Baseline("adamw", "AdamW", adamw),
+        Baseline("hook", "gradlr", gradlr()),
+        Baseline("adaptor", 'gradlr, capture="adaptor"', gradlr(capture="adaptor")),
+        Baseline("adaptor_bare", 'gradlr, capture="adaptor", no residual', gradlr(capture="adaptor", rule=bare)),
+    ]
+
+
+def measure_language_model(
+    *, tokens: int = 1024, rounds: int = 5, device: str = "cpu", peers: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Median milliseconds of one whole training step of SmolLM2-135M in float32, and its ratio to AdamW's.
+
+    Sequences of 128 tokens of the workload's own text.
+    """
+    workload = SmolLM2(batch_size=max(1, tokens // SmolLM2.length), steps=8)
+    baselines = [*language_model_methods(), *(PEERS[name] for name in peers)]
+    steps = []
+    for baseline in baselines:
+        model = workload.model(0, device)
+        losses = itertools.cycle(workload.losses(model, 0))
+        steps.append(partial(_take, baseline.make(model, _RATE / 100), losses))
+    results = timed_rows(baselines, interleaved(steps, rounds, device, warmup=1))
+    sizes = {"model": "smollm2", "tokens": workload.batch_size * workload.length, "rounds": rounds}
+    return {"environment": environment(device), "workload": sizes, "results": results}
+
+
+def _take(train_step: TrainStep, losses: Iterator[Callable[[], Tensor]]) -> None:
+    train_step.step(next(losses))
+
+
 def byte_transformer(width: int, depth: int, tokens: int) -> ByteTransformer:
     """Always the same one, with heads of 64, for `SEQUENCES` sequences that are `tokens` bytes together."""
     torch.manual_seed(0)
@@ -146,11 +181,16 @@ def _time_linear(
 
 
 def interleaved(
-    steps: Sequence[Callable[[], Any]], rounds: int, device: str, *, meet: Callable[[], Any] = lambda: None
+    steps: Sequence[Callable[[], Any]],
+    rounds: int,
+    device: str,
+    *,
+    meet: Callable[[], Any] = lambda: None,
+    warmup: int = 3,
 ) -> list[list[float]]:
     """Seconds of each step in every round; each round runs all of them once, in an order of its own, and calls `meet` before."""
     finish = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
-    for step in [*steps] * 3:  # warm up
+    for step in [*steps] * warmup:
         step()
     shuffle, times = random.Random(0), []
     for _ in range(rounds):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 VOCABULARY = 256
 INIT_STD = 0.02
@@ -25,6 +26,7 @@ class ByteTransformer(nn.Module):
 
     Attributes:
         config: These four, so that `ByteTransformer(**config)` rebuilds the model.
+        is_checkpointing: Whether a block's activations are made again in backward instead of kept.
 
     Raises:
         ValueError: heads does not divide dim.
@@ -41,6 +43,7 @@ class ByteTransformer(nn.Module):
         self.position = nn.Embedding(context, dim)
         self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
+        self.is_checkpointing = False
         self._initialize(depth)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -54,7 +57,7 @@ class ByteTransformer(nn.Module):
             raise ValueError(f"length {length} exceeds the context of {self.config['context']} bytes")
         x = self.token(tokens) + self.position(torch.arange(length, device=tokens.device))
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.is_checkpointing and self.training else block(x)
         return F.linear(self.norm(x), self.token.weight)
 
     def _initialize(self, depth: int) -> None:
