@@ -1,6 +1,7 @@
 """What runs in each process of tests/distributed/test_sharded.py: models under FSDP2, tensor parallelism and both."""
 
 import copy
+import itertools
 import math
 import os
 import signal
@@ -472,12 +473,20 @@ def nan_in_backward_is_an_error_on_all(rank, size):
     assert all(map(torch.equal, before, (part.to_local() for part in model.down.parameters())))
 
 
+def _numbers_of_an_update(m, n, r, k, *, by_rows, has_residual):
+    """The formulas of docs/devices.md: what a matrix' update sends, before it is known to be finite."""
+    if by_rows:
+        return r * n + 3 * r * r + r * k + r + has_residual * (3 * n + 1)
+    return r * m + r * r + r + (k and r * r + 2 * r + r * k + k) + has_residual * (3 * m + r + 3)
+
+
 @check(2)
 def bytes_are_those_of_the_formula(rank, size):
-    """Of docs/devices.md: what an update adds to the traffic of FSDP2 itself."""
-    for residual in (0.0, 0.5):
-        model = shard(net(dtype=torch.float32))
-        tracker, opt = attach(model, rule=gradlr.rules.LowRankPolar(residual=residual))
+    """What an update adds to the traffic of FSDP2 itself."""
+    columns_of_matrices = partial(shard, shard_placement_fn=lambda one: Shard(1) if one.shape in ((24, 48), (48, 24)) else None)
+    for place, residual, k in itertools.product((shard, columns_of_matrices), (0.0, 0.5), (0, 1)):
+        model = place(net(dtype=torch.float32))
+        tracker, opt = attach(model, rule=gradlr.rules.LowRankPolar(residual=residual), momentum_rank=k)
         train(model, tracker, opt, 1, part=share_of(rank, size))
         loss = loss_of(model, tokens_of(1)[share_of(rank, size)])
         with counted_bytes() as counts:
@@ -485,8 +494,8 @@ def bytes_are_those_of_the_formula(rank, size):
         assert counts == [32 * size]
         with counted_bytes("all_reduce") as counts:  # FSDP2 itself gathers, and reduces with a scatter
             loss.backward()
-        r, k = 2, 1
-        matrices = [r * n + 3 * r * r + r + r * k + (3 * n + 3 if residual else 0) for n in (24, 48)]
+        how = {"by_rows": place is shard, "has_residual": residual > 0}
+        matrices = [_numbers_of_an_update(*shape, 2, k, **how) for shape in ((24, 48), (48, 24))]
         assert sum(counts) == 4 * (sum(matrices) + len(opt.records))
         opt.detach()
 
