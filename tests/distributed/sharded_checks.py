@@ -1,6 +1,7 @@
 """What runs in each process of tests/distributed/test_sharded.py: models under FSDP2, tensor parallelism and both."""
 
 import copy
+import itertools
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 from processes import Checks
-from replicated_checks import counted_bytes
+from replicated_checks import CLOSE, counted_bytes
 from torch import distributed, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -123,7 +124,9 @@ def assert_like(model, reference, agreement=AGREEMENT):
         torch.testing.assert_close(whole, other, **agreement, msg=lambda tale, name=name: f"{name}: {tale}")
 
 
-def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None, reference_micro=None, **options):
+def compare_with_one_process(
+    rank, size, /, *, place=shard, kind=Net, share=None, reference_micro=None, agreement=AGREEMENT, **options
+):
     how = {key: options.pop(key) for key in ("micro", "syncs_last", "shows_share") if key in options}
     model, reference = place(net(kind=kind)), net(kind=kind)
     untrained = copy.deepcopy(reference)
@@ -131,7 +134,7 @@ def compare_with_one_process(rank, size, /, *, place=shard, kind=Net, share=None
     train(model, tracker, opt, STEPS, part=share_of(rank, size) if share is None else share, **how)
     reference_tracker, reference_opt = attach_alone(reference, **options)
     train(reference, reference_tracker, reference_opt, STEPS, micro=reference_micro or how.get("micro", 1))
-    assert_like(model, reference)
+    assert_like(model, reference, agreement)
     assert all(not torch.equal(one, two) for one, two in zip(reference.parameters(), untrained.parameters(), strict=True))
     if reference_micro is None:  # both have shown the same losses
         assert math.isclose(tracker.ratio, reference_tracker.ratio, rel_tol=1e-6)
@@ -168,6 +171,12 @@ def fsdp_at_step_equals_one_process(rank, size):
     with forms_seen() as seen:
         compare_with_one_process(rank, size, apply="step", max_grad_norm=0.5)
     assert seen == {"Sketched"}
+
+
+@check(2)
+def normalized_gradients_equal_one_process(rank, size):
+    for apply in ("backward", "step"):
+        compare_with_one_process(rank, size, rule="multi_normalized", apply=apply, agreement=CLOSE)
 
 
 @check(2)
@@ -464,12 +473,20 @@ def nan_in_backward_is_an_error_on_all(rank, size):
     assert all(map(torch.equal, before, (part.to_local() for part in model.down.parameters())))
 
 
+def _numbers_of_an_update(m, n, r, k, *, by_rows, has_residual):
+    """The formulas of docs/devices.md: what a matrix' update sends, before it is known to be finite."""
+    if by_rows:
+        return r * n + 3 * r * r + r * k + r + has_residual * (3 * n + 1)
+    return r * m + r * r + r + (k and r * r + 2 * r + r * k + k) + has_residual * (3 * m + r + 3)
+
+
 @check(2)
 def bytes_are_those_of_the_formula(rank, size):
-    """Of docs/devices.md: what an update adds to the traffic of FSDP2 itself."""
-    for residual in (0.0, 0.5):
-        model = shard(net(dtype=torch.float32))
-        tracker, opt = attach(model, rule=gradlr.rules.LowRankPolar(residual=residual))
+    """What an update adds to the traffic of FSDP2 itself."""
+    columns_of_matrices = partial(shard, shard_placement_fn=lambda one: Shard(1) if one.shape in ((24, 48), (48, 24)) else None)
+    for place, residual, k in itertools.product((shard, columns_of_matrices), (0.0, 0.5), (0, 1)):
+        model = place(net(dtype=torch.float32))
+        tracker, opt = attach(model, rule=gradlr.rules.LowRankPolar(residual=residual), momentum_rank=k)
         train(model, tracker, opt, 1, part=share_of(rank, size))
         loss = loss_of(model, tokens_of(1)[share_of(rank, size)])
         with counted_bytes() as counts:
@@ -477,16 +494,17 @@ def bytes_are_those_of_the_formula(rank, size):
         assert counts == [32 * size]
         with counted_bytes("all_reduce") as counts:  # FSDP2 itself gathers, and reduces with a scatter
             loss.backward()
-        r, k = 2, 1
-        matrices = [r * n + 3 * r * r + r + r * k + (3 * n + 3 if residual else 0) for n in (24, 48)]
+        how = {"by_rows": place is shard, "has_residual": residual > 0}
+        matrices = [_numbers_of_an_update(*shape, 2, k, **how) for shape in ((24, 48), (48, 24))]
         assert sum(counts) == 4 * (sum(matrices) + len(opt.records))
         opt.detach()
 
 
 @check(2)
 def what_cannot_be_sharded_is_refused(rank, size):
-    with pytest.raises(gradlr.ArgumentError, match=r"rule 'factor_moments' needs whole matrices, and 'up.weight' \(48, 24\)"):
-        attach(shard(net()), rule="factor_moments")
+    for rule in ("factor_moments", "polar"):
+        with pytest.raises(gradlr.ArgumentError, match=rf"rule '{rule}' needs whole matrices, and 'up.weight' \(48, 24\)"):
+            attach(shard(net()), rule=rule)
     with pytest.raises(gradlr.ArgumentError, match="FSDP2 gathers a weight"):
         attach(shard(net()), capture="adaptor")
     with pytest.raises(gradlr.ArgumentError, match="leave process_group= out"):

@@ -54,6 +54,15 @@ def test_zero_rows_columns_and_gradients_stay_zero():
     assert not token_polar(torch.zeros_like(delta), x).any()
 
 
+def test_small_rows_and_columns_have_a_length_as_well():
+    delta, x = tokens(count=16, dtype=torch.float32)
+    delta[:, 0] *= 1e-4
+    x[:, 0] *= 1e-4
+    rows, columns = token_scales(delta, x)
+    matrix = delta.mT @ x
+    torch.testing.assert_close(rows * matrix * columns.mT, multi_normalize(matrix), rtol=0, atol=1e-5)
+
+
 def test_few_tokens_are_worked_on_in_token_space_and_many_are_not():
     # T ≤ mn / 3(m + n): 341 tokens of a square of width 2048.
     assert normalization_is_cheaper(341, 2048, 2048) and not normalization_is_cheaper(342, 2048, 2048)
