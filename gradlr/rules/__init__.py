@@ -33,7 +33,7 @@ BUILT_IN: dict[str, type[Rule]] = {
 
 _RENAMED = (
     "the rule 'tracked_momentum' (TrackedMomentum) is called 'low_rank_polar' (LowRankPolar) now. Its learning rate is AdamW's: "
-    "what was lr=1.6e-2 is about 2e-3; and it keeps a momentum only where momentum_rank= asks for one, 4 before"
+    "what was lr=1.6e-2 is about 1.3e-3 (width 128); and it keeps a momentum only where momentum_rank= asks for one, 4 before"
 )
 
 
