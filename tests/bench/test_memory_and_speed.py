@@ -34,7 +34,7 @@ def test_the_peaks_are_in_the_order_that_their_buffers_demand():
     assert found["adamw_fused"][1] == 2 * PARAMETERS
     for name in ours:
         assert found[name][0] < found["no_optimizer"][0]
-        assert found[name][1] == 4 * DEPTH * 4 * 2 * WIDTH  # k(m + n) float32, k = 4
+        assert found[name][1] == 0
 
 
 SMALL = {"width": 64, "tokens": 8}

@@ -5,20 +5,29 @@ import importlib.util
 import pytest
 import torch
 
-from gradlr.apps.bench import classification
+from gradlr.apps.bench import classification, smollm2
 from gradlr.apps.bench.baselines import baseline
 from gradlr.apps.bench.quality import choose
 from gradlr.apps.bench.workloads import WORKLOADS, rate_factor
 from gradlr.errors import ArgumentError
 
+CUT = {"layers": 2, "length": 48, "validation_windows": 4}
 SMALL = {
     "pretrained": {"validation_windows": 16},
     "scratch": {"validation_windows": 16},
     "small-batches": {"validation_windows": 16},
     "minilm": {"batch_size": 2, "length": 16, "training_examples": 8, "validation_examples": 1},
     "digits": {},
+    "smollm2": CUT,
+    "smollm2-chat": CUT,
 }
-each_workload = pytest.mark.parametrize("name", list(WORKLOADS))
+needs_smollm2 = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in smollm2.NEEDED),
+    reason=f"needs {', '.join(smollm2.NEEDED)}: pip install 'gradlr[bench]'",
+)
+each_workload = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=needs_smollm2 if SMALL[name] is CUT else ()) for name in WORKLOADS]
+)
 
 
 def make(name, **more):
@@ -45,7 +54,8 @@ def test_validation_is_fixed_finite_and_leaves_the_model_in_training(name):
     model = workload.model(0, "cpu")
     found = workload.evaluate(model)
     assert found == workload.evaluate(model)
-    assert 0 < found["loss"] < 7
+    # Two layers out of thirty are sure of what is wrong.
+    assert 0 < found["loss"] < (50 if SMALL[name] is CUT else 7)
     assert 0 <= found.get("accuracy", 0) <= 1
     assert model.training
 

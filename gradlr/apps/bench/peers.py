@@ -76,7 +76,9 @@ def sinkgd_adamw(model: nn.Module, lr: float) -> TrainStep:
     from adv_optm import SinkSGD_adv
 
     matrices, embeddings, vectors = split_parameters(model)
-    return ordinary(SinkSGD_adv(matrices, lr=lr), torch.optim.AdamW(embeddings + vectors, lr=lr, weight_decay=0.0))
+    rest = embeddings + vectors  # none in a stack of Linears, which AdamW would refuse
+    others = [torch.optim.AdamW(rest, lr=lr, weight_decay=0.0)] if rest else []
+    return ordinary(SinkSGD_adv(matrices, lr=lr), *others)
 
 
 def mlorc(model: nn.Module, lr: float) -> TrainStep:
