@@ -15,8 +15,8 @@ class Polar(Rule):
     """All singular values of the gradient set to one, by five Newton–Schulz steps on its smaller Gram matrix.
 
     It keeps nothing, and rank and momentum do nothing for it. The work is about 30 d² max(m, n) with d = min(m, n), many times
-    the product that makes the gradient; under adaptor capture, with fewer tokens than about 0.8 d, it is done on T × T coefficients
-    instead, and the gradient never exists.
+    the product that makes the gradient; under adaptor capture, with fewer tokens than about 0.8 d, it is done on T × T
+    coefficients instead, and the gradient never exists.
 
     Source: Muon (Jordan et al. 2024), without its momentum; on the Gram matrix as in Dao-AILab's gram-newton-schulz.
     """

@@ -58,7 +58,7 @@ class SmolLM2:
     def model(self, seed: int, device: str) -> nn.Module:
         """The model before training."""
         torch.manual_seed(seed)
-        return load_model(self.layers).to(device)
+        return load_model(self.layers).to(device).train()
 
     def losses(self, model: nn.Module, seed: int) -> Iterator[Callable[[], Tensor]]:
         """One function per step that computes the training loss."""
