@@ -38,6 +38,16 @@ def test_its_numbers_are_those_of_the_committed_results():
     assert f"**{peaks[0]:.1f} MiB above 100 MiB of weights**, AdamW {peaks[1]:.1f}" in README
 
 
+def test_its_language_model_is_that_of_the_committed_results():
+    rows = {row["name"]: row for row in results("quality-smollm2")["results"]}
+    ours, theirs = rows["default"], rows["adamw_b0"]
+    assert f"**{ours['mean']:.3f} nats per token, tuned AdamW {theirs['mean']:.3f}**" in README
+    assert f"general English afterwards at {ours['general']:.3f} and {theirs['general']:.3f}" in README
+    assert ours["matrix_state_per_weight"] == 0
+    times = {row["name"]: row["ratio"] for row in results("speed-smollm2")["results"]}
+    assert f"**{times['hook']:.2f} of the time of AdamW's step**" in README
+
+
 def test_what_it_costs_is_in_the_committed_results():
     rows = {row["name"]: row for name in ("quality", "quality-group") for row in results(name)["results"]}
     assert f"({rows['muon']['mean']:.3f} nats per byte;" in README
@@ -69,6 +79,8 @@ TABLES = {
     "quality-products": (BENCHMARKS, quality),
     "devices": (BENCHMARKS, devices),
     "study-pretrained": (STUDY, quality),
+    "quality-smollm2": (STUDY, quality),
+    "speed-smollm2": (CAPTURE, speed),
     "estimate": (MEMORY, estimate),
     "memory": (BENCHMARKS, memory),
     "speed": (BENCHMARKS, speed),
