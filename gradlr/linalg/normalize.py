@@ -74,37 +74,38 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout
     peak = layout.all_reduce_max(largest_entry(y))
     # What is subnormal counts as zero: its reciprocal would be infinite.
     unit = torch.where(peak >= torch.finfo(y.dtype).tiny, peak.reciprocal(), 0.0)
-    rows, columns = scales_of_squares((y * unit).square_(), layout, passes=passes)
+    squares = (y * unit).square_()
+    rows, columns = scales_of_squares(squares, squares.sum(dim=-1, keepdim=True), layout, passes=passes)
     row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
     return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)
 
 
-def scales_of_squares(squares: Tensor, layout: Layout = UNSHARDED, *, passes: int = 3) -> tuple[Tensor, Tensor]:
-    """Squared scales of rows (..., m, 1) and columns (..., n, 1), of squared entries (..., m, n)."""
+def scales_of_squares(squares: Tensor, sums: Tensor, layout: Layout = UNSHARDED, *, passes: int = 3) -> tuple[Tensor, Tensor]:
+    """Squared scales of rows (..., m, 1) and columns (..., n, 1), of squared entries (..., m, n) and of their rows' sums here."""
     whole = layout.is_whole
     return alternate(
         lambda scales: squares @ scales if whole else layout.columns.inner(squares.mT, scales),
         lambda scales: squares.mT @ scales if whole else layout.rows.inner(squares, scales),
-        squares.new_ones((*squares.shape[:-2], squares.shape[-1], 1)),
+        sums if whole else layout.columns.all_reduce_sum(sums),
         passes=passes,
     )
 
 
 def alternate(
-    row_energies: Callable[[Tensor], Tensor], column_energies: Callable[[Tensor], Tensor], columns: Tensor, *, passes: int
+    row_energies: Callable[[Tensor], Tensor], column_energies: Callable[[Tensor], Tensor], first: Tensor, *, passes: int
 ) -> tuple[Tensor, Tensor]:
     """Squared scales of rows and columns after so many passes, zero where a row or column is.
 
     Args:
         row_energies: Squared lengths of the rows, (..., m, 1), under squared scales (..., n, 1) of the columns.
         column_energies: The same of the columns under scales of the rows.
-        columns: Ones, (..., n, 1).
+        first: `row_energies` where all columns have a scale of one.
         passes: How often each is found.
     """
-    tiny, rows = torch.finfo(columns.dtype).tiny, columns
-    for _ in range(passes):
+    tiny, columns = torch.finfo(first.dtype).tiny, first
+    for number in range(passes):
         # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.
-        rows = row_energies(columns)
+        rows = first if number == 0 else row_energies(columns)
         rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
         columns = column_energies(rows)
         columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)

@@ -47,7 +47,7 @@ def token_scales(delta: Tensor, x: Tensor, *, passes: int = PASSES) -> tuple[Ten
     rows, columns = alternate(
         lambda scales: _energies(x * scales.mT, x, delta),
         lambda scales: _energies(delta * scales.mT, delta, x),
-        x.new_ones(x.shape[-1], 1),
+        _energies(x, x, delta),
         passes=passes,
     )
     return rows.sqrt() / peaks[0] / peaks[1], columns.sqrt()

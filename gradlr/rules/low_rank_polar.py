@@ -226,9 +226,10 @@ def _normalized(rest: Tensor, seen: Tensor, size: float, layout: Layout) -> Tens
     peak = layout.columns.column_peaks(seen).amax(dim=-1, keepdim=True)
     unit = torch.where(peak >= torch.finfo(rest.dtype).tiny, peak.reciprocal(), 0.0)
     squares = (rest * unit).square_()
-    energy = layout.all_reduce_sum(squares.sum(dim=(-2, -1), keepdim=True))
+    sums = squares.sum(dim=-1, keepdim=True)
+    energy = layout.all_reduce_sum(sums.sum(dim=-2, keepdim=True))
     captured = layout.columns.all_reduce_sum((seen * unit).square_().sum(dim=(-2, -1), keepdim=True))
-    rows, columns = scales_of_squares(squares, layout)
+    rows, columns = scales_of_squares(squares, sums, layout)
     # Columns are of unit length or zero.
     count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(rest.dtype))
     is_there = energy > _RESIDUAL_RTOL[rest.dtype] ** 2 * captured
