@@ -29,7 +29,7 @@ def test_after_backward_every_weight_is_updated_and_no_gradient_is_left():
 @pytest.mark.parametrize("rule", ["low_rank_polar", "factor_moments", "adam"])
 @pytest.mark.parametrize("apply", ["backward", "step"])
 def test_training_lowers_the_loss(rule, apply):
-    model, tracker, opt = attached(rule=rule, apply=apply, lr=1e-2)
+    model, tracker, opt = attached(rule=rule, apply=apply, lr=3e-3)
     losses = train(model, opt, tracker, 60)
     # A quarter of the start is far more than the spread over the four batches.
     assert sum(losses[-4:]) < 0.75 * sum(losses[:4])

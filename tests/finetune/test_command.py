@@ -56,20 +56,8 @@ def logged(out, key):
 
 def test_from_the_file_to_the_model_and_the_adapter(tmp_path, model, data, capsys):
     out, adapter = tmp_path / "deep" / "out", tmp_path / "adapter"
-    options = [
-        "--length",
-        "32",
-        "--batch-size",
-        "4",
-        "--epochs",
-        "3",
-        "--eval-every",
-        "10",
-        "--lr",
-        "0.004",
-        "--lora-out",
-        str(adapter),
-    ]
+    sizes = ["--length", "32", "--batch-size", "4", "--epochs", "3", "--eval-every", "10", "--lr", "0.008"]
+    options = [*sizes, "--lora-out", str(adapter)]
     assert finetune(model, data, out, *options, "--lora-rank", "32") == 0
     printed = capsys.readouterr().out
     before, *_, after = logged(out, "validation_loss")
