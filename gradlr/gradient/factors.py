@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -60,10 +62,10 @@ class OuterProduct(GradientOperator):
         blocks = delta.split(max(1, _BLOCK_NUMBERS // x.shape[-1]), dim=-1)
         return torch.cat([torch.linalg.vector_norm(widen(block).mT @ x, dim=-1, keepdim=True) for block in blocks]) ** 2
 
-    @property
-    def tokens(self) -> tuple[Tensor, Tensor] | None:
-        """δ (T, m) and x (T, n) of G = δᵀ x, float32 or wider; None where the map is no Linear."""
-        if not isinstance(self._op, LinearOp):
+    def tokens_where(self, is_cheaper: Callable[[int, int, int], bool]) -> tuple[Tensor, Tensor] | None:
+        # Asked of the sizes first: in half precision the tokens are copied.
+        count = self._delta.numel() // self._delta.shape[-1]
+        if not isinstance(self._op, LinearOp) or not count or not is_cheaper(count, *self.shape):
             return None
         delta, x = self._tokens()
         return widen(delta), widen(x)

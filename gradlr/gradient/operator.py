@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -44,6 +46,10 @@ class GradientOperator:
     def add_(self, gradient: GradientOperator) -> GradientOperator:
         """The sum with another gradient, in this one's form where it can be; both are spent afterwards."""
         raise NotImplementedError
+
+    def tokens_where(self, is_cheaper: Callable[[int, int, int], bool]) -> tuple[Tensor, Tensor] | None:
+        """δ (T, m) and x (T, n), float32 or wider, of a G = δᵀ x never formed, where `is_cheaper(T, m, n)`; else None."""
+        return None
 
     def row_energies(self) -> Tensor:
         """Squared lengths of the rows, (..., m, 1)."""

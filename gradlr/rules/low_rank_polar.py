@@ -113,10 +113,12 @@ class LowRankPolar(Rule):
         layout, rows, columns = context.layout, context.layout.rows, context.layout.columns
         whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
         open_directions = min(whole[-2:]) - context.rank
-        has_residual = self.residual > 0 and open_directions > 0 and isinstance(gradient, Dense | OuterProduct)
-        if has_residual and isinstance(gradient, OuterProduct) and not _is_thin(gradient):
-            # The rest would need it anyway, of this layer alone and for as long as its update takes.
-            gradient = Dense(gradient.matrix, is_owned=True)
+        known: Dense | tuple[Tensor, Tensor] | None = None  # what a residual can be made of, where there is to be one
+        if self.residual > 0 and open_directions > 0 and isinstance(gradient, Dense | OuterProduct):
+            known = gradient if isinstance(gradient, Dense) else gradient.tokens_where(normalization_is_cheaper)
+            if known is None:
+                # The rest would need it anyway, of this layer alone and for as long as its update takes.
+                gradient = known = Dense(gradient.matrix, is_owned=True)
         # One power step from random directions, or from where the momentum points: B, an orthonormal basis of m rows.
         like = torch.empty((*gradient.shape[:-2], gradient.shape[-1], 0), dtype=gradient.dtype, device=gradient.device)
         test = _directions(state.get("R", like), context.rank, context, columns)
@@ -136,13 +138,13 @@ class LowRankPolar(Rule):
         peaks = columns.column_peaks(torch.cat(parts, dim=-1)).unflatten(-1, (len(parts), -1)).amax(dim=-1)
         is_moving, scales = peaks[..., :1] > 0, peaks.clamp(min=torch.finfo(seen.dtype).tiny).split(1, dim=-1)
         direction = newton_schulz_by_gram(parts[-1] / scales[-1], axis=columns)
-        length = update_scale(whole, context.rank, self.residual if has_residual else 0.0)
+        length = update_scale(whole, context.rank, 0.0 if known is None else self.residual)
         update = Update(left=basis * length, right=direction * is_moving)
-        if has_residual:
+        if known is not None:
             # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those, counts
             # as much as α times that.
             size = self.residual * length * open_directions**0.5
-            update = _with_residual(update, gradient, basis, seen, size, layout)
+            update = _with_residual(update, known, basis, seen, size, layout)
         if not state:
             return update, {}
         # A ≈ B Bᵀ A, of which the k leading directions are kept.
@@ -187,23 +189,25 @@ def _leading(averaged: Tensor, overlap: Tensor, axis: Axis) -> Tensor:
     return pad(start, (0, k - start.shape[-1]))
 
 
-def _is_thin(gradient: OuterProduct) -> bool:
-    tokens = gradient.tokens
-    return tokens is not None and normalization_is_cheaper(len(tokens[0]), *gradient.shape)
-
-
 def _with_residual(
-    update: Update, gradient: GradientOperator, basis: Tensor, seen: Tensor, size: float, layout: Layout
+    update: Update,
+    known: Dense | tuple[Tensor, Tensor],
+    basis: Tensor,
+    seen: Tensor,
+    size: float,
+    layout: Layout,
 ) -> Update:
-    """The update, and G − B zᵀ spread over all directions by normalizing rows and columns, with Frobenius norm `size`."""
-    tokens = gradient.tokens if isinstance(gradient, OuterProduct) else None
-    if tokens is None:
+    """The update, and G − B zᵀ spread over all directions by normalizing rows and columns, with Frobenius norm `size`.
+
+    Known is G itself, or δ and x of G = δᵀ x.
+    """
+    if isinstance(known, Dense):
         # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
-        rest = gradient.consume() if isinstance(gradient, Dense) else gradient.matrix
+        rest = known.consume()
         rest = rest.addmm_(basis, seen.mT, alpha=-1) if rest.ndim == 2 else rest.sub_(basis @ seen.mT)
         update.dense = _normalized(rest, seen, size, layout)
         return update
-    delta, x = tokens
+    delta, x = known
     # Off the basis, token by token: the rest is an outer product as well, and neither it nor the gradient is ever formed.
     delta = delta - (delta @ basis) @ basis.mT
     rows, columns = token_scales(delta, x)

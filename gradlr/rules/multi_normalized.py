@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..gradient import Dense, GradientOperator, OuterProduct
+from ..gradient import Dense, GradientOperator
 from ..linalg import multi_normalize
 from ..linalg.token_space import normalization_is_cheaper, token_scales
 from .base import Rule, State, Update, UpdateContext
@@ -31,8 +31,7 @@ class MultiNormalized(Rule):
         layout, shape = context.layout, gradient.shape
         # Columns end with unit length, so with a root mean square of 1 / √m.
         size = (shape if layout.is_whole else layout.whole(shape))[-2] ** 0.5
-        tokens = gradient.tokens if isinstance(gradient, OuterProduct) else None
-        if tokens is not None and normalization_is_cheaper(len(tokens[0]), *shape):
+        if tokens := gradient.tokens_where(normalization_is_cheaper):
             delta, x = tokens
             rows, columns = token_scales(delta, x)
             return Update(left=delta.mT, right=(x * columns.mT).mT * size, row_scale=rows), {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..gradient import GradientOperator, OuterProduct
+from ..gradient import GradientOperator
 from ..linalg.normalize import largest_entry
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import polar_is_cheaper, token_polar
@@ -30,8 +30,7 @@ class Polar(Rule):
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         *_, m, n = gradient.shape
         size = update_scale(gradient.shape, min(m, n))
-        tokens = gradient.tokens if isinstance(gradient, OuterProduct) else None
-        if tokens is not None and polar_is_cheaper(len(tokens[0]), m, n):
+        if tokens := gradient.tokens_where(polar_is_cheaper):
             delta, x = tokens
             return Update(left=delta.mT, right=token_polar(delta, x).mT * size), {}
         matrix = gradient.matrix

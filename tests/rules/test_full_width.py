@@ -95,3 +95,13 @@ def test_multi_normalized_moves_every_column_by_lr():
     (update,) = {id(rule): rule.update(Dense(torch.randn(12, 9)), {}, context())[0] for rule in [MultiNormalized()]}.values()
     # A few roundings in float32.
     torch.testing.assert_close(update.dense.square().mean(dim=0), torch.ones(9), rtol=1e-5, atol=0)
+
+
+@QUIET
+@RULES
+def test_a_batch_without_tokens_changes_nothing(rule):
+    model = mlp(16, 2)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    _, tracker, _opt = attached(model, rule=rule, capture="adaptor", momentum_rank=0)
+    tracker(model(torch.zeros(0, 16)).sum()).backward()
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))

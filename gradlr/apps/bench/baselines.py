@@ -47,7 +47,7 @@ BASELINES: dict[str, Baseline] = {
 # Those that need no package beside torch.
 OWN_BASELINES = [name for name in BASELINES if name not in PEERS]
 
-# What may follow `k4_r64`, those that begin alike with the longest first: the words in a table, and arguments of `gradlr`.
+# What may follow `k4_r64`: the words in a table, and arguments of `gradlr`.
 _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "_no_residual": ("no residual", {"rule": rules.LowRankPolar(residual=0)}),
     "_residual1": ("residual 1", {"rule": rules.LowRankPolar(residual=1)}),
