@@ -26,7 +26,7 @@ def apply_update(
     weight_decay: float | Tensor,
     generator: torch.Generator | None,
 ) -> None:
-    """`W ← (1 − ηλ) W − η (diag(row_scale) left rightᵀ + dense)`, in place.
+    """`W ← (1 − ηλ) W − η D` with the direction D of an `Update`, in place.
 
     Args:
         parameter: W, any floating dtype; bfloat16 and float16 are updated in float32 and rounded stochastically, since updates
@@ -52,12 +52,11 @@ def apply_update(
 def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
     """A block of rows at a time, so that what is widened or scaled on the way never has the size of the weight."""
     for rows in _row_blocks(weight):
-        left = None if update.left is None else update.left[rows]
-        if left is not None and update.row_scale is not None:
-            left = left * update.row_scale[rows]
-        block = weight[rows]
+        block, part = weight[rows], update.block(rows)
+        if part.left is not None and part.row_scale is not None:
+            part.left = part.left * part.row_scale
         wide = block.float() if weight.dtype in _NARROW else block
-        _subtract(wide, Update(left, update.right, None if update.dense is None else update.dense[rows]), lr, decay)
+        _subtract(wide, part, lr, decay)
         if wide is not block:
             block.copy_(stochastic_round(wide, weight.dtype, generator=generator))
 
@@ -95,13 +94,17 @@ def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) 
         weight.mul_(decay)
         decay = 1.0
     if left is not None and right is not None:
-        if dense is None:
-            _add_product(weight, left, right, decay, -lr)
-            return
-        _add_product(dense, left, right, 1.0, 1.0)
-    if decay != 1:
+        _add_product(weight, left, right, decay, -lr)
+    elif decay != 1:
         weight.mul_(decay)
-    if dense is not None:
+    if dense is None:
+        return
+    if update.dense_rows is not None:
+        # In place where no wider numbers come of it; rounding errors of a narrow dense part are its rule's affair.
+        dense = dense.mul_(update.dense_rows)
+    if update.dense_columns is not None:
+        weight.addcmul_(dense, update.dense_columns, value=-lr)
+    else:
         weight.add_(dense, alpha=-lr)
 
 

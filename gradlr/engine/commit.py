@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from ..gradient import GradientOperator
+from ..gradient import Dense, GradientOperator
 from ..layers import View
 from ..rules import Rule, State, Update, UpdateContext
 from ..tensors import compute_dtype_and_device, is_async, local
@@ -73,23 +73,24 @@ class Committer:
         self.writer: Writer = apply_update
         self.changed: list[str] = []
 
-    def compute(self, record: ParamRecord, gradient: GradientOperator, is_finite: Tensor) -> Prepared:
+    def compute(self, record: ParamRecord, gradient: GradientOperator, is_finite: Tensor | None) -> Prepared:
         """Let the rule make an update of a gradient, which may be consumed.
 
         Args:
             record: The parameter.
             gradient: Its gradient.
-            is_finite: `gradient.is_finite()`, which the caller has asked for already.
+            is_finite: `gradient.is_finite()`, or None where the update shows it.
         """
         context, old_state, rule = self.store.context(record), self.store.read(record), record.rule
-        if rule.is_elementwise and not rule.accepts_row_factors:
+        if rule.is_elementwise and not rule.accepts_row_factors and not isinstance(gradient, Dense):
             gradient = as_dense(gradient)
         kept = None if record.observer is None else record.observer.keep(gradient)
         try:
             update, new_state = checked(rule, rule.update(gradient, old_state, context), gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
-            return Prepared(record, context, torch.zeros_like(is_finite), Update(), old_state)
-        is_finite = is_finite & all_finite(update, new_state)
+            return Prepared(record, context, torch.zeros((), dtype=torch.bool, device=gradient.device), Update(), old_state)
+        is_all_finite = all_finite(update, new_state)
+        is_finite = is_all_finite if is_finite is None else is_finite & is_all_finite
         prepared = Prepared(record, context, is_finite, update, new_state)
         if record.observer is not None and kept is not None:
             prepared.metrics = record.observer.measure_gradient(record, kept, update, context.step)
@@ -143,9 +144,11 @@ def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tupl
 
 def all_finite(update: Update, state: State) -> Tensor:
     """0-dim boolean: whether the sums of all their tensors are finite, and with them every entry. Never waits for a device."""
-    parts = (update.left, update.right, update.row_scale, update.dense, *state.values())
-    finite = [part.sum().isfinite() for part in parts if part is not None]
-    return torch.stack(finite).all() if finite else torch.tensor(True, device="cpu")
+    if update.check is not None:
+        finite = update.check.isfinite()
+        return finite.all() if finite.ndim else finite
+    sums = [part.sum() for part in (*update.parts(), *state.values())]
+    return torch.stack(sums).isfinite().all() if sums else torch.tensor(True, device="cpu")
 
 
 def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: State) -> tuple[Update, State]:
@@ -157,7 +160,7 @@ def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: S
         new_state: The rule's new state.
         old_state: The state before; an entry that has changed its shape stays the new one.
     """
-    parts = {key: getattr(update, key) for key in ("left", "right", "row_scale")}
+    parts = {key: getattr(update, key) for key in ("left", "right", "row_scale", "dense_rows", "dense_columns")}
     kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
     if update.dense is not None:
         update.dense.masked_fill_(~is_finite, 0.0)

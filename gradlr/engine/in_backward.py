@@ -17,15 +17,14 @@ class InBackward(CommitPolicy):
         if self._dropped_serial == self.tracker.serial:
             self.bases.forget(record)
             return
-        layout, is_finite = record.plan.layout, gradient.is_finite()
-        is_late = is_async(is_finite)
-        if layout.is_whole and not is_late and not is_finite:
-            raise self.checks.not_finite(record)  # rules are promised finite gradients
+        layout, is_finite = record.plan.layout, None if record.rule.carries_nonfinite else gradient.is_finite()
+        if layout.is_whole and is_finite is not None and not is_async(is_finite) and not is_finite:
+            raise self.checks.not_finite(record)
         prepared = self.committer.compute(record, gradient, is_finite)
         if not layout.is_whole:
             # Each process takes part in what the others compute, and all hear of what is not finite.
             prepared.is_finite = ~layout.anywhere(~prepared.is_finite)
-        if is_late:
+        if is_async(prepared.is_finite):
             self.checks.read_later(record, prepared.is_finite)
         elif not prepared.is_finite:
             raise self.checks.not_finite(record)

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..tensors import is_async
+
 
 class Axis:
     """One axis of a matrix, all of which lies in this process; a subclass shares it with others.
@@ -52,8 +54,12 @@ class Axis:
 
     def column_peaks(self, x: Tensor) -> Tensor:
         """Largest absolute entry of each column of (..., m, r), whose m rows lie along this axis: (..., 1, r)."""
-        # Where a process holds no row at all there is nothing to look at.
-        here = x.abs().amax(dim=-2, keepdim=True) if x.shape[-2] else x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
+        if not x.shape[-2]:  # where a process holds no row at all there is nothing to look at
+            here = x.new_zeros((*x.shape[:-2], 1, x.shape[-1]))
+        elif is_async(x):
+            here = torch.linalg.vector_norm(x, torch.inf, dim=-2, keepdim=True)
+        else:  # on the CPU ten times faster than the norm
+            here = x.abs().amax(dim=-2, keepdim=True)
         return here if self.is_whole else self.all_reduce_max(here)
 
 

@@ -12,8 +12,8 @@ from ..tensors import widest
 from .axes import REPLICATED, Axis
 from .normalize import normalize_columns, widen
 
-# Shifts of a unit diagonal, one per pass: shifted Cholesky-QR, Fukaya et al. 2020 (arXiv 1809.11085). Unshifted, twice-applied
-# Cholesky-QR broke down within a few steps on real gradients, whose spectra decay.
+# Shifts of the diagonal, as shares of it, one per pass: shifted Cholesky-QR, Fukaya et al. 2020 (arXiv 1809.11085). Unshifted,
+# twice-applied Cholesky-QR broke down within a few steps on real gradients, whose spectra decay.
 _SHIFTS = {torch.float32: (1e-5, 1e-6, 1e-6), torch.float64: (1e-12, 1e-13, 1e-13)}
 # The rounding errors of a Gram matrix grow with its columns, and the shift must exceed them. Where 64 columns span two
 # directions, as of a batch of two rows, shifts that did not grow broke down in one of twenty random cases; these in none of
@@ -53,17 +53,18 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = Fals
     """
     if x.ndim < 2 or (x.shape[-2] < x.shape[-1] and axis.size(x.shape[-2]) < x.shape[-1]):
         raise ShapeError(f"orthonormalize: x has shape {tuple(x.shape)}; it needs at least as many rows as columns")
-    x = x if x.dtype in _SHIFTS else x.float()
-    tiny, growth = torch.finfo(x.dtype).tiny, max(1.0, x.shape[-1] / _SHIFT_COLUMNS)
-    # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one.
-    x = x if is_scaled else x / axis.column_peaks(x).clamp_(min=tiny)
-    first, second, last = _SHIFTS[x.dtype]
+    wide = x.dtype if x.dtype in _SHIFTS else torch.float32
+    tiny, growth = torch.finfo(wide).tiny, max(1.0, x.shape[-1] / _SHIFT_COLUMNS)
+    # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one. A quotient with
+    # a wide divisor is wide.
+    x = x if is_scaled else x / axis.column_peaks(x).to(wide).clamp_(min=tiny)
+    least = torch.tensor(tiny, dtype=wide, device="cpu")
+    first, second, last = _SHIFTS[wide]
     for shift in (first * growth, second * growth, last):
         products = x.mT @ x if axis.is_whole else axis.inner(x, x)
-        # Columns of unit length, whose lengths are on the diagonal already; a zero column stays zero.
-        scale = products.diagonal(dim1=-2, dim2=-1).clamp(min=tiny).rsqrt_().unsqueeze(-2)
-        x, products = x * scale, products * scale * scale.mT
-        products.diagonal(dim1=-2, dim2=-1).add_(shift)
+        # The shift is relative: what comes of it is the same for columns of any length. A zero column stays zero.
+        lengths = products.diagonal(dim1=-2, dim2=-1)
+        torch.add(least, lengths, alpha=1 + shift, out=lengths)
         # cholesky_ex, since cholesky asks the device whether it has succeeded.
         factor = torch.linalg.cholesky_ex(products).L
         x = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..tensors import widest
+from ..tensors import device_traits, widest
 from .axes import REPLICATED, UNSHARDED, Axis, Layout
 
 
@@ -29,6 +29,21 @@ def squared_norm(x: Tensor) -> Tensor:
     """Sum of squares, 0-dim, in the widest dtype of the device; of numbers in float16 as well, whose squares would overflow."""
     norm = torch.linalg.vector_norm(x, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return widest(norm).square()
+
+
+def frobenius_norm(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
+    """Frobenius norm of each matrix of (..., m, r), of entries of any size: (..., 1, 1), float32 or wider, never below `tiny`.
+
+    Args:
+        x: Floating.
+        axis: How its rows are spread.
+    """
+    # Squares of float32 neither overflow nor vanish in float64.
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True, dtype=device_traits(x.device).widest_float)
+    if not axis.is_whole:
+        norm = axis.all_reduce_sum(norm.square_()).sqrt_()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return norm.to(wide).clamp_(min=torch.finfo(wide).tiny)
 
 
 def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:

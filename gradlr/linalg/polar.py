@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .axes import REPLICATED, Axis
-from .normalize import largest_entry
+from .normalize import frobenius_norm, largest_entry
 
 # Quintic Newton–Schulz coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon), as in the source
 # notebook's zeropower_via_newtonschulz5: fastest growth near zero, singular values end between about 0.7 and 1.2.
@@ -45,25 +45,36 @@ def newton_schulz(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloa
     return x.mT if is_tall else x
 
 
-def newton_schulz_by_gram(x: Tensor, *, axis: Axis = REPLICATED, steps: int = 5) -> Tensor:
+def newton_schulz_by_gram(
+    x: Tensor, *, axis: Axis = REPLICATED, steps: int = 5, size: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """The same steps for a tall matrix, all taken on its Gram matrix: two products with n rows instead of ten.
 
     Args:
-        x: Shape (..., n, r) with r ≤ n, float32 or wider, largest entry about one; not modified.
-        axis: How its rows are spread; r × r numbers are summed once.
+        x: Shape (..., n, r) with r ≤ n, any floating dtype, entries of any size; not modified.
+        axis: How its rows are spread; one number and r × r are summed.
         steps: Number of steps.
+        size: What the factor is multiplied with.
 
     Returns:
-        Shape (..., n, r): the approximate polar factor, of which each process has its rows.
+        The approximate polar factor times `size`, (..., n, r), float32 or wider, of which each process has its rows, zero for
+        zero; the Frobenius norms (..., 1, 1) of x, at least the smallest normal number; and numbers (...) that are finite if and
+        only if all of it is.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    norm = frobenius_norm(x, axis)
+    x, batch = x / norm, x.shape[:-2]
+    # A product that adds: of one matrix, or of a batch with one axis.
+    x, add = (x, torch.addmm) if x.ndim == 2 else (x.reshape(-1, *x.shape[-2:]), torch.baddbmm)
     products = x.mT @ x if axis.is_whole else axis.inner(x, x)
-    # The trace is the squared Frobenius norm.
-    scale = 1 / (products.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None].sqrt() + 1e-7)
-    products, eye = products * scale**2, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    factor = eye * scale
-    for _ in range(steps):
-        # X ← X p(XᵀX) turns XᵀX into p XᵀX p, and all of these commute.
-        polynomial = a * eye + b * products + c * products @ products
-        factor, products = factor @ polynomial, polynomial @ products @ polynomial
-    return x @ factor
+    # X ← X p(XᵀX) turns P = XᵀX into p P p, and all of these commute; p = a + q, so that what is multiplied is added.
+    q = add(products, products, products, beta=b, alpha=c)
+    factor = torch.add(q, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), alpha=a)
+    for _ in range(steps - 1):
+        half = add(products, products, q, beta=a)
+        products = add(half, half, q, beta=a)
+        q = add(products, products, products, beta=b, alpha=c)
+        factor = add(factor, factor, q, beta=a)
+    found = add(factor[..., :1, :], x, factor, beta=0, alpha=size)
+    # What is not finite anywhere in x is in every entry of its powers.
+    return (found if x.ndim == 2 else found.unflatten(0, batch)), norm, factor[..., 0, 0]

@@ -138,16 +138,11 @@ def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tens
         return (squared_norm(update.dense) + 2 * decay * overlap + decay**2 * squared_norm(weight)).clamp(min=0)
     # A block of rows at a time, so that the change of a large weight never exists as a whole.
     weight, energies = torch.atleast_2d(weight), [widest(weight.new_zeros(()))]
+    update = replace(update, dense=None if update.dense is None else torch.atleast_2d(update.dense))
     size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // max(1, weight.numel()))
     for start in range(0, weight.shape[-2], size):
         rows = (..., slice(start, start + size), slice(None))
-        change = widen(weight[rows]) * decay
-        if update.left is not None and update.right is not None:
-            scale = 1 if update.row_scale is None else update.row_scale[rows]
-            change = change + (update.left[rows] * scale) @ update.right.mT
-        if update.dense is not None:
-            change = change + torch.atleast_2d(update.dense)[rows]
-        energies.append(squared_norm(change))
+        energies.append(squared_norm(widen(weight[rows]) * decay + update.block(rows).direction()))
     return torch.stack(energies).sum()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,32 +51,59 @@ class UpdateContext:
         if not is_whole:
             *matrices, rows, columns = shape
             shape = (*map(batch.size, matrices), axis.size(rows), columns)
-        draw = torch.randn(shape, dtype=like.dtype, device=like.device, generator=self.generator).mul_(shape[-2] ** -0.5)
+        draw = torch.empty(shape, dtype=like.dtype, device=like.device).normal_(0, shape[-2] ** -0.5, generator=self.generator)
         # Where other processes hold some of the rows or of the batch, all draw the same numbers: each takes those of its part.
         return draw if is_whole else batch.local_shard(axis.local_shard(draw, -2), 0)
 
 
 @dataclass
 class Update:
-    """A direction `diag(row_scale) left rightᵀ + dense`; the optimizer writes `W ← (1 − ηλ) W − η · direction`.
+    """A direction D; the optimizer writes `W ← (1 − ηλ) W − η D`.
+
+    `D = diag(row_scale) left rightᵀ + diag(dense_rows) dense diag(dense_columns)`.
 
     Attributes:
         left: (..., m, r), or None where there is no low-rank part.
         right: (..., n, r), with `left`.
         row_scale: (..., m, 1), with `left`; None for ones.
-        dense: The parameter's view (..., m, n), or None.
+        dense: The parameter's view (..., m, n), in any floating dtype, or None; the optimizer may overwrite it.
+        dense_rows: (..., m, 1), with `dense`; None for ones.
+        dense_columns: (..., 1, n), likewise.
         rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.RowSparse`.
+        check: Any number of numbers that are all finite if and only if all else is, where a rule has them at hand; None to let
+            the optimizer look at everything.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     dense: Tensor | None = None
     row_scale: Tensor | None = None
+    dense_rows: Tensor | None = None
+    dense_columns: Tensor | None = None
     rows: Tensor | None = None
+    check: Tensor | None = None
 
     def parts(self) -> list[Tensor]:
         """The tensors that make up the direction."""
-        return [part for part in (self.left, self.right, self.row_scale, self.dense) if part is not None]
+        parts = (self.left, self.right, self.row_scale, self.dense, self.dense_rows, self.dense_columns)
+        return [part for part in parts if part is not None]
+
+    def block(self, rows: tuple[Any, ...]) -> Update:
+        """The same for a slice of the matrix rows, the last but one axis; shares its memory with this one."""
+        of_rows = {
+            key: part[rows] for key in ("left", "row_scale", "dense", "dense_rows") if (part := getattr(self, key)) is not None
+        }
+        return Update(right=self.right, dense_columns=self.dense_columns, **of_rows)
+
+    def direction(self) -> Tensor:
+        """D itself, as a new tensor (..., m, n), or (t, n) of the rows that it holds: for those who look at it."""
+        low_rank: Tensor | float = 0.0
+        if self.left is not None and self.right is not None:
+            low_rank = (self.left if self.row_scale is None else self.left * self.row_scale) @ self.right.mT
+        dense: Tensor | float = 0.0 if self.dense is None else self.dense
+        for scale in (self.dense_rows, self.dense_columns):
+            dense = dense if scale is None else dense * scale
+        return torch.as_tensor(low_rank + dense)
 
 
 class Rule:
@@ -90,6 +117,8 @@ class Rule:
             say nothing, and what waits for `opt.step()` is the gradient itself.
         accepts_row_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the
             `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
+        carries_nonfinite: Whether NaN and infinity anywhere in the gradient always show in the update, or in its `check`: then
+            nobody looks at the gradient before, and `update` may be handed one that is not finite.
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
         state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
@@ -100,6 +129,7 @@ class Rule:
     is_elementwise = False
     has_rank = True
     accepts_row_factors = False
+    carries_nonfinite = False
     supports_sharding = False
     state_sharding: ClassVar[Mapping[str, str]] = {}
     optional_state: ClassVar[frozenset[str]] = frozenset()
@@ -119,7 +149,7 @@ class Rule:
         """One update.
 
         Args:
-            gradient: Finite. Elementwise rules get a `Dense`.
+            gradient: Finite, unless the rule `carries_nonfinite`. Elementwise rules get a `Dense`.
             state: What `init` or the last `update` returned; not modified.
             context: Of this update.
 

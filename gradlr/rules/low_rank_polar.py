@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from ..gradient import Dense, GradientOperator, OuterProduct, Sketched
 from ..linalg import REPLICATED, Axis, Layout, normalize_columns, orthonormalize
-from ..linalg.normalize import scales_of_squares
+from ..linalg.normalize import frobenius_norm, scales_of_squares
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
 from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
@@ -48,6 +48,7 @@ class LowRankPolar(Rule):
     """
 
     name = "low_rank_polar"
+    carries_nonfinite = True
     supports_sharding = True
     state_sharding: ClassVar = {"P": "rows", "R": "columns"}
     optional_state: ClassVar = frozenset({"P", "R"})
@@ -126,30 +127,30 @@ class LowRankPolar(Rule):
         if state:
             image += context.beta * (state["P"] @ columns.inner(state["R"], test))
         basis = orthonormalize(image, axis=rows)
-        seen = gradient.rmatmul(basis)
-        parts = [seen]
+        target = seen = gradient.rmatmul(basis)
         if state:
             # Seen from there, the momentum is Aᵀ B, and Nesterov's look ahead z + β Aᵀ B.
             overlap = rows.inner(state["P"], basis)
             averaged = seen + context.beta * (state["R"] @ overlap)
-            parts += [averaged, seen + context.beta * averaged]
-        # Gradients may be 1e30 or 1e-30: each is scaled here, once, and all that follows is of ordinary size. Where none is seen,
-        # as of an expert without tokens, nothing moves, though the momentum may still point somewhere.
-        peaks = columns.column_peaks(torch.cat(parts, dim=-1)).unflatten(-1, (len(parts), -1)).amax(dim=-1)
-        is_moving, scales = peaks[..., :1] > 0, peaks.clamp(min=torch.finfo(seen.dtype).tiny).split(1, dim=-1)
-        direction = newton_schulz_by_gram(parts[-1] / scales[-1], axis=columns)
+            target = seen + context.beta * averaged
         length = update_scale(whole, context.rank, 0.0 if known is None else self.residual)
-        update = Update(left=basis * length, right=direction * is_moving)
+        direction, norm, check = newton_schulz_by_gram(target, axis=columns, size=length)
+        update, new_state = Update(left=basis, right=direction, check=check), {}
+        if state:
+            # A ≈ B Bᵀ A, of which the k leading directions are kept.
+            rotation = _leading(averaged / frobenius_norm(averaged, columns), overlap, columns)
+            new_state = {"P": basis @ rotation, "R": averaged @ rotation}
+            # Where none of the gradient is seen, as of an expert without tokens, nothing moves, though the momentum may still
+            # point somewhere.
+            norm = frobenius_norm(seen, columns)
+            update.right = direction * (norm > torch.finfo(norm.dtype).tiny)
+            update.check = torch.cat([check.flatten(), rotation.flatten()])
         if known is not None:
             # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those, counts
             # as much as α times that.
             size = self.residual * length * open_directions**0.5
-            update = _with_residual(update, known, basis, seen, size, layout)
-        if not state:
-            return update, {}
-        # A ≈ B Bᵀ A, of which the k leading directions are kept.
-        rotation = _leading(averaged / scales[1], overlap, columns)
-        return update, {"P": basis @ rotation, "R": averaged @ rotation}
+            update = _with_residual(update, known, basis, seen, norm, size, layout)
+        return update, new_state
 
 
 def _directions(
@@ -194,28 +195,29 @@ def _with_residual(
     known: Dense | tuple[Tensor, Tensor],
     basis: Tensor,
     seen: Tensor,
+    norm: Tensor,
     size: float,
     layout: Layout,
 ) -> Update:
     """The update, and G − B zᵀ spread over all directions by normalizing rows and columns, with Frobenius norm `size`.
 
-    Known is G itself, or δ and x of G = δᵀ x.
+    Known is G itself, or δ and x of G = δᵀ x; the norm is that of z.
     """
     if isinstance(known, Dense):
         # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
         rest = known.consume()
         rest = rest.addmm_(basis, seen.mT, alpha=-1) if rest.ndim == 2 else rest.sub_(basis @ seen.mT)
-        update.dense = _normalized(rest, seen, size, layout)
+        update.dense = rest
+        update.dense_rows, update.dense_columns = _scales(rest, norm, size, layout)
         return update
     delta, x = known
     # Off the basis, token by token: the rest is an outer product as well, and neither it nor the gradient is ever formed.
     delta = delta - (delta @ basis) @ basis.mT
     rows, columns = token_scales(delta, x)
-    # The rest is measured against what the basis sees, as in `_normalized`, both in units of its largest entry.
-    tiny = torch.finfo(x.dtype).tiny
-    peak, x_peak = (part.abs().amax().clamp(min=tiny) for part in (seen, x))
-    energy = token_energy(delta * (x_peak / peak), x / x_peak)
-    is_there = energy > _RESIDUAL_RTOL[x.dtype] ** 2 * (seen / peak).square().sum()
+    # The rest is measured against what the basis sees, as in `_scales`, both in units of ordinary size.
+    x_peak = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    energy = token_energy(delta * (x_peak / norm), x / x_peak)
+    is_there = energy > _RESIDUAL_RTOL[x.dtype] ** 2
     factor = torch.where(is_there, size * (columns > 0).sum().clamp(min=1).to(x.dtype).rsqrt(), 0.0)
     left, right = update.left, update.right
     if left is not None and right is not None:
@@ -224,18 +226,19 @@ def _with_residual(
     return update
 
 
-def _normalized(rest: Tensor, seen: Tensor, size: float, layout: Layout) -> Tensor:
-    """What the basis does not see, in its own place, with rows and columns normalized and the Frobenius norm `size`."""
-    # In units of what the basis sees, which is the largest part of the gradient, squares neither overflow nor vanish.
-    peak = layout.columns.column_peaks(seen).amax(dim=-1, keepdim=True)
-    unit = torch.where(peak >= torch.finfo(rest.dtype).tiny, peak.reciprocal(), 0.0)
+def _scales(rest: Tensor, norm: Tensor, size: float, layout: Layout) -> tuple[Tensor, Tensor]:
+    """What rows (..., m, 1) and columns (..., 1, n) are multiplied with, so that all are of one length, and `size` the whole.
+
+    All zero where the rest is rounding errors beside the norm of what the basis sees.
+    """
+    # In units of that norm, squares neither overflow nor vanish.
+    unit = norm.reciprocal()
     squares = (rest * unit).square_()
     sums = squares.sum(dim=-1, keepdim=True)
     energy = layout.all_reduce_sum(sums.sum(dim=-2, keepdim=True))
-    captured = layout.columns.all_reduce_sum((seen * unit).square_().sum(dim=(-2, -1), keepdim=True))
     rows, columns = scales_of_squares(squares, sums, layout)
     # Columns are of unit length or zero.
-    count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(rest.dtype))
-    is_there = energy > _RESIDUAL_RTOL[rest.dtype] ** 2 * captured
+    count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(norm.dtype))
+    is_there = energy > _RESIDUAL_RTOL[rest.dtype] ** 2
     factor = torch.where(is_there, size * count.clamp(min=1).rsqrt(), 0.0)
-    return rest.mul_(rows.sqrt_().mul_(unit * factor)).mul_(columns.sqrt_().mT)
+    return rows.sqrt_().mul_(unit * factor), columns.sqrt_().mT

@@ -22,6 +22,7 @@ class MultiNormalized(Rule):
 
     name = "multi_normalized"
     has_rank = False
+    carries_nonfinite = True
     supports_sharding = True
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..gradient import GradientOperator
-from ..linalg.normalize import largest_entry
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import polar_is_cheaper, token_polar
 from .base import Rule, State, Update, UpdateContext, update_scale
@@ -23,6 +22,7 @@ class Polar(Rule):
 
     name = "polar"
     has_rank = False
+    carries_nonfinite = True
 
     def init(self, shape: torch.Size, context: UpdateContext, *, dtype: torch.dtype, device: torch.device) -> State:
         return {}
@@ -35,6 +35,5 @@ class Polar(Rule):
             return Update(left=delta.mT, right=token_polar(delta, x).mT * size), {}
         matrix = gradient.matrix
         tall = matrix if m >= n else matrix.mT
-        # Entries of ordinary size, so that squares neither overflow nor vanish; a zero gradient stays zero.
-        factor = newton_schulz_by_gram(tall / largest_entry(tall).clamp(min=torch.finfo(tall.dtype).tiny)).mul_(size)
-        return Update(dense=factor if m >= n else factor.mT), {}
+        factor, _, check = newton_schulz_by_gram(tall, size=size)
+        return Update(dense=factor if m >= n else factor.mT, check=check), {}

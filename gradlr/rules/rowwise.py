@@ -31,6 +31,7 @@ class RowwiseRMSprop(Rule):
     is_elementwise = True
     has_rank = False
     accepts_row_factors = True
+    carries_nonfinite = True
     supports_sharding = True
     state_sharding: ClassVar = {"square": "rows"}
 

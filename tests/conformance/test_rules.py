@@ -74,12 +74,7 @@ def several(shape, dtype=torch.float64, count=3):
 
 
 def parts(update):
-    return {key: getattr(update, key) for key in ("left", "right", "dense") if getattr(update, key) is not None}
-
-
-def direction(update):
-    dense = 0 if update.dense is None else update.dense
-    return dense if update.left is None else update.left @ update.right.mT + dense
+    return {key: part for key, part in vars(update).items() if key not in ("rows", "check") and part is not None}
 
 
 def equal_bits(one, other):
@@ -149,14 +144,14 @@ def test_the_low_rank_part_has_at_most_the_asked_rank(rule, shape, rank):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_zero_gradient_gives_a_zero_update_from_a_fresh_state(rule, shape, dtype):
     update, state = run(RULES[rule], [torch.zeros_like(gradient_of(shape, dtype))])
-    assert torch.count_nonzero(direction(update)) == 0
+    assert torch.count_nonzero(update.direction()) == 0
     assert all(value.isfinite().all() for value in state.values())
 
 
 @over(RULES)
 def test_a_nonzero_gradient_gives_a_nonzero_update(rule, shape):
     update, _ = run(RULES[rule], [gradient_of(shape)])
-    assert bool(direction(update).any()) == (shape != "zero")
+    assert bool(update.direction().any()) == (shape != "zero")
 
 
 @pytest.mark.parametrize("rule", MATRIX_RULES)
@@ -164,7 +159,7 @@ def test_a_zero_matrix_in_a_batch_gets_a_zero_update_and_does_not_touch_the_othe
     whole = gradient_of("batched")
     holed = whole.clone()
     holed[1] = 0
-    found, expected = (direction(run(RULES[rule], [gradient])[0]) for gradient in (holed, whole))
+    found, expected = (run(RULES[rule], [gradient])[0].direction() for gradient in (holed, whole))
     assert torch.count_nonzero(found[1]) == 0
     # The same arithmetic per matrix; batched kernels may still order sums otherwise.
     torch.testing.assert_close(found[[0, 2]], expected[[0, 2]], rtol=1e-9, atol=1e-9)
@@ -179,7 +174,7 @@ def test_scaling_all_gradients_leaves_the_direction(rule, shape, scale, count):
     plain, _ = run(RULES[rule], gradients)
     scaled, _ = run(RULES[rule], [gradient * scale for gradient in gradients])
     # eps = 1e-8 and Newton-Schulz' 1e-7 stand beside numbers of 1e-4 and more.
-    assert relative_difference(direction(scaled), direction(plain)) < 2e-3
+    assert relative_difference(scaled.direction(), plain.direction()) < 2e-3
 
 
 @pytest.mark.parametrize("scale", [1e15, 1e-30])
@@ -188,7 +183,7 @@ def test_huge_and_tiny_gradients_stay_finite_and_move_the_weight(rule, shape, sc
     # 1e15: float32 holds squares of up to 1e38. 1e-30: eps = 1e-8 makes it vanish for some rules, but not to zero.
     update, state = run(RULES[rule], [gradient * scale for gradient in several(shape, torch.float32)])
     assert all(value.isfinite().all() for value in (*parts(update).values(), *state.values()))
-    assert 0 < direction(update).norm() < 100
+    assert 0 < update.direction().norm() < 100
 
 
 @over(TRACKED, FULL_RANK_SHAPES)
@@ -198,7 +193,7 @@ def test_low_rank_polar_goes_the_same_way_for_1e30_and_1e_minus_30_as_for_1(rule
     plain, _ = run(RULES[rule], gradients)
     scaled, _ = run(RULES[rule], [gradient * scale for gradient in gradients])
     # float32 rounding, 1e-7, amplified by the worst conditioned of these small matrices.
-    assert relative_difference(direction(scaled), direction(plain)) < 1e-2
+    assert relative_difference(scaled.direction(), plain.direction()) < 1e-2
 
 
 # -- purity ------------------------------------------------------------------------------------------------------------
@@ -238,7 +233,7 @@ def test_the_same_generator_seed_gives_the_same_bits_and_leaves_torchs_own_numbe
 @pytest.mark.parametrize("rule", MATRIX_RULES)
 def test_other_random_numbers_give_another_update_where_the_rank_is_cut(rule):
     gradient = gradient_of("square")
-    one, other = (direction(run(RULES[rule], [gradient], seed=seed)[0]) for seed in (1, 2))
+    one, other = (run(RULES[rule], [gradient], seed=seed)[0].direction() for seed in (1, 2))
     assert relative_difference(one, other) > 1e-2
 
 
@@ -286,7 +281,7 @@ def test_factor_moments_take_a_rank_above_their_states(rule, shape):
     _, state = run(RULES[rule], gradients[:1], rank=4)
     update, state = RULES[rule].update(Dense(gradients[1]), state, settings_for(gradients[1], rank=8, step=2))
     assert update.left.shape[-1] == state["S"].shape[-1] == state["V"].shape[-1] == 8
-    assert direction(update).isfinite().all()
+    assert update.direction().isfinite().all()
 
 
 @pytest.mark.parametrize("rule", TRACKED)
@@ -354,7 +349,7 @@ def test_a_rule_works_through_a_sketch_in_any_bases(rule, shape, is_two_sided):
     assert update.dense is None
     assert update.left.shape == (*gradient.shape[:-1], now.rank)
     assert all(value.isfinite().all() for value in (*parts(update).values(), *state.values()))
-    assert bool(direction(update).any()) == (shape != "zero")
+    assert bool(update.direction().any()) == (shape != "zero")
 
 
 @over(MATRIX_RULES)
@@ -392,7 +387,7 @@ def test_the_update_from_low_rank_polars_own_sketch_is_the_dense_one(rule, shape
     low_rank = expected.left @ expected.right.mT
     # Shifts of 1e-13 and rounding, amplified where directions are all but null.
     tolerance = 1e-3
-    assert torch.linalg.norm(direction(found) - low_rank) <= tolerance * low_rank.norm()
+    assert torch.linalg.norm(found.direction() - low_rank) <= tolerance * low_rank.norm()
     momentum, expected_momentum = (one["P"] @ one["R"].mT for one in (found_state, expected_state))
     assert torch.linalg.norm(momentum - expected_momentum) <= tolerance * expected_momentum.norm()
 
@@ -408,7 +403,7 @@ def test_at_full_rank_the_update_from_the_own_sketch_is_the_dense_one(rule, shap
     # Signs of singular vectors cancel in the product. bfloat16 (2^-8) in the Newton-Schulz steps of the factor rules sees the
     # last bits of differently rounded input; tracked momentum has shifts of 1e-13, and 1e-7 beside a norm in another basis.
     tolerance = 1e-6 if rule in TRACKED else 0.05
-    assert relative_difference(direction(found), direction(expected)) < tolerance
+    assert relative_difference(found.direction(), expected.direction()) < tolerance
 
 
 @over(MATRIX_RULES, FULL_RANK_SHAPES)

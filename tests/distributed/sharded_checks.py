@@ -477,7 +477,8 @@ def _numbers_of_an_update(m, n, r, k, *, by_rows, has_residual):
     """The formulas of docs/devices.md: what a matrix' update sends, before it is known to be finite."""
     if by_rows:
         return r * n + 3 * r * r + r * k + r + has_residual * (3 * n + 1)
-    return r * m + r * r + r + (k and r * r + 2 * r + r * k + k) + has_residual * (3 * m + r + 3)
+    # Norms are summed in float64, which counts as two.
+    return r * m + r * r + 2 + (k and r * r + 2 * 2 + r * k + k) + has_residual * (3 * m + 2)
 
 
 @check(2)

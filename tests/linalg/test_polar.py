@@ -143,11 +143,12 @@ def of_unit_peak(name, dtype=torch.float64):
     return x / x.abs().amax(dim=(-2, -1), keepdim=True).clamp(min=1e-30)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("steps", [1, 5])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_steps_on_the_gram_matrix_are_those_on_the_matrix(name, steps):
     x = of_unit_peak(name)
-    found, expected = newton_schulz_by_gram(x, steps=steps), newton_schulz(x, steps=steps, dtype=torch.float64)
+    # Large enough that the notebook's 1e-7 beside the norm is none.
+    (found, *_), expected = newton_schulz_by_gram(x, steps=steps), newton_schulz(x * 2.0**30, steps=steps, dtype=torch.float64)
     # Values near zero grow by 3.4 a step, their squares in the Gram matrix by 12, and its rounding of 1e-16 with them.
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
 
@@ -156,12 +157,12 @@ def test_the_steps_on_the_gram_matrix_are_those_on_the_matrix(name, steps):
 def test_in_float32_they_stay_near_those_in_float64(name):
     x = of_unit_peak(name, torch.float32)
     # As above, from a rounding of 6e-8.
-    torch.testing.assert_close(newton_schulz_by_gram(x).double(), newton_schulz_by_gram(x.double()), rtol=0, atol=1e-3)
+    torch.testing.assert_close(newton_schulz_by_gram(x)[0].double(), newton_schulz_by_gram(x.double())[0], rtol=0, atol=1e-3)
 
 
 def test_values_far_below_the_largest_do_not_leave_the_band_in_float32():
     u = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64)).Q
     v = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64)).Q
     x = (u * torch.logspace(0, -7, 8, dtype=torch.float64) @ v.mT).float()
-    values = torch.linalg.svdvals(newton_schulz_by_gram(x / x.abs().max()).double())
+    values = torch.linalg.svdvals(newton_schulz_by_gram(x)[0].double())
     assert values.isfinite().all() and values.max() < 1.25

@@ -15,11 +15,11 @@ def orthonormal(Y):
 
 
 def newton_schulz(N, steps=5):
-    """Muon's five steps on the singular values of N, whose largest entry is made one first."""
+    """Muon's five steps on the singular values of N, whose Frobenius norm is made one first."""
     if not np.any(N):
         return N
-    U, s, Vt = np.linalg.svd(N / np.abs(N).max(), full_matrices=False)
-    s = s / (np.sqrt((s * s).sum()) + 1e-7)
+    U, s, Vt = np.linalg.svd(N, full_matrices=False)
+    s = s / np.sqrt((s * s).sum())
     for _ in range(steps):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     return U @ np.diag(s) @ Vt

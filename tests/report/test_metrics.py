@@ -153,10 +153,7 @@ def test_update_with_residual_is_measured_before_it_is_rounded(dtype, weight_dec
     changes = []
 
     def spy(parameter, view, update, *, lr, weight_decay, generator):
-        direction = update.dense.double()
-        if update.left is not None:
-            direction = direction + update.left.double() @ update.right.double().mT
-        changes.append((lr * (direction + weight_decay * parameter.detach().double())).norm().item())
+        changes.append((lr * (update.direction().double() + weight_decay * parameter.detach().double())).norm().item())
 
     monkeypatch.setattr(opt.committer, "writer", spy)
     with opt.observe():
