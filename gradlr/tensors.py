@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -14,10 +15,16 @@ class DeviceTraits(NamedTuple):
     Attributes:
         is_async: Whether the host runs ahead of it, so that reading a number makes the host wait.
         widest_float: The widest floating dtype that it computes in.
+        has_half_products: Whether products of bfloat16 are faster there than those of float32.
+        has_wide_sums: Whether `torch.mm` hands out the float32 sums of such a product.
+        has_kernels: Whether `linalg.kernels` run there.
     """
 
     is_async: bool
     widest_float: torch.dtype
+    has_half_products: bool = False
+    has_wide_sums: bool = False
+    has_kernels: bool = False
 
 
 _SYNCHRONOUS = DeviceTraits(is_async=False, widest_float=torch.float64)
@@ -25,7 +32,14 @@ _UNKNOWN = DeviceTraits(is_async=True, widest_float=torch.float32)
 _TRAITS = {
     "cpu": _SYNCHRONOUS,
     "meta": _SYNCHRONOUS,
-    "cuda": DeviceTraits(is_async=True, widest_float=torch.float64),  # ROCm's devices are called cuda as well
+    # ROCm's devices are called cuda as well. The sums come with torch 2.8.
+    "cuda": DeviceTraits(
+        is_async=True,
+        widest_float=torch.float64,
+        has_half_products=True,
+        has_wide_sums=hasattr(torch.ops.aten.mm, "dtype"),
+        has_kernels=importlib.util.find_spec("triton") is not None,
+    ),
     "xpu": DeviceTraits(is_async=True, widest_float=torch.float64),
     "mps": DeviceTraits(is_async=True, widest_float=torch.float32),
 }
@@ -48,26 +62,33 @@ def is_async(tensor: Tensor) -> bool:
     return (_OVERRIDES.get(kind) or _TRAITS.get(kind, _UNKNOWN)).is_async
 
 
+def has_kernels(tensor: Tensor) -> bool:
+    """Whether `linalg.kernels` take it: float32 or bfloat16, on a device that they run on."""
+    kind = tensor.device.type  # as in `is_async`
+    is_device = (_OVERRIDES.get(kind) or _TRAITS.get(kind, _UNKNOWN)).has_kernels
+    return is_device and tensor.dtype in (torch.float32, torch.bfloat16)
+
+
 def widest(tensor: Tensor) -> Tensor:
     """The tensor in the widest floating dtype of its device, for sums that should not round: float64 where it has that."""
     return tensor.to(device_traits(tensor.device).widest_float)
 
 
 class AsyncScalar:
-    """Starts to copy a scalar to the host at once and hands it out when asked.
+    """Starts to copy a scalar, or a few, to the host at once and hands them out when asked.
 
     On an asynchronous device the copy goes to pinned memory behind what the stream has been given so far, and `read` waits for
     just that; on other devices there is nothing to wait for.
 
     Args:
-        scalar: 0-dim tensor of any real dtype; not kept.
+        scalar: 0-dim tensor of any real dtype, or one with an axis; not kept.
     """
 
     def __init__(self, scalar: Tensor) -> None:
         # A copy where it is read late: what it was taken from may be overwritten by then.
         self._value, self._event = scalar.detach().clone() if is_async(scalar) else scalar.detach(), None
         if scalar.device.type == "cuda":
-            self._value = torch.empty((), dtype=scalar.dtype, device="cpu", pin_memory=True)
+            self._value = torch.empty(scalar.shape, dtype=scalar.dtype, device="cpu", pin_memory=True)
             self._value.copy_(scalar.detach(), non_blocking=True)
             self._event = torch.cuda.current_stream(scalar.device).record_event()
 
@@ -76,6 +97,12 @@ class AsyncScalar:
         if self._event is not None:
             self._event.synchronize()
         return float(self._value)
+
+    def read_all(self) -> list[float]:
+        """The values of a tensor with one axis."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value.tolist()
 
 
 class DtypeAndDevice(TypedDict):

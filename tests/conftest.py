@@ -1,5 +1,6 @@
 """Fixed seeds for every test, and one thread: on small matrices, waiting threads cost ten times what they save."""
 
+import os
 from collections import defaultdict
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from gradlr import tensors
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # asked for when Triton is imported
 
 
 @pytest.fixture(autouse=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..layers import View
-from ..linalg import stochastic_round
+from ..linalg import kernels, stochastic_round
 from ..rules import Update
-from ..tensors import share_memory
+from ..tensors import has_kernels, share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
@@ -23,10 +24,11 @@ def apply_update(
     update: Update,
     *,
     lr: float,
-    weight_decay: float | Tensor,
+    weight_decay: float,
     generator: torch.Generator | None,
+    check: Tensor | None = None,
 ) -> None:
-    """`W ← (1 − ηλ) W − η D` with the direction D of an `Update`, in place.
+    """`W ← (1 − ηλ) W − η D` with the direction D of an `Update`, in place: one kernel on a GPU with Triton.
 
     Args:
         parameter: W, any floating dtype; bfloat16 and float16 are updated in float32 and rounded stochastically, since updates
@@ -34,19 +36,72 @@ def apply_update(
         view: How W becomes the update's (..., m, n).
         update: The direction; its `dense` part is overwritten.
         lr: η.
-        weight_decay: λ, decoupled; a 0-dim tensor on W's device where only the device knows it.
+        weight_decay: λ, decoupled.
         generator: Random numbers for the rounding, on W's device; None where nothing is rounded.
+        check: 0-dim number that only the device knows: W stays as it is where it is not finite. None where all is well.
     """
     decay = 1 - lr * weight_decay
     weight = parameter if view.pattern is None else view.of(parameter)
-    if update.rows is not None and update.dense is not None:
-        _write_rows(weight, update.rows, update.dense, lr, decay, generator)
-    elif weight.dtype in _NARROW or update.row_scale is not None:
-        _write_in_blocks(weight, update, lr, decay, generator)
+    if has_kernels(weight) and _suits_kernel(weight, update):
+        _subtract_by_kernel(weight, update, lr, decay, generator, check)
     else:
-        _subtract(weight, update, lr, decay)
+        factor: float | Tensor = decay
+        if check is not None:
+            update, factor = _masked(weight, update, decay, check.isfinite())
+        if update.rows is not None and update.dense is not None:
+            _write_rows(weight, update.rows, update.dense, lr, factor, generator)
+        elif weight.dtype in _NARROW or update.row_scale is not None:
+            _write_in_blocks(weight, update, lr, factor, generator)
+        else:
+            _subtract(weight, update, lr, factor)
     if view.pattern is not None and not share_memory(weight, parameter):
         parameter.copy_(view.back(weight, parameter.shape))
+
+
+def _suits_kernel(weight: Tensor, update: Update) -> bool:
+    return (
+        update.rows is None
+        and 0 < weight.numel() < kernels.MOST_NUMBERS
+        and all(part.dtype in (torch.float32, torch.bfloat16) for part in update.parts())
+    )
+
+
+def _subtract_by_kernel(
+    weight: Tensor,
+    update: Update,
+    lr: float,
+    decay: float,
+    generator: torch.Generator | None,
+    check: Tensor | None,
+) -> None:
+    seed = 0 if generator is None else generator.initial_seed() % 2**31
+
+    def matrices(part: Tensor | None) -> Tensor | None:
+        return None if part is None else _batched(part)
+
+    def vectors(part: Tensor | None) -> Tensor | None:
+        return None if part is None else _batched(part).flatten(1)
+
+    kernels.subtract_(
+        _batched(weight), matrices(update.left), matrices(update.right), vectors(update.row_scale), matrices(update.dense),
+        vectors(update.dense_rows), vectors(update.dense_columns), check, decay, lr, seed,
+    )  # fmt: skip
+
+
+def _batched(part: Tensor) -> Tensor:
+    """A part with one axis for the batch before its last two."""
+    part = torch.atleast_2d(part)
+    return part.unsqueeze(0) if part.ndim == 2 else part.flatten(0, -3)
+
+
+def _masked(weight: Tensor, update: Update, decay: float, is_finite: Tensor) -> tuple[Update, float | Tensor]:
+    """The update and the factor on the weight, or zeros and one where the flag says so, without asking the host which."""
+    parts = {key: getattr(update, key) for key in ("left", "right", "row_scale", "dense_rows", "dense_columns")}
+    kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
+    if update.dense is not None:
+        update.dense.masked_fill_(~is_finite, 0.0)
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    return replace(update, **kept), decay if decay == 1 else 1 - (1 - decay) * is_finite.to(wide)
 
 
 def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from ..errors import ParallelError
 from ..gradient import GradientOperator
+from ..tensors import is_async
 from .commit import Prepared
 from .policy import CommitPolicy
 from .record import ParamRecord
@@ -17,12 +18,24 @@ from .record import ParamRecord
 class AtStep(CommitPolicy):
     """Adds gradients up until `step()`, which accumulation, clipping, GradScaler and data parallel training need."""
 
+    _is_norm_looked_at = True
+
     def _take(self, record: ParamRecord, gradient: GradientOperator) -> None:
-        self.skipped.look(gradient.is_finite(), lambda: self.checks.bad_gradient_message(record))
+        if is_async(self.pending.norm_proxy.parameter):
+            self._is_norm_looked_at = False  # on the device the norm of all tells it, once a step
+        else:
+            self.skipped.look(gradient.is_finite(), lambda: self.checks.bad_gradient_message(record))
         self.pending.add(record, gradient)
+
+    def _look_at_norm(self) -> None:
+        energy = self.pending.norm_proxy.energy
+        if energy is not None and not self._is_norm_looked_at:
+            self._is_norm_looked_at = True
+            self.skipped.look(energy, lambda: "the norm of all gradients is not finite")
 
     def step(self) -> None:
         """Write all that waits, or nothing: all is prepared before the first weight is written."""
+        self._look_at_norm()
         with torch.autocast(self.pending.norm_proxy.parameter.device.type, enabled=False):  # rules compute in float32 or wider
             self._exchange()
             if self.pending.gradients or self.skipped.reason:
@@ -53,8 +66,9 @@ class AtStep(CommitPolicy):
             self.bases.forget_all()
             self.skipped.skip(is_quiet=False)
             return
+        check = None if verdict is None else torch.where(verdict, verdict.float(), torch.nan)
         for one in prepared:
-            one.is_finite = one.is_finite if verdict is None else verdict
+            one.check = one.check if check is None else check
             self.committer.commit(one)
         if verdict is not None:
             self.skipped.await_verdict(verdict, [one.record for one in prepared])
@@ -76,12 +90,13 @@ class AtStep(CommitPolicy):
             prepared.append(
                 self.committer.compute(record, gradient, None if record.rule.carries_nonfinite else gradient.is_finite())
             )
-            self.skipped.look(prepared[-1].is_finite, partial(self.checks.bad_gradient_message, record))
+            self.skipped.look(prepared[-1].check, partial(self.checks.bad_gradient_message, record))
         if not self.skipped.reason:
             self.grad_norm = norm
         return prepared
 
     def drop(self) -> None:
         """Drop what waits: it counts for no step."""
+        self._look_at_norm()
         super().drop()
         self.checks.gradients_dropped()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from ..errors import ArgumentError, ShapeError
 from ..gradient import Dense, GradientOperator
 from ..layers import View
 from ..rules import Rule, State, Update, UpdateContext
-from ..tensors import compute_dtype_and_device, is_async, local
+from ..tensors import is_async, local
 from .apply_update import apply_update
 from .bases import Bases
 from .pending import as_dense
@@ -30,8 +30,9 @@ class Writer(Protocol):
         update: Update,
         *,
         lr: float,
-        weight_decay: float | Tensor,
+        weight_decay: float,
         generator: torch.Generator | None,
+        check: Tensor | None,
     ) -> None: ...
 
 
@@ -42,7 +43,7 @@ class Prepared:
     Attributes:
         record: The parameter.
         context: What the rule was told.
-        is_finite: 0-dim flag: whether the gradient, the update and the new state are finite.
+        check: 0-dim number that is finite if and only if the gradient, the update and the new state are.
         update: The direction.
         new_state: The state after it.
         metrics: What an observer has measured of the gradient.
@@ -50,7 +51,7 @@ class Prepared:
 
     record: ParamRecord
     context: UpdateContext
-    is_finite: Tensor
+    check: Tensor
     update: Update
     new_state: State
     metrics: Any = None
@@ -88,28 +89,29 @@ class Committer:
         try:
             update, new_state = checked(rule, rule.update(gradient, old_state, context), gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
-            return Prepared(record, context, torch.zeros((), dtype=torch.bool, device=gradient.device), Update(), old_state)
-        is_all_finite = all_finite(update, new_state)
-        is_finite = is_all_finite if is_finite is None else is_finite & is_all_finite
-        prepared = Prepared(record, context, is_finite, update, new_state)
+            return Prepared(record, context, torch.full((), torch.nan, device=gradient.device), Update(), old_state)
+        check = check_of(update, new_state)
+        check = check if is_finite is None else torch.where(is_finite, check, torch.nan)
+        prepared = Prepared(record, context, check, update, new_state)
         if record.observer is not None and kept is not None:
             prepared.metrics = record.observer.measure_gradient(record, kept, update, context.step)
         return prepared
 
     def commit(self, prepared: Prepared) -> None:
-        """Write an update and its state, on an asynchronous device only where its flag says so. The only place that does."""
-        record, update, is_finite = prepared.record, prepared.update, prepared.is_finite
+        """Write an update and its state, on an asynchronous device only where its check is finite. The only place that does."""
+        record, update = prepared.record, prepared.update
         parameter, group = record.plan.parameter, self.store.groups[record.group_index]
         new_state, generator = self.store.narrowed(record, prepared.new_state, prepared.context.step)
         lr, decay = float(group["lr"]), group["weight_decay"]
-        if is_async(is_finite):
-            update, new_state = keep_where(is_finite, update, new_state, self.store.of(record))
-            decay = decay * is_finite.to(compute_dtype_and_device(parameter)["dtype"]) if decay else decay
+        check = prepared.check if is_async(prepared.check) else None
+        if check is not None and new_state:
+            # Two operations; isfinite is four.
+            new_state = keep_where(check.abs() < torch.inf, new_state, self.store.of(record))
         if record.observer is not None and prepared.metrics is not None:
             matrix = record.plan.view.of(parameter)
             record.metrics = record.observer.measure_update(prepared.metrics, matrix, update, lr=lr, weight_decay=decay)
         weight = local(parameter) if record.is_dtensor else parameter
-        self.writer(weight, record.plan.view, update, lr=lr, weight_decay=decay, generator=generator)
+        self.writer(weight, record.plan.view, update, lr=lr, weight_decay=decay, generator=generator, check=check)
         self.store.write(record, new_state)
         self.bases.forget(record)
         self.changed.append(record.plan.name)
@@ -142,30 +144,23 @@ def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tupl
     return result
 
 
-def all_finite(update: Update, state: State) -> Tensor:
-    """0-dim boolean: whether the sums of all their tensors are finite, and with them every entry. Never waits for a device."""
+def check_of(update: Update, state: State) -> Tensor:
+    """0-dim number that is finite if and only if every entry of both is: a sum. Never waits for a device."""
     if update.check is not None:
-        finite = update.check.isfinite()
-        return finite.all() if finite.ndim else finite
+        return update.check.sum() if update.check.ndim else update.check
     sums = [part.sum() for part in (*update.parts(), *state.values())]
-    return torch.stack(sums).isfinite().all() if sums else torch.tensor(True, device="cpu")
+    return torch.stack(sums).sum() if sums else torch.zeros((), device="cpu")
 
 
-def keep_where(is_finite: Tensor, update: Update, new_state: State, old_state: State) -> tuple[Update, State]:
-    """The update and the new state, or zeros and the old state, without asking the host which.
+def keep_where(is_finite: Tensor, new_state: State, old_state: State) -> State:
+    """The new state, or the old one, without asking the host which.
 
     Args:
         is_finite: 0-dim boolean on the device: whether the update is to be written.
-        update: What the rule made of the gradient; its `dense` part is overwritten.
         new_state: The rule's new state.
         old_state: The state before; an entry that has changed its shape stays the new one.
     """
-    parts = {key: getattr(update, key) for key in ("left", "right", "row_scale", "dense_rows", "dense_columns")}
-    kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
-    if update.dense is not None:
-        update.dense.masked_fill_(~is_finite, 0.0)
-    state = {
+    return {
         key: torch.where(is_finite, value, old_state[key]) if value.shape == old_state[key].shape else value
         for key, value in new_state.items()
     }
-    return replace(update, **kept), state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..gradient import GradientOperator
 from ..tensors import is_async
 from .policy import CommitPolicy
@@ -23,10 +25,11 @@ class InBackward(CommitPolicy):
         prepared = self.committer.compute(record, gradient, is_finite)
         if not layout.is_whole:
             # Each process takes part in what the others compute, and all hear of what is not finite.
-            prepared.is_finite = ~layout.anywhere(~prepared.is_finite)
-        if is_async(prepared.is_finite):
-            self.checks.read_later(record, prepared.is_finite)
-        elif not prepared.is_finite:
+            is_bad = layout.anywhere(~prepared.check.isfinite())
+            prepared.check = torch.where(is_bad, torch.nan, torch.zeros_like(prepared.check))
+        if is_async(prepared.check):
+            self.checks.read_later(record, prepared.check)
+        elif not prepared.check.isfinite():
             raise self.checks.not_finite(record)
         self.committer.commit(prepared)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ..errors import AttachError, BackwardError, LossError, NonFiniteError, warn
@@ -33,7 +35,7 @@ class LoopChecks:
         self._tracker, self.changed, self._count = tracker, changed, count
         self._is_immediate, self._may_be_silent = is_immediate, may_be_silent
         self._unread_scales: list[AsyncScalar] = []
-        self._unread_flags: list[tuple[str, int, AsyncScalar]] = []
+        self._late = LateChecks()
         self._has_warned = False
         # Backwards that an exception has ended, and that were told of or dropped since: numbers of autograd's graph tasks.
         self._settled: set[int] = set()
@@ -75,7 +77,7 @@ class LoopChecks:
         """
         tracker = self._tracker
         self._interrupted, self._broken = self.interrupted, ()
-        if self._unread_scales or self._unread_flags:
+        if self._unread_scales or self._late:
             self.raise_unread()
         if tracker.open_backwards and self._is_interrupted():
             self._discard_interrupted()
@@ -140,9 +142,12 @@ class LoopChecks:
         """A gradient, or what a rule made of it, is not finite, and the host knows before anything is written."""
         return NonFiniteError(f"{self.bad_gradient_message(record)}. {changed_message(self.changed)}. {_SKIP_ADVICE}")
 
-    def read_later(self, record: ParamRecord, is_finite: Tensor) -> None:
-        """Read a 0-dim flag at the next loss: its device runs behind the host."""
-        self._unread_flags.append((record.plan.name, self._tracker.count, AsyncScalar(is_finite)))
+    def read_later(self, record: ParamRecord, check: Tensor) -> None:
+        """Read at the next loss whether a 0-dim number is finite: its device runs behind the host."""
+        self._late.add(record.plan.name, self._tracker.count, check)
+        # After the last parameter, so that the copy is under way before the next forward pass.
+        if len(self._late) == self._count:
+            self._late.send()
 
     def bad_gradient_message(self, record: ParamRecord) -> str:
         """Why a step is left out: a gradient, or what a rule made of it."""
@@ -216,17 +221,17 @@ class LoopChecks:
             NonFiniteError: a gradient was not finite.
         """
         scales, self._unread_scales = self._unread_scales, []
-        flags, self._unread_flags = self._unread_flags, []
+        bad = self._late.read()
         for scale in scales:
             if scale.read() != 1:
                 raise _scaled_loss(scale.read(), "The update has been applied")
-        for name, count, is_finite in flags:
-            if not is_finite.read():
-                raise NonFiniteError(
-                    f"the gradient of {name!r} held NaN or infinity, or was too large for its update to be finite, at loss "
-                    f"number {count}. Told one loss late, as always where the device runs behind the host: this parameter kept "
-                    f"its value, those of that step with finite gradients were updated. {_SKIP_ADVICE}"
-                )
+        if bad is not None:
+            name, count = bad
+            raise NonFiniteError(
+                f"the gradient of {name!r} held NaN or infinity, or was too large for its update to be finite, at loss "
+                f"number {count}. Told one loss late, as always where the device runs behind the host: this parameter kept "
+                f"its value, those of that step with finite gradients were updated. {_SKIP_ADVICE}"
+            )
 
     def _is_interrupted(self) -> bool:
         return not self._settled.issuperset(self._tracker.open_backwards)
@@ -252,6 +257,41 @@ class LoopChecks:
         if not self._has_warned:
             self._has_warned = True
             warn(message)
+
+
+class LateChecks:
+    """Numbers on a device that must be finite, each with the parameter and the loss that it belongs to; copied together."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[str, int, Tensor]] = []
+        self._sent: list[tuple[list[tuple[str, int]], AsyncScalar]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting) + sum(len(names) for names, _ in self._sent)
+
+    def add(self, name: str, count: int, check: Tensor) -> None:
+        """A check of this parameter, at this loss."""
+        self._waiting.append((name, count, check))
+
+    def send(self) -> None:
+        """Start to copy what waits to the host: one copy for each device."""
+        by_device: dict[torch.device, list[tuple[str, int, Tensor]]] = {}
+        for one in self._waiting:
+            by_device.setdefault(one[2].device, []).append(one)
+        for known in by_device.values():
+            numbers = torch.stack([check.float() for _, _, check in known])
+            self._sent.append(([(name, count) for name, count, _ in known], AsyncScalar(numbers)))
+        self._waiting = []
+
+    def read(self) -> tuple[str, int] | None:
+        """The first parameter whose number is not finite, and its loss; None where all are. Waits, and forgets all."""
+        self.send()
+        sent, self._sent = self._sent, []
+        for names, numbers in sent:
+            for name, number in zip(names, numbers.read_all(), strict=True):
+                if not math.isfinite(number):
+                    return name
+        return None
 
 
 def changed_message(changed: Sequence[str]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import warn
-from ..tensors import AsyncScalar, is_async
+from ..tensors import AsyncScalar, is_async, widest
 from .record import ParamRecord
 
 
@@ -24,26 +24,32 @@ class SkippedSteps:
         self.count = 0
         self.reason: str | None = None
         self._flags: list[Tensor] = []
+        self._checks: list[Tensor] = []
         self._unread: list[tuple[AsyncScalar, Sequence[ParamRecord]]] = []
 
     def look(self, is_finite: Tensor, reason: Callable[[], str]) -> bool:
-        """Take note of a 0-dim flag; whether it may be relied upon so far (always, where only the device knows).
+        """Take note of a flag or check; whether it may be relied upon so far (always, where only the device knows).
 
         Args:
-            is_finite: The flag.
+            is_finite: 0-dim: a flag, or a number that is finite where all is well.
             reason: Makes the words for why the step is left out, asked for only where it is.
         """
         if is_async(is_finite):
-            self._flags.append(is_finite)
+            (self._checks if is_finite.is_floating_point() else self._flags).append(is_finite)
             return True
-        if is_finite:
+        if is_finite.isfinite() if is_finite.is_floating_point() else is_finite:
             return True
         self.reason = self.reason or reason()
         return False
 
     def verdict(self) -> Tensor | None:
-        """0-dim flag on the device: whether all flags since the last step were True; None where the host knows that."""
-        return torch.stack(self._flags).all() if self._flags else None
+        """0-dim flag on the device: whether all was well since the last step; None where the host knows that."""
+        flags = (
+            [*self._flags, torch.stack([widest(check) for check in self._checks]).isfinite().all()]
+            if self._checks
+            else self._flags
+        )
+        return torch.stack(flags).all() if flags else None
 
     def take_status(self) -> tuple[bool, str]:
         """Whether all was finite here since the last step, and why not; waits for the device, and begins anew."""
@@ -97,4 +103,4 @@ class SkippedSteps:
 
     def clear(self) -> None:
         """A new step begins."""
-        self.reason, self._flags = None, []
+        self.reason, self._flags, self._checks = None, [], []

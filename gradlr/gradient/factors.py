@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
 from ..linalg.normalize import squared_norm, widen
+from ..linalg.products import as_operand
 from ..tensors import is_async, widest
 from .operator import Dense, GradientOperator, all_entries_finite
 
@@ -19,7 +20,8 @@ _BLOCK_NUMBERS = 2**22
 class OuterProduct(GradientOperator):
     """The gradient of a linear map's weight, known by output gradient and input; `G = δᵀ x` for a Linear.
 
-    Half precision is widened product by product, so that no wide copy of an activation stays.
+    bfloat16 is multiplied as it is where that is faster. Other half precision is widened product by product, so that no wide copy
+    of an activation stays.
 
     Args:
         delta: Output gradient δ, shape (..., m) for a Linear, (batch, m, ...) for a convolution, floating.
@@ -32,14 +34,26 @@ class OuterProduct(GradientOperator):
         self.shape = torch.Size(self._op.sizes(delta, x))
         is_double = torch.float64 in (delta.dtype, x.dtype)
         self.dtype, self.device = torch.float64 if is_double else torch.float32, delta.device
+        if delta.dtype == torch.bfloat16:
+            self.operand_dtype = self._operands()[0].dtype
 
     def matmul(self, x: Tensor) -> Tensor:
         # The input's patches times r columns first: G itself, m × n, is never made.
-        projected = self._op.project(widen(self._x), x)
-        return self._op.weight_grad_matmul(widen(self._delta), projected)
+        delta, known = self._operands()
+        projected = self._op.project(known, x.to(known.dtype))
+        return self._op.weight_grad_matmul(delta, projected)
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        return self._op.rmatmul(widen(self._delta), widen(self._x), y)
+        delta, known = self._operands()
+        return self._op.rmatmul(delta, known, y.to(delta.dtype))
+
+    def formed(self) -> Dense:
+        return Dense(self._op.gradient(*self._operands()), is_owned=True)
+
+    def _operands(self) -> tuple[Tensor, Tensor]:
+        """δ and x as the products take them, in one dtype."""
+        takes = as_operand if isinstance(self._op, LinearOp) and self._delta.dtype == self._x.dtype else widen
+        return takes(self._delta), takes(self._x)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._delta) & all_entries_finite(self._x)

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import ShapeError
 from ..linalg import UNSHARDED, Layout
 from ..linalg.normalize import squared_norm
+from ..linalg.products import as_operand, wide_matmul
 from ..tensors import is_async, widest
 
 
@@ -22,6 +23,8 @@ class GradientOperator:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    # In which dtype the products take their other factor as it is; `dtype` where None.
+    operand_dtype: torch.dtype | None = None
 
     def matmul(self, x: Tensor) -> Tensor:
         """`G x`: (..., n, r) → (..., m, r)."""
@@ -58,6 +61,10 @@ class GradientOperator:
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
         """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
         return {"dense": self.matrix * scale}
+
+    def formed(self) -> Dense:
+        """The gradient with its entries in memory, which may be overwritten; those in half precision may stay so."""
+        return Dense(self.matrix, is_owned=True)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         return self.matmul(x)
@@ -107,52 +114,71 @@ class Dense(GradientOperator):
     """A gradient that is in memory.
 
     Args:
-        matrix: G, shape (..., m, n), floating; half precision is widened to float32 here, once.
+        matrix: G, shape (..., m, n), floating. bfloat16 stays as it is where products are faster with it; other half precision is
+            widened to float32 here, once.
         is_owned: Whether nobody else needs the buffer, so that a rule may overwrite it (`consume`).
         layout: Which block of G it is, where other processes hold the rest: products are summed over these.
+
+    Attributes:
+        rounding: The dtype that its entries were rounded to.
     """
 
     def __init__(self, matrix: Tensor, *, is_owned: bool = False, layout: Layout = UNSHARDED) -> None:
-        is_wide = matrix.dtype in (torch.float32, torch.float64)
-        self._matrix, self._layout = matrix if is_wide else matrix.float(), layout
-        self._is_owned = is_owned or not is_wide
-        self.shape, self.dtype, self.device = matrix.shape, self._matrix.dtype, matrix.device
+        self.dtype = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+        self._matrix = matrix if matrix.dtype == self.dtype else as_operand(matrix)
+        self._layout, self._is_owned = layout, is_owned or self._matrix is not matrix
+        self.shape, self.device = matrix.shape, matrix.device
+        self.rounding, self.operand_dtype = matrix.dtype, self._matrix.dtype
 
     @property
     def matrix(self) -> Tensor:
-        """G itself, (..., m, n)."""
+        """G itself, (..., m, n), float32 or wider."""
+        return self._matrix if self.operand_dtype == self.dtype else self._matrix.to(self.dtype)
+
+    @property
+    def stored(self) -> Tensor:
+        """The same as it lies in memory, maybe in half precision."""
         return self._matrix
 
+    def formed(self) -> Dense:
+        return self
+
     def matmul(self, x: Tensor) -> Tensor:
-        product = self._matrix @ x
+        product = self._matrix @ x if self.operand_dtype == self.dtype else wide_matmul(self._matrix, x)
         return product if self._layout.is_whole else self._layout.columns.all_reduce_sum(product)
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        product = self._matrix.mT @ y
+        product = self._matrix.mT @ y if self.operand_dtype == self.dtype else wide_matmul(self._matrix.mT, y)
         return product if self._layout.is_whole else self._layout.rows.all_reduce_sum(product)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._matrix)
 
     def squared_norm(self) -> Tensor:
-        return widest(torch.linalg.vector_norm(self._matrix)).square()
+        return widest(torch.linalg.vector_norm(self._matrix, dtype=self.dtype)).square()
 
     def row_energies(self) -> Tensor:
-        return self._layout.columns.all_reduce_sum(super().row_energies())
+        energies = torch.linalg.vector_norm(self._matrix, dim=-1, keepdim=True, dtype=self.dtype) ** 2
+        return self._layout.columns.all_reduce_sum(energies)
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
-        return {"dense": self.consume().mul_(scale)}
+        return {"dense": self.consume(), "dense_rows": scale}
 
     def scaled(self, factor: Tensor) -> Dense:
+        # Half precision stays so, as where torch clips such gradients.
         return Dense(self.consume().mul_(factor), is_owned=True, layout=self._layout)
 
     def consume(self) -> Tensor:
-        """G in a buffer that the caller may overwrite; the operator is spent afterwards."""
+        """G in a buffer that the caller may overwrite, maybe in half precision; the operator is spent afterwards."""
         return self._matrix if self._is_owned else self._matrix.clone()
+
+    def _wide(self) -> Tensor:
+        """The same, float32 or wider: for sums, which half precision would round."""
+        return self.consume() if self.operand_dtype == self.dtype else self.matrix
 
     def add_(self, gradient: GradientOperator) -> Dense:
         """Add another gradient, in place where the buffer is owned."""
-        self._matrix, self._is_owned = self.consume().add_(gradient.matrix), True
+        self._matrix, self._is_owned, self.operand_dtype = self._wide().add_(gradient.matrix), True, self.dtype
         return self
 
 
@@ -168,6 +194,8 @@ class Sketched(GradientOperator):
         right_sketch: A₁ = G X, shape (..., m, r).
         left: L, shape (..., m, l), orthonormal (or zero) columns; None for a one-sided sketch.
         left_sketch: A₂ = Gᵀ L, shape (..., n, l); with `left`.
+        left_spans: Whether L spans the columns of all that is known: of a single gradient with L = orth(G X), which the operator
+            is `L A₂ᵀ` of then.
         layout: Which block of G it is about, where other processes hold the rest: X and A₂ have the block's columns, L and A₁ its
             rows.
 
@@ -187,6 +215,7 @@ class Sketched(GradientOperator):
         left: Tensor | None = None,
         left_sketch: Tensor | None = None,
         *,
+        left_spans: bool = False,
         layout: Layout = UNSHARDED,
     ) -> None:
         *batch, n, r = right.shape
@@ -199,7 +228,7 @@ class Sketched(GradientOperator):
         self.right, self.right_sketch, self.left, self.left_sketch = right, right_sketch, left, left_sketch
         self.whole: Dense | None = None
         self.shape, self.dtype, self.device = torch.Size((*batch, m, n)), right_sketch.dtype, right_sketch.device
-        self._layout = layout
+        self.left_spans, self._layout = left_spans, layout
 
     @classmethod
     def of(cls, gradient: GradientOperator, right: Tensor, left: Tensor | None = None) -> Sketched:
@@ -244,12 +273,15 @@ class Sketched(GradientOperator):
 
     def scaled(self, factor: Tensor) -> Sketched:
         left_sketch = None if self.left_sketch is None else self.left_sketch * factor
-        scaled = Sketched(self.right, self.right_sketch * factor, self.left, left_sketch, layout=self._layout)
+        scaled = Sketched(
+            self.right, self.right_sketch * factor, self.left, left_sketch, left_spans=self.left_spans, layout=self._layout
+        )
         scaled.whole = None if self.whole is None else self.whole.scaled(factor)
         return scaled
 
     def add_(self, gradient: GradientOperator) -> Sketched:
         """Add another gradient's sketch in these bases, in place."""
+        self.left_spans = False
         # One-sided in the very same basis, as layers that project early make it, it is the product already.
         if isinstance(gradient, Sketched) and gradient.right is self.right and gradient.left is None:
             self.right_sketch += gradient.right_sketch

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
+from ..linalg.products import wide_matmul
 from .base import AS_IT_IS, LayerOp, LayerType, View, class_of
 
 _TURNED = View("i o -> o i")
@@ -46,7 +47,7 @@ class LinearOp(LayerOp):
 
     def weight_grad_matmul(self, delta: Tensor, projected: Tensor) -> Tensor:
         # The narrow factor first: a quarter faster on the CPU.
-        return (_tokens(projected).mT @ _tokens(delta)).mT
+        return wide_matmul(_tokens(projected).mT, _tokens(delta)).mT
 
     def rmatmul(self, delta: Tensor, x: Tensor, left: Tensor) -> Tensor:
         return self.weight_grad_matmul(x, self.project(delta, left))

@@ -8,8 +8,11 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..tensors import device_traits, widest
+from ..tensors import device_traits, has_kernels, widest
+from . import kernels
 from .axes import REPLICATED, UNSHARDED, Axis, Layout
+
+_PASSES = 3
 
 
 def widen(x: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     return x * axis.all_reduce_sum(x.square().sum(dim=-2, keepdim=True)).clamp_(min=tiny).rsqrt_()
 
 
-def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout: Layout = UNSHARDED) -> Tensor:
+def multi_normalize(x: Tensor, *, passes: int = _PASSES, inplace: bool = False, layout: Layout = UNSHARDED) -> Tensor:
     """Scale rows, then columns, to unit length, in turn.
 
     The scalings are found as two vectors from the squared entries (a Sinkhorn iteration) and applied once at the end, so
@@ -95,7 +98,9 @@ def multi_normalize(x: Tensor, *, passes: int = 3, inplace: bool = False, layout
     return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)
 
 
-def scales_of_squares(squares: Tensor, sums: Tensor, layout: Layout = UNSHARDED, *, passes: int = 3) -> tuple[Tensor, Tensor]:
+def scales_of_squares(
+    squares: Tensor, sums: Tensor, layout: Layout = UNSHARDED, *, passes: int = _PASSES
+) -> tuple[Tensor, Tensor]:
     """Squared scales of rows (..., m, 1) and columns (..., n, 1), of squared entries (..., m, n) and of their rows' sums here."""
     whole = layout.is_whole
     return alternate(
@@ -104,6 +109,44 @@ def scales_of_squares(squares: Tensor, sums: Tensor, layout: Layout = UNSHARDED,
         sums if whole else layout.columns.all_reduce_sum(sums),
         passes=passes,
     )
+
+
+def spread_scales(x: Tensor, norm: Tensor, size: float, threshold: float, layout: Layout = UNSHARDED) -> tuple[Tensor, Tensor]:
+    """What rows and columns of a matrix are multiplied with, so that it is spread over them and has the Frobenius norm `size`.
+
+    The scales of `multi_normalize`; all zero where the squared norm of the matrix is not above `threshold` times that of `norm`.
+
+    Args:
+        x: Shape (..., m, n), floating.
+        norm: A norm (..., 1, 1), float32 or wider, that the matrix is measured by: with it, squares are of ordinary size.
+        size: The norm wanted.
+        threshold: Share of the squared norm, below which the matrix is rounding errors.
+        layout: How rows and columns are spread.
+
+    Returns:
+        Scales of the rows (..., m, 1) and of the columns (..., 1, n).
+    """
+    if layout.is_whole and has_kernels(x):
+        return _spread_scales_by_kernel(x, norm, size, threshold)
+    unit = norm.reciprocal()
+    squares = (x * unit).square_()
+    sums = squares.sum(dim=-1, keepdim=True)
+    energy = layout.all_reduce_sum(sums.sum(dim=-2, keepdim=True))
+    rows, columns = scales_of_squares(squares, sums, layout)
+    # Columns are of unit length or zero.
+    count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(norm.dtype))
+    factor = torch.where(energy > threshold, size * count.clamp(min=1).rsqrt(), 0.0)
+    return rows.sqrt_().mul_(unit * factor), columns.sqrt_().mT
+
+
+def _spread_scales_by_kernel(x: Tensor, norm: Tensor, size: float, threshold: float) -> tuple[Tensor, Tensor]:
+    batch, (m, n) = x.shape[:-2], x.shape[-2:]
+    x, norm = x.reshape(-1, m, n), norm.reshape(-1)
+    first, partial = kernels.normalize_pass(x, norm, None)
+    for _ in range(_PASSES - 1):
+        rows, partial = kernels.normalize_pass(x, norm, partial.sum(1))
+    of_rows, of_columns = kernels.scales(first, rows, partial.sum(1), norm, size, threshold)
+    return of_rows.reshape(*batch, m, 1), of_columns.reshape(*batch, 1, n)
 
 
 def alternate(

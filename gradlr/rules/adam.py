@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..gradient import GradientOperator
+from ..gradient import Dense, GradientOperator
+from ..linalg import kernels
+from ..tensors import has_kernels
 from .base import Rule, State, Update, UpdateContext, require_fraction, require_positive
 
 
@@ -35,11 +37,19 @@ class Adam(Rule):
         return {key: torch.zeros(shape, dtype=dtype, device=device) for key in ("mean", "square")}
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
-        g, beta, step = gradient.matrix, context.beta, context.step
-        # Of g first and the mean second: β is the weight of what is kept.
-        mean = torch.lerp(g, state["mean"], beta)
-        square = torch.lerp(g**2, state["square"], self.beta2)
-        # Both moments started at zero: divided by the sum of the weights so far they are means. That of the first is multiplied
-        # into the root, so that one division by a whole tensor does for both.
-        root = (square / (1 - self.beta2**step)).sqrt_().add_(self.eps)
-        return Update(dense=mean / root.mul_(1 - beta**step)), {"mean": mean, "square": square}
+        beta, beta2, step = context.beta, self.beta2, context.step
+        # Both moments started at zero: divided by the sum of the weights so far they are means.
+        weights = 1 - beta**step, 1 - beta2**step
+        if isinstance(gradient, Dense) and has_kernels(gradient.stored):
+            direction, mean, square = kernels.adam(
+                gradient.stored, state["mean"], state["square"], beta, beta2, *weights, self.eps
+            )
+        else:
+            g = gradient.matrix
+            # Of g first and the mean second: β is the weight of what is kept.
+            mean = torch.lerp(g, state["mean"], beta)
+            square = torch.lerp(g**2, state["square"], beta2)
+            # The first weight is multiplied into the root, so that one division by a whole tensor does for both.
+            direction = mean / (square / weights[1]).sqrt_().add_(self.eps).mul_(weights[0])
+        # Where a square is finite, so is what it was made of, and all that is made of it.
+        return Update(dense=direction, check=square.sum()), {"mean": mean, "square": square}

@@ -11,14 +11,15 @@ from torch.nn.functional import pad
 
 from ..gradient import Dense, GradientOperator, OuterProduct, Sketched
 from ..linalg import REPLICATED, Axis, Layout, normalize_columns, orthonormalize
-from ..linalg.normalize import frobenius_norm, scales_of_squares
+from ..linalg.normalize import frobenius_norm, spread_scales
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
 from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
 
 # A residual shorter than this share of what the basis sees is rounding errors, not a direction: where the gradient has fewer
 # directions than r, as of a batch of 16 in the last layer, 2.2e-5 and 1.0e-13 were the largest of 60 random cases.
-_RESIDUAL_RTOL = {torch.float32: 5e-5, torch.float64: 5e-13}
+# Half precision has rounded the gradient before anything is found in it: to 2^-9 and 2^-12 of an entry.
+_RESIDUAL_RTOL = {torch.float32: 5e-5, torch.float64: 5e-13, torch.bfloat16: 5e-3, torch.float16: 6e-4}
 # Directions of the momentum below this share of the largest are rounding errors of the others, and count as none.
 _MOMENTUM_RTOL = 1e-5
 
@@ -108,7 +109,8 @@ class LowRankPolar(Rule):
             own = _directions(known, known.shape[-1], context, rows)
             spanning = torch.cat([moved, own], dim=-1)[..., : rows.size(known.shape[-2])]
         left = orthonormalize(spanning, axis=rows)
-        return Sketched(right, image, left, gradient.rmatmul(left), layout=context.layout)
+        left_sketch = gradient.rmatmul(left)
+        return Sketched(right, image, left, left_sketch, left_spans=not state, layout=context.layout)
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         layout, rows, columns = context.layout, context.layout.rows, context.layout.columns
@@ -119,15 +121,9 @@ class LowRankPolar(Rule):
             known = gradient if isinstance(gradient, Dense) else gradient.tokens_where(normalization_is_cheaper)
             if known is None:
                 # The rest would need it anyway, of this layer alone and for as long as its update takes.
-                gradient = known = Dense(gradient.matrix, is_owned=True)
-        # One power step from random directions, or from where the momentum points: B, an orthonormal basis of m rows.
-        like = torch.empty((*gradient.shape[:-2], gradient.shape[-1], 0), dtype=gradient.dtype, device=gradient.device)
-        test = _directions(state.get("R", like), context.rank, context, columns)
-        image = gradient.matmul(test)
-        if state:
-            image += context.beta * (state["P"] @ columns.inner(state["R"], test))
-        basis = orthonormalize(image, axis=rows)
-        target = seen = gradient.rmatmul(basis)
+                gradient = known = gradient.formed()
+        basis, operand, seen = self._power_step(gradient, state, context)
+        target = seen
         if state:
             # Seen from there, the momentum is Aᵀ B, and Nesterov's look ahead z + β Aᵀ B.
             overlap = rows.inner(state["P"], basis)
@@ -149,8 +145,28 @@ class LowRankPolar(Rule):
             # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those, counts
             # as much as α times that.
             size = self.residual * length * open_directions**0.5
-            update = _with_residual(update, known, basis, seen, norm, size, layout)
+            update = _with_residual(update, known, operand, seen, norm, size, layout)
         return update, new_state
+
+    def _power_step(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Tensor, Tensor, Tensor]:
+        """B, orthonormal columns of m rows; the same as an operand of the gradient's products; and Gᵀ B.
+
+        From random directions, or from where the momentum points.
+        """
+        rows, columns = context.layout.rows, context.layout.columns
+        if isinstance(gradient, Sketched) and gradient.left_spans and gradient.left is not None and not state:
+            basis, seen = gradient.left, gradient.left_sketch
+            if seen is not None and basis.shape[-1] == context.rank:
+                return basis, basis, seen
+        dtype = gradient.operand_dtype or gradient.dtype
+        like = torch.empty((*gradient.shape[:-2], gradient.shape[-1], 0), dtype=dtype, device=gradient.device)
+        test = _directions(state.get("R", like), context.rank, context, columns)
+        image = gradient.matmul(test)
+        if state:
+            image += context.beta * (state["P"] @ columns.inner(state["R"], test))
+        basis = orthonormalize(image, axis=rows)
+        operand = basis.to(dtype)
+        return basis, operand, gradient.rmatmul(operand)
 
 
 def _directions(
@@ -205,40 +221,24 @@ def _with_residual(
     """
     if isinstance(known, Dense):
         # In the gradient's own buffer, which nobody needs any more: a second m × n matrix would be the largest of the update.
-        rest = known.consume()
-        rest = rest.addmm_(basis, seen.mT, alpha=-1) if rest.ndim == 2 else rest.sub_(basis @ seen.mT)
-        update.dense = rest
-        update.dense_rows, update.dense_columns = _scales(rest, norm, size, layout)
+        rest: Tensor = known.consume()
+        right = seen.to(rest.dtype).mT
+        update.dense = rest.addmm_(basis, right, alpha=-1) if rest.ndim == 2 else rest.sub_(basis @ right)
+        threshold = _RESIDUAL_RTOL[known.rounding] ** 2
+        update.dense_rows, update.dense_columns = spread_scales(rest, norm, size, threshold, layout)
         return update
     delta, x = known
+    basis = basis.to(delta.dtype)
     # Off the basis, token by token: the rest is an outer product as well, and neither it nor the gradient is ever formed.
     delta = delta - (delta @ basis) @ basis.mT
     rows, columns = token_scales(delta, x)
-    # The rest is measured against what the basis sees, as in `_scales`, both in units of ordinary size.
+    # The rest is measured against what the basis sees, as above, both in units of ordinary size.
     x_peak = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
     energy = token_energy(delta * (x_peak / norm), x / x_peak)
     is_there = energy > _RESIDUAL_RTOL[x.dtype] ** 2
     factor = torch.where(is_there, size * (columns > 0).sum().clamp(min=1).to(x.dtype).rsqrt(), 0.0)
-    left, right = update.left, update.right
-    if left is not None and right is not None:
-        update.left = torch.cat([left, delta.mT * (rows * factor)], dim=-1)
-        update.right = torch.cat([right, (x * columns.mT).mT], dim=-1)
+    known_left, known_right = update.left, update.right
+    if known_left is not None and known_right is not None:
+        update.left = torch.cat([known_left, delta.mT * (rows * factor)], dim=-1)
+        update.right = torch.cat([known_right, (x * columns.mT).mT], dim=-1)
     return update
-
-
-def _scales(rest: Tensor, norm: Tensor, size: float, layout: Layout) -> tuple[Tensor, Tensor]:
-    """What rows (..., m, 1) and columns (..., 1, n) are multiplied with, so that all are of one length, and `size` the whole.
-
-    All zero where the rest is rounding errors beside the norm of what the basis sees.
-    """
-    # In units of that norm, squares neither overflow nor vanish.
-    unit = norm.reciprocal()
-    squares = (rest * unit).square_()
-    sums = squares.sum(dim=-1, keepdim=True)
-    energy = layout.all_reduce_sum(sums.sum(dim=-2, keepdim=True))
-    rows, columns = scales_of_squares(squares, sums, layout)
-    # Columns are of unit length or zero.
-    count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(norm.dtype))
-    is_there = energy > _RESIDUAL_RTOL[rest.dtype] ** 2
-    factor = torch.where(is_there, size * count.clamp(min=1).rsqrt(), 0.0)
-    return rows.sqrt_().mul_(unit * factor), columns.sqrt_().mT

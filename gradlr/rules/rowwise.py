@@ -49,4 +49,5 @@ class RowwiseRMSprop(Rule):
         # A row that was not looked up has a gradient of zero, which counts: one correction by the step holds for all rows.
         square = torch.lerp(gradient.row_energies() / columns, state["square"], self.beta2)
         root = (square / (1 - self.beta2**context.step)).sqrt_().add_(self.eps)
-        return Update(**gradient.scaled_rows(root.reciprocal_())), {"square": square}
+        # Where the squares of a row are finite, so is the row.
+        return Update(**gradient.scaled_rows(root.reciprocal_()), check=square.sum()), {"square": square}

@@ -284,14 +284,18 @@ def no_waiting(monkeypatch):
 
         return reading
 
-    def read(scalar, method=AsyncScalar.read):
-        is_allowed.append(True)
-        try:
-            return method(scalar)
-        finally:
-            is_allowed.pop()
+    def allowed(method):
+        def read(scalar):
+            is_allowed.append(True)
+            try:
+                return method(scalar)
+            finally:
+                is_allowed.pop()
 
-    monkeypatch.setattr(AsyncScalar, "read", read)
+        return read
+
+    for name in ("read", "read_all"):
+        monkeypatch.setattr(AsyncScalar, name, allowed(getattr(AsyncScalar, name)))
 
     def forbid():
         for name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy"):

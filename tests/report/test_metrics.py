@@ -152,7 +152,7 @@ def test_update_with_residual_is_measured_before_it_is_rounded(dtype, weight_dec
     model, tracker, opt = attached(mlp(dtype=dtype), weight_decay=weight_decay, lr=0.1)
     changes = []
 
-    def spy(parameter, view, update, *, lr, weight_decay, generator):
+    def spy(parameter, view, update, *, lr, weight_decay, **_):
         changes.append((lr * (update.direction().double() + weight_decay * parameter.detach().double())).norm().item())
 
     monkeypatch.setattr(opt.committer, "writer", spy)

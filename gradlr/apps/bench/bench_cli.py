@@ -1,9 +1,10 @@
-"""`python -m gradlr bench quality|memory|speed|crossover|devices|estimate`: measure, print, write; `pareto|front|study`: draw."""
+"""`python -m gradlr bench quality|memory|speed|counts|...`: measure, print, write; `pareto|front|study`: draw."""
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError
-from . import devices, estimate, figures, memory, quality, speed
+from . import counts, devices, estimate, figures, memory, quality, speed
 from .baselines import BASELINES, OWN_BASELINES, SPELLING, baseline, require_baselines
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -21,6 +22,7 @@ _HELP = {
     "quality": "fine-tuning: validation loss at each optimizer's best learning rate",
     "memory": "peak memory above 100 MiB of parameters",
     "speed": "time of one step: of a Linear, or of a whole transformer",
+    "counts": "what one update asks of a GPU: launches, bytes, waits and workspace, counted without one",
     "crossover": "time of one Linear's step by rank: from where on hooks are faster",
     "devices": "several processes: time of one step and bytes that travel, beside DDP and FSDP2",
     "estimate": "the peak that `gradlr estimate` tells against the measured one",
@@ -29,12 +31,21 @@ _HELP = {
     "study": "draw results of `quality`: loss over rank and momentum rank, and schedules",
 }
 _DRAWINGS = ("pareto", "front", "study")
-_MODULES = {"quality": quality, "memory": memory, "speed": speed, "crossover": speed, "devices": devices, "estimate": estimate}
+_MODULES = {
+    "quality": quality,
+    "memory": memory,
+    "speed": speed,
+    "counts": counts,
+    "crossover": speed,
+    "devices": devices,
+    "estimate": estimate,
+}
 # Options that are integers of at least 1, with their defaults; threads of torch are its own choice where None.
 _NUMBERS: dict[str, dict[str, int | None]] = {
     "quality": {"seeds": 3, "steps": None, "batch-size": None, "jobs": os.cpu_count() or 1},
     "memory": {"tokens": 64, "rank": 16},
     "speed": {"tokens": 2048, "width": 1024, "depth": 2, "rank": 32, "rounds": 40, "threads": None},
+    "counts": {"tokens": 2048, "rank": 64},
     "crossover": {"tokens": 2048, "width": 1024, "rounds": 40, "threads": None},
     "devices": {"processes": 2, "threads": 1, "width": 512, "depth": 4, "tokens": 1024, "rank": 32, "rounds": 20},
     "estimate": {"threads": None},
@@ -59,6 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     speed_parser.add_argument("--model", choices=("linear", "transformer", "smollm2"), default="linear", help="what is trained")
     dtypes = ("float32", "bfloat16", "float16")
     speed_parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights and inputs")
+    made["counts"].add_argument("--dtype", choices=dtypes, default="bfloat16", help="of weights and inputs")
+    shapes = "matrices, such as 4096x11008; default: three of them, an embedding and a vector"
+    made["counts"].add_argument("--shapes", nargs="+", default=(), metavar="MxN", help=shapes)
     ranks = "default: shares of the width from 1/32 to 3/8"
     made["crossover"].add_argument("--ranks", type=int, nargs="+", default=(), help=ranks)
     for name, option, choices in (("devices", "--baselines", devices.STRATEGIES), ("estimate", "--models", estimate.CASES)):
@@ -112,6 +126,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return memory.measure(**numbers, device=arguments.device, peers=_peers(arguments))
     if bench == "crossover":
         return speed.measure_crossover(**numbers, device=arguments.device, ranks=tuple(arguments.ranks))
+    if bench == "counts":
+        return counts.measure(**numbers, dtype=arguments.dtype, shapes=arguments.shapes)
     if bench == "estimate":
         return estimate.measure(arguments.models)
     options = {**numbers, "device": arguments.device, "dtype": arguments.dtype}
@@ -143,6 +159,9 @@ def _check(arguments: argparse.Namespace) -> None:
     for key, value in numbers:
         if value < 1:
             raise ArgumentError(f"--{key.replace('_', '-')} {value}: it must be at least 1")
+    for shape in given.get("shapes", ()):
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", shape):
+            raise ArgumentError(f"--shapes {shape}: write rows and columns as 4096x11008")
     if arguments.out is not None:
         _check_out(arguments.out, is_picture=arguments.bench in _DRAWINGS)
     if "device" in given:
