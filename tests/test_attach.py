@@ -70,7 +70,7 @@ def test_it_is_a_torch_optimizer_over_the_real_parameters():
 
 def test_rates_follow_lr_unless_given():
     rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2)[2].param_groups}
-    assert rates == pytest.approx({"matrix": 1e-2, "embedding": 6.25e-4, "vector": 1e-2})
+    assert rates == pytest.approx({"matrix": 1e-2, "embedding": 1.25e-3, "vector": 1e-2})
     rates = {
         group["kind"]: group["lr"]
         for group in attached(Mixed(), lr=1e-2, kinds={"vector": {"lr": 0.5}, "table": {"lr": 0.25}})[2].param_groups

@@ -42,7 +42,7 @@ def ratios(losses):
 
 
 def decide_for(ratio):
-    return gradlr.ByLoss(64)(gradlr.RankInputs(ratio, current=64, limit=128))
+    return gradlr.ByLoss(80)(gradlr.RankInputs(ratio, current=80, limit=128))
 
 
 def test_it_leaves_report_results_and_models(straight):

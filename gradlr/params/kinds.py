@@ -50,7 +50,7 @@ KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
         Kind(MATRIX, "low_rank_polar", lr_share=1.0, options=(*_COMPRESSED, "rule")),
-        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 16, options=_COMPRESSED),
+        Kind(EMBEDDING, "rowwise_rmsprop", lr_share=1 / 8, options=_COMPRESSED),
         Kind(VECTOR, "adam", lr_share=1.0, options=("lr", "beta")),
     )
 }

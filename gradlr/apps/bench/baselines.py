@@ -56,6 +56,7 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "_tables1": ("embeddings at lr", {"embedding_share": 1.0}),
     "_tables4": ("embeddings at lr / 4", {"embedding_share": 1 / 4}),
     "_tables8": ("embeddings at lr / 8", {"embedding_share": 1 / 8}),
+    "_tables16": ("embeddings at lr / 16", {"embedding_share": 1 / 16}),
     "_one_sided": ('capture="one_sided"', {"capture": "one_sided"}),
     "_adaptor": ('capture="adaptor"', {"capture": "adaptor"}),
     "_group": ("process_group=", {"apply": "step", "in_group": True}),
