@@ -12,6 +12,7 @@ from .capture.layer_swap import release_abandoned
 from .distributed.communicator import propagate_errors
 from .distributed.setup import spread_groups, sync_for
 from .engine.attached_parameters import COMPILED_WHOLE, is_compiled_whole, require_plain_model, require_trainable
+from .engine.compiled_updates import CompiledUpdates
 from .errors import ArgumentError, warn
 from .optimizer import GradLR
 from .params.groups import parameter_groups
@@ -25,7 +26,7 @@ from .tracker import LossTracker
 # Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how
 # those of the other kinds follow it.
 DEFAULT_LR = 1e-4
-DEFAULT_RANK = ByLoss(max_rank=64)
+DEFAULT_RANK = ByLoss(max_rank=80)
 DEFAULT_MOMENTUM_RANK = 0
 
 
@@ -46,6 +47,7 @@ def attach(
     capture: str = "hook",
     max_grad_norm: float | None = None,
     state_dtype: torch.dtype = torch.float32,
+    compile: bool = False,
     seed: int = 0,
     process_group: distributed.ProcessGroup | None = None,
 ) -> GradLR:
@@ -56,7 +58,7 @@ def attach(
             embedding (a head with as many rows included) or a vector (bias, norm); `print(opt)` shows which.
         loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
         lr: Learning rate η, AdamW's: a step changes the weights of a matrix by 2 η, root mean square, whatever its shape, its
-            rank and the residual, which puts the best rate where AdamW has it. Vectors take `lr`, embeddings `lr / 16`.
+            rank and the residual, which puts the best rate where AdamW has it. Vectors take `lr`, embeddings `lr / 8`.
         rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
         momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state. 0 for none: matrices then
             have no state at all.
@@ -87,6 +89,8 @@ def attach(
             norm before. Exact where one backward makes the step (with "adaptor" capture it costs as much as the gradients, and
             no layer may be used twice), that of the projected gradients otherwise and with "one_sided" capture.
         state_dtype: torch.float32, or torch.bfloat16 for half the state, rounded stochastically.
+        compile: Updates go through `torch.compile`, one graph for each shape, rule and largest rank: fewer launches on a GPU, and
+            a first step of minutes. Sharded parameters, convolutions under "adaptor" and "one_sided" layers stay eager.
         seed: Seeds all random numbers; with the step count it is part of the checkpoint.
         process_group: Of `torch.distributed`: each process trains its replica of the plain model on its own batches, and
             `opt.step()` exchanges sketches, r(m + n) numbers per matrix, whose mean all take; needs `apply="step"`. All processes
@@ -111,7 +115,7 @@ def attach(
     sync = sync_for(model, process_group, capture)
     with propagate_errors(sync.comm):
         require_plain_model(model)
-        _require_arguments(loss_tracker, apply, max_grad_norm, state_dtype, seed)
+        _require_arguments(loss_tracker, apply, max_grad_norm, state_dtype, compile, seed)
         if sync.shares_bases and apply == "backward":
             raise ArgumentError('process_group= needs apply="step": what processes exchange waits for opt.step()')
         release_abandoned(model)
@@ -130,6 +134,8 @@ def attach(
             model, members, loss_tracker, apply=apply, capture="hook" if sync.hooks_only else capture,
             max_grad_norm=max_grad_norm, state_dtype=state_dtype, seed=seed, sync=sync,
         )  # fmt: skip
+        if compile:
+            optimizer.committer.compiled = CompiledUpdates()
     try:
         same = {"max_grad_norm": max_grad_norm, "loss ratio": loss_tracker.ratio, "max_loss": loss_tracker.max_loss}
         sync.join(model, optimizer.store, same)
@@ -140,7 +146,12 @@ def attach(
 
 
 def _require_arguments(
-    loss_tracker: LossTracker, apply: str, max_grad_norm: float | None, state_dtype: torch.dtype, seed: int
+    loss_tracker: LossTracker,
+    apply: str,
+    max_grad_norm: float | None,
+    state_dtype: torch.dtype,
+    compile: bool,
+    seed: int,
 ) -> None:
     if not isinstance(loss_tracker, LossTracker):
         raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
@@ -155,5 +166,7 @@ def _require_arguments(
             )
     if state_dtype not in (torch.float32, torch.bfloat16):
         raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
+    if not isinstance(compile, bool):
+        raise ArgumentError(f"compile={compile!r}: use True or False")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ArgumentError(f"seed={seed!r}: it must be an int of at least 0")

@@ -66,7 +66,8 @@ def has_kernels(tensor: Tensor) -> bool:
     """Whether `linalg.kernels` take it: float32 or bfloat16, on a device that they run on."""
     kind = tensor.device.type  # as in `is_async`
     is_device = (_OVERRIDES.get(kind) or _TRAITS.get(kind, _UNKNOWN)).has_kernels
-    return is_device and tensor.dtype in (torch.float32, torch.bfloat16)
+    # A compiler makes its own kernels of the plain ways.
+    return is_device and tensor.dtype in (torch.float32, torch.bfloat16) and not torch.compiler.is_compiling()
 
 
 def widest(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from ..rules import Rule, State, Update, UpdateContext
 from ..tensors import is_async, local
 from .apply_update import apply_update
 from .bases import Bases
+from .compiled_updates import CompiledUpdates
 from .pending import as_dense
 from .record import ParamRecord
 from .state_store import StateStore
@@ -65,12 +66,14 @@ class Committer:
         bases: Told of each parameter that has changed.
 
     Attributes:
+        compiled: Compiles the rules' updates, where that was asked for.
         writer: What writes; an estimator of memory puts its own here.
         changed: Names of the parameters updated since the last loss, or in the step under way.
     """
 
     def __init__(self, store: StateStore, bases: Bases) -> None:
         self.store, self.bases = store, bases
+        self.compiled: CompiledUpdates | None = None
         self.writer: Writer = apply_update
         self.changed: list[str] = []
 
@@ -87,7 +90,12 @@ class Committer:
             gradient = as_dense(gradient)
         kept = None if record.observer is None else record.observer.keep(gradient)
         try:
-            update, new_state = checked(rule, rule.update(gradient, old_state, context), gradient.shape)
+            made = (
+                rule.update(gradient, old_state, context)
+                if self.compiled is None
+                else self.compiled(rule, gradient, old_state, context)
+            )
+            update, new_state = checked(rule, made, gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
             return Prepared(record, context, torch.full((), torch.nan, device=gradient.device), Update(), old_state)
         check = check_of(update, new_state)

@@ -72,6 +72,7 @@ class StateStore:
             beta=self.groups[record.group_index]["beta"],
             step=step,
             generator=self.random.at(parameter.device, self.seed, record.index, step),
+            ceiling=record.largest_rank,
             layout=record.plan.layout,
         )
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
+from ..linalg import UNSHARDED
 from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand
 from ..tensors import is_async, widest
@@ -48,7 +49,11 @@ class OuterProduct(GradientOperator):
         return self._op.rmatmul(delta, known, y.to(delta.dtype))
 
     def formed(self) -> Dense:
-        return Dense(self._op.gradient(*self._operands()), is_owned=True)
+        return Dense(self._op.gradient(*self._operands()), is_owned=True, layout=UNSHARDED)
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """δ and x of a Linear that stores (fan_out, fan_in), from which the same operator can be made; None of other layers."""
+        return (self._delta, self._x) if self._op == LinearOp() else None
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """δ and x as the products take them, in one dtype."""

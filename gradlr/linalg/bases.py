@@ -28,7 +28,7 @@ class Products(Protocol):
     dtype: torch.dtype
     device: torch.device
 
-    def __matmul__(self, x: Tensor, /) -> Tensor: ...
+    def matmul(self, x: Tensor, /) -> Tensor: ...
 
     @property
     def mT(self) -> Any: ...  # noqa: N802 (torch's name)
@@ -64,7 +64,10 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = Fals
         products = x.mT @ x if axis.is_whole else axis.inner(x, x)
         # The shift is relative: what comes of it is the same for columns of any length. A zero column stays zero.
         lengths = products.diagonal(dim1=-2, dim2=-1)
-        torch.add(least, lengths, alpha=1 + shift, out=lengths)
+        if torch.compiler.is_compiling():  # which knows no `out=` of a view, and makes one kernel of two
+            lengths.mul_(1 + shift).add_(tiny)
+        else:
+            torch.add(least, lengths, alpha=1 + shift, out=lengths)
         # cholesky_ex, since cholesky asks the device whether it has succeeded.
         factor = torch.linalg.cholesky_ex(products).L
         x = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
@@ -72,7 +75,12 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = Fals
 
 
 def svd_lowrank(
-    matrix: Products, rank: int, *, power_steps: int = 2, generator: torch.Generator | None = None
+    matrix: Products,
+    rank: int,
+    *,
+    power_steps: int = 2,
+    generator: torch.Generator | None = None,
+    columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Randomized singular value decomposition from products with the matrix only.
 
@@ -81,6 +89,7 @@ def svd_lowrank(
         rank: Number r of singular triples, 1 ≤ r ≤ min(m, n).
         power_steps: Subspace iterations (dimensionless).
         generator: Source of the Gaussian test matrix; torch's default generator where None.
+        columns: The test matrix itself, (min(m, n), r), of any scale; drawn where None.
 
     Returns:
         U (..., m, r), S (..., r) descending, V (..., n, r), float32 or wider, with `matrix ≈ U diag(S) Vᵀ`: the very numbers that
@@ -96,15 +105,16 @@ def svd_lowrank(
     if not 1 <= rank <= min(m, n):
         raise ArgumentError(f"svd_lowrank: rank {rank} for a {m} x {n} matrix; it must be between 1 and {min(m, n)}")
     if m < n:  # the small matrix whose decomposition is taken has the shorter side
-        u, s, v = svd_lowrank(matrix.mT, rank, power_steps=power_steps, generator=generator)
+        u, s, v = svd_lowrank(matrix.mT, rank, power_steps=power_steps, generator=generator, columns=columns)
         return v, s, u
-    test = torch.randn(n, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
-    basis = torch.linalg.qr(matrix @ test).Q
+    if columns is None:
+        columns = torch.randn(n, rank, dtype=matrix.dtype, device=matrix.device, generator=generator)
+    basis = torch.linalg.qr(matrix.matmul(columns.to(matrix.dtype))).Q
     for _ in range(power_steps):
         # Orthonormal at each half step: powers of a matrix bury its small singular values in rounding errors.
-        basis = torch.linalg.qr(matrix.mT @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    u, s, vh = torch.linalg.svd((matrix.mT @ basis).mT, full_matrices=False)
+        basis = torch.linalg.qr(matrix.mT.matmul(basis)).Q
+        basis = torch.linalg.qr(matrix.matmul(basis)).Q
+    u, s, vh = torch.linalg.svd(matrix.mT.matmul(basis).mT, full_matrices=False)
     return basis @ u, s, vh.mT
 
 
@@ -132,16 +142,16 @@ def spectral_norm(matrix: Products, *, columns: int = 8, steps: int = 8) -> Tens
     generator = torch.Generator(matrix.device).manual_seed(0)
     width = min(columns, m)
     draw = torch.randn((*batch, n, width), dtype=matrix.dtype, device=matrix.device, generator=generator)
-    blocks = [orthonormalize(matrix @ draw)]
+    blocks = [orthonormalize(matrix.matmul(draw))]
     while len(blocks) < steps and len(blocks) * width < m:
         # Unit columns on the way: squares of large entries would overflow, and the span is what counts.
-        block = normalize_columns(matrix @ normalize_columns(matrix.mT @ blocks[-1]))
+        block = normalize_columns(matrix.matmul(normalize_columns(matrix.mT.matmul(blocks[-1]))))
         known = torch.cat(blocks, dim=-1)
         blocks.append(orthonormalize(block - known @ (known.mT @ block)))
     # Where the span is exhausted a block is rounding errors: only orthonormal columns bound the value from above.
     basis = torch.linalg.qr(torch.cat(blocks, dim=-1)[..., :m]).Q
     # Its Gram matrix squares the condition: in float64, half of whose digits are more than float32 has.
-    image = widest(matrix.mT @ basis)
+    image = widest(matrix.mT.matmul(basis))
     gram = image.mT @ image
     is_finite = gram.isfinite()
     largest = torch.linalg.eigvalsh(torch.where(is_finite, gram, 0.0))[..., -1].clamp(min=0).sqrt()

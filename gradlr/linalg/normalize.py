@@ -111,7 +111,9 @@ def scales_of_squares(
     )
 
 
-def spread_scales(x: Tensor, norm: Tensor, size: float, threshold: float, layout: Layout = UNSHARDED) -> tuple[Tensor, Tensor]:
+def spread_scales(
+    x: Tensor, norm: Tensor, size: float | Tensor, threshold: float, layout: Layout = UNSHARDED
+) -> tuple[Tensor, Tensor]:
     """What rows and columns of a matrix are multiplied with, so that it is spread over them and has the Frobenius norm `size`.
 
     The scales of `multi_normalize`; all zero where the squared norm of the matrix is not above `threshold` times that of `norm`.
@@ -126,7 +128,7 @@ def spread_scales(x: Tensor, norm: Tensor, size: float, threshold: float, layout
     Returns:
         Scales of the rows (..., m, 1) and of the columns (..., 1, n).
     """
-    if layout.is_whole and has_kernels(x):
+    if layout.is_whole and not isinstance(size, Tensor) and has_kernels(x):
         return _spread_scales_by_kernel(x, norm, size, threshold)
     unit = norm.reciprocal()
     squares = (x * unit).square_()

@@ -46,7 +46,7 @@ def newton_schulz(x: Tensor, *, steps: int = 5, dtype: torch.dtype = torch.bfloa
 
 
 def newton_schulz_by_gram(
-    x: Tensor, *, axis: Axis = REPLICATED, steps: int = 5, size: float = 1.0
+    x: Tensor, *, axis: Axis = REPLICATED, steps: int = 5, size: float | Tensor = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same steps for a tall matrix, all taken on its Gram matrix: two products with n rows instead of ten.
 
@@ -54,7 +54,7 @@ def newton_schulz_by_gram(
         x: Shape (..., n, r) with r ≤ n, any floating dtype, entries of any size; not modified.
         axis: How its rows are spread; one number and r × r are summed.
         steps: Number of steps.
-        size: What the factor is multiplied with.
+        size: What the factor is multiplied with; a 0-dim tensor in compiled graphs.
 
     Returns:
         The approximate polar factor times `size`, (..., n, r), float32 or wider, of which each process has its rows, zero for
@@ -75,6 +75,6 @@ def newton_schulz_by_gram(
         products = add(half, half, q, beta=a)
         q = add(products, products, products, beta=b, alpha=c)
         factor = add(factor, factor, q, beta=a)
-    found = add(factor[..., :1, :], x, factor, beta=0, alpha=size)
+    found = x @ factor * size if isinstance(size, Tensor) else add(factor[..., :1, :], x, factor, beta=0, alpha=size)
     # What is not finite anywhere in x is in every entry of its powers.
     return (found if x.ndim == 2 else found.unflatten(0, batch)), norm, factor[..., 0, 0]

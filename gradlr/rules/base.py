@@ -24,10 +24,13 @@ class UpdateContext:
         rank: r, the rank of the compressed gradient and of the update, 1 ≤ r ≤ min(m, n).
         momentum_rank: k, the rank of the momentum that is kept, 0 ≤ k ≤ min(m, n); 0 for none.
         beta: Momentum β in [0, 1).
-        step: Number of this update of this parameter, counted from 1.
+        step: Number of this update of this parameter, counted from 1; in a compiled graph a 0-dim tensor, for arithmetic only.
         generator: Random numbers for this parameter and step, on the parameter's device: the same whenever the same step of
             the same seed is taken again, so `sketch` and the `update` after it draw alike. One generator serves all parameters
             of a device and is set anew for each, so nothing may be drawn from it later.
+        ceiling: The largest rank that there will ever be.
+        columns: Random numbers drawn before, that `gaussian` hands out, where the update is compiled: then nothing is drawn.
+        active: r as a 0-dim tensor, where `rank` is the largest there will be and columns beyond r are zero; None where it is r.
         layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `supports_sharding`
             see another than the whole.
     """
@@ -36,7 +39,10 @@ class UpdateContext:
     momentum_rank: int
     beta: float
     step: int
-    generator: torch.Generator
+    generator: torch.Generator | None
+    ceiling: int = 0
+    columns: Tensor | None = None
+    active: Tensor | None = None
     layout: Layout = UNSHARDED
 
     def gaussian(self, shape: Sequence[int], like: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
@@ -47,6 +53,8 @@ class UpdateContext:
             like: Any tensor.
             axis: How the rows are spread.
         """
+        if self.columns is not None:
+            return self.columns
         batch, is_whole = self.layout.batch, axis.is_whole and self.layout.batch.is_whole
         if not is_whole:
             *matrices, rows, columns = shape
@@ -88,6 +96,10 @@ class Update:
         parts = (self.left, self.right, self.row_scale, self.dense, self.dense_rows, self.dense_columns)
         return [part for part in parts if part is not None]
 
+    def named_parts(self) -> dict[str, Tensor]:
+        """All tensors by name, with which the same update can be made."""
+        return {key: part for key, part in vars(self).items() if part is not None}
+
     def block(self, rows: tuple[Any, ...]) -> Update:
         """The same for a slice of the matrix rows, the last but one axis; shares its memory with this one."""
         of_rows = {
@@ -119,6 +131,7 @@ class Rule:
             `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
         carries_nonfinite: Whether NaN and infinity anywhere in the gradient always show in the update, or in its `check`: then
             nobody looks at the gradient before, and `update` may be handed one that is not finite.
+        pads_rank: Whether columns of zeros among the random ones lower the rank, so that one compiled graph serves all ranks.
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
         state_sharding: Axis that the last but one of a state entry lies along, "rows" or "columns", by its key; of blocks only.
@@ -130,6 +143,7 @@ class Rule:
     has_rank = True
     accepts_row_factors = False
     carries_nonfinite = False
+    pads_rank = False
     supports_sharding = False
     state_sharding: ClassVar[Mapping[str, str]] = {}
     optional_state: ClassVar[frozenset[str]] = frozenset()
@@ -212,6 +226,10 @@ class Rule:
         like = torch.empty(0, dtype=dtype, device=device)
         return orthonormalize(context.gaussian((*shape[:-1], context.rank), like))
 
+    def columns_shape(self, shape: torch.Size, rank: int) -> tuple[int, ...]:
+        """Shape of the random columns that an update of a parameter seen as (..., m, n) draws, where it draws any."""
+        return (*shape[:-2], shape[-1], rank)
+
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         """The state for another rank or momentum rank; itself where its shapes depend on neither."""
         return state
@@ -238,7 +256,7 @@ def fit_columns(x: Tensor, columns: int) -> Tensor:
 UPDATE_RMS = 2.0
 
 
-def update_scale(shape: torch.Size, rank: int, residual: float = 0.0) -> float:
+def update_scale(shape: torch.Size, rank: int | Tensor, residual: float = 0.0) -> float | Tensor:
     """2 √(mn / (r + α²(d − r))) with d = min(m, n): gives the update one root mean square, whatever its rank and shape.
 
     So AdamW's learning rate is the right one for all of them.

@@ -64,15 +64,18 @@ class FactorMoments(Rule):
         sizes = {"U": (m, context.rank), "V": (n, context.rank), "S": (context.rank,), "S2": (context.rank,)}
         return {key: torch.zeros((*batch, *size), dtype=dtype, device=device) for key, size in sizes.items()}
 
+    def columns_shape(self, shape: torch.Size, rank: int) -> tuple[int, ...]:
+        return min(shape[-2:]), rank
+
     def resize(self, state: State, shape: torch.Size, context: UpdateContext) -> State:
         return {key: fit_columns(value, context.rank) for key, value in state.items()}
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         beta, step = context.beta, context.step
-        u, s, v = svd_lowrank(gradient, context.rank, generator=context.generator)
+        u, s, v = svd_lowrank(gradient, context.rank, generator=context.generator, columns=context.columns)
         if state["S"].shape[-1] != context.rank:
             state = self.resize(state, gradient.shape, context)
-        if self.is_adjusted and step > 1:
+        if self.is_adjusted:
             state = _carry_over(state, u, v)
         new_state = {key: torch.lerp(now, state[key], beta) for key, now in (("U", u), ("V", v), ("S", s))}
         new_state["S2"] = torch.lerp(s**2, state["S2"], self.beta2)

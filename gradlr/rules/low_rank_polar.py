@@ -50,6 +50,7 @@ class LowRankPolar(Rule):
 
     name = "low_rank_polar"
     carries_nonfinite = True
+    pads_rank = True
     supports_sharding = True
     state_sharding: ClassVar = {"P": "rows", "R": "columns"}
     optional_state: ClassVar = frozenset({"P", "R"})
@@ -115,9 +116,8 @@ class LowRankPolar(Rule):
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         layout, rows, columns = context.layout, context.layout.rows, context.layout.columns
         whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
-        open_directions = min(whole[-2:]) - context.rank
         known: Dense | tuple[Tensor, Tensor] | None = None  # what a residual can be made of, where there is to be one
-        if self.residual > 0 and open_directions > 0 and isinstance(gradient, Dense | OuterProduct):
+        if self.residual > 0 and context.rank < min(whole[-2:]) and isinstance(gradient, Dense | OuterProduct):
             known = gradient if isinstance(gradient, Dense) else gradient.tokens_where(normalization_is_cheaper)
             if known is None:
                 # The rest would need it anyway, of this layer alone and for as long as its update takes.
@@ -129,7 +129,8 @@ class LowRankPolar(Rule):
             overlap = rows.inner(state["P"], basis)
             averaged = seen + context.beta * (state["R"] @ overlap)
             target = seen + context.beta * averaged
-        length = update_scale(whole, context.rank, 0.0 if known is None else self.residual)
+        rank = context.rank if context.active is None else context.active
+        length = update_scale(whole, rank, 0.0 if known is None else self.residual)
         direction, norm, check = newton_schulz_by_gram(target, axis=columns, size=length)
         update, new_state = Update(left=basis, right=direction, check=check), {}
         if state:
@@ -144,7 +145,7 @@ class LowRankPolar(Rule):
         if known is not None:
             # An orthogonal matrix of the rank that B leaves open has √open as its norm: the residual, one of all those, counts
             # as much as α times that.
-            size = self.residual * length * open_directions**0.5
+            size = self.residual * length * (min(whole[-2:]) - rank) ** 0.5
             update = _with_residual(update, known, operand, seen, norm, size, layout)
         return update, new_state
 
@@ -212,7 +213,7 @@ def _with_residual(
     basis: Tensor,
     seen: Tensor,
     norm: Tensor,
-    size: float,
+    size: float | Tensor,
     layout: Layout,
 ) -> Update:
     """The update, and G − B zᵀ spread over all directions by normalizing rows and columns, with Frobenius norm `size`.

@@ -205,7 +205,7 @@ class Products:
     def __init__(self, a):
         self._a, self.shape, self.dtype, self.device = a, a.shape, a.dtype, a.device
 
-    def __matmul__(self, x):
+    def matmul(self, x):
         return self._a @ x
 
     @property
