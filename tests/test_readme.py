@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradlr
-from gradlr.apps.bench import devices, estimate, memory, quality, speed
+from gradlr.apps.bench import counts, devices, estimate, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -78,6 +78,7 @@ TABLES = {
     "arithmetic": (BENCHMARKS, quality),
     "quality-products": (BENCHMARKS, quality),
     "devices": (BENCHMARKS, devices),
+    "counts": (BENCHMARKS, counts),
     "study-pretrained": (STUDY, quality),
     "quality-smollm2": (STUDY, quality),
     "speed-smollm2": (CAPTURE, speed),
