@@ -146,7 +146,9 @@ def _draw_costs(figure: Figure, axes: Axes, rows: list[Row], costs: list[float])
 def _draw_front(figure: Figure, left: Axes, right: Axes, rows: list[Row]) -> None:
     from adjustText import adjust_text  # an extra, as matplotlib
 
-    rows = [row for row in rows if row.get("general_sweep")]
+    # Of gradlr the default alone: its variants, which the table has, lie along its line.
+    is_drawn = [row["label"].startswith(_NOT_OURS) or row["name"] == "default" for row in rows]
+    rows = [row for row, is_one in zip(rows, is_drawn, strict=True) if is_one and row.get("general_sweep")]
     if not rows:
         raise ArgumentError("the report tells no general loss: run `bench quality --workload smollm2`")
     names = []
