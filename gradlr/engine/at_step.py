@@ -87,9 +87,7 @@ class AtStep(CommitPolicy):
         prepared: list[Prepared] = []
         for record in pending.records():
             gradient = pending.pop(record)
-            prepared.append(
-                self.committer.compute(record, gradient, None if record.rule.carries_nonfinite else gradient.is_finite())
-            )
+            prepared.append(self.committer.compute(record, gradient))
             self.skipped.look(prepared[-1].check, partial(self.checks.bad_gradient_message, record))
         if not self.skipped.reason:
             self.grad_norm = norm

@@ -77,15 +77,17 @@ class Committer:
         self.writer: Writer = apply_update
         self.changed: list[str] = []
 
-    def compute(self, record: ParamRecord, gradient: GradientOperator, is_finite: Tensor | None) -> Prepared:
-        """Let the rule make an update of a gradient, which may be consumed.
+    def compute(self, record: ParamRecord, gradient: GradientOperator) -> Prepared:
+        """Let the rule make an update of a gradient, which may be consumed; nothing of one that the host knows to be bad.
 
         Args:
             record: The parameter.
             gradient: Its gradient.
-            is_finite: `gradient.is_finite()`, or None where the update shows it.
         """
         context, old_state, rule = self.store.context(record), self.store.read(record), record.rule
+        is_finite = None if rule.carries_nonfinite else gradient.is_finite()
+        if is_finite is not None and record.plan.layout.is_whole and not is_async(is_finite) and not is_finite:
+            return _not_finite(record, context, old_state, gradient)
         if rule.is_elementwise and not rule.accepts_row_factors and not isinstance(gradient, Dense):
             gradient = as_dense(gradient)
         kept = None if record.observer is None else record.observer.keep(gradient)
@@ -97,7 +99,7 @@ class Committer:
             )
             update, new_state = checked(rule, made, gradient.shape)
         except torch.linalg.LinAlgError:  # products of huge entries have overflowed
-            return Prepared(record, context, torch.full((), torch.nan, device=gradient.device), Update(), old_state)
+            return _not_finite(record, context, old_state, gradient)
         check = check_of(update, new_state)
         check = check if is_finite is None else torch.where(is_finite, check, torch.nan)
         prepared = Prepared(record, context, check, update, new_state)
@@ -123,6 +125,10 @@ class Committer:
         self.store.write(record, new_state)
         self.bases.forget(record)
         self.changed.append(record.plan.name)
+
+
+def _not_finite(record: ParamRecord, context: UpdateContext, state: State, gradient: GradientOperator) -> Prepared:
+    return Prepared(record, context, torch.full((), torch.nan, device=gradient.device), Update(), state)
 
 
 def checked(rule: Rule, result: tuple[Update, State], shape: torch.Size) -> tuple[Update, State]:

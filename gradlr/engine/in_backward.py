@@ -19,10 +19,7 @@ class InBackward(CommitPolicy):
         if self._dropped_serial == self.tracker.serial:
             self.bases.forget(record)
             return
-        layout, is_finite = record.plan.layout, None if record.rule.carries_nonfinite else gradient.is_finite()
-        if layout.is_whole and is_finite is not None and not is_async(is_finite) and not is_finite:
-            raise self.checks.not_finite(record)
-        prepared = self.committer.compute(record, gradient, is_finite)
+        layout, prepared = record.plan.layout, self.committer.compute(record, gradient)
         if not layout.is_whole:
             # Each process takes part in what the others compute, and all hear of what is not finite.
             is_bad = layout.anywhere(~prepared.check.isfinite())

@@ -74,21 +74,10 @@ def _adam(
     tl.store(new_square + place, s, mask=is_in)
 
 
-def adam(
-    gradient: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    beta: float,
-    beta2: float,
-    mean_weight: float,
-    square_weight: float,
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def adam(gradient: Tensor, mean: Tensor, square: Tensor, *numbers: float) -> tuple[Tensor, Tensor, Tensor]:
     gradient, mean, square = gradient.contiguous(), mean.contiguous(), square.contiguous()
     made = torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(mean)
-    _adam[(triton.cdiv(mean.numel(), _VECTOR),)](
-        gradient, mean, square, *made, mean.numel(), beta, beta2, mean_weight, square_weight, eps, VECTOR=_VECTOR
-    )
+    _adam[(triton.cdiv(mean.numel(), _VECTOR),)](gradient, mean, square, *made, mean.numel(), *numbers, VECTOR=_VECTOR)
     return made
 
 

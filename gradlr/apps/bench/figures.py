@@ -147,8 +147,8 @@ def _draw_front(figure: Figure, left: Axes, right: Axes, rows: list[Row]) -> Non
     from adjustText import adjust_text  # an extra, as matplotlib
 
     # Of gradlr the default alone: its variants, which the table has, lie along its line.
-    is_drawn = [row["label"].startswith(_NOT_OURS) or row["name"] == "default" for row in rows]
-    rows = [row for row, is_one in zip(rows, is_drawn, strict=True) if is_one and row.get("general_sweep")]
+    rows = [row for row in rows if row["label"].startswith(_NOT_OURS) or row["name"] == "default"]
+    rows = [row for row in rows if row.get("general_sweep")]
     if not rows:
         raise ArgumentError("the report tells no general loss: run `bench quality --workload smollm2`")
     names = []
