@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..tensors import device_traits, has_kernels, widest
+from ..tensors import device_traits, has_kernels, is_async, widest
 from . import kernels
 from .axes import REPLICATED, UNSHARDED, Axis, Layout
 
 _PASSES = 3
+# Entries whose squares are made at one time on a CPU: half a megabyte in float32.
+_BLOCK_NUMBERS = 2**17
 
 
 def widen(x: Tensor) -> Tensor:
@@ -92,23 +95,55 @@ def multi_normalize(x: Tensor, *, passes: int = _PASSES, inplace: bool = False, 
     peak = layout.all_reduce_max(largest_entry(y))
     # What is subnormal counts as zero: its reciprocal would be infinite.
     unit = torch.where(peak >= torch.finfo(y.dtype).tiny, peak.reciprocal(), 0.0)
-    squares = (y * unit).square_()
-    rows, columns = scales_of_squares(squares, squares.sum(dim=-1, keepdim=True), layout, passes=passes)
+    rows, columns, _ = normalizing_scales(y, unit, layout, passes=passes)
     row_scale, column_scale = rows.sqrt_().mul_(unit), columns.sqrt_().mT
     return (y.mul_(row_scale) if inplace or y is not x else y * row_scale).mul_(column_scale)
 
 
-def scales_of_squares(
-    squares: Tensor, sums: Tensor, layout: Layout = UNSHARDED, *, passes: int = _PASSES
-) -> tuple[Tensor, Tensor]:
-    """Squared scales of rows (..., m, 1) and columns (..., n, 1), of squared entries (..., m, n) and of their rows' sums here."""
-    whole = layout.is_whole
-    return alternate(
-        lambda scales: squares @ scales if whole else layout.columns.inner(squares.mT, scales),
-        lambda scales: squares.mT @ scales if whole else layout.rows.inner(squares, scales),
-        sums if whole else layout.columns.all_reduce_sum(sums),
-        passes=passes,
-    )
+def normalizing_scales(
+    x: Tensor, unit: Tensor, layout: Layout = UNSHARDED, *, passes: int = _PASSES
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `multi_normalize` scales rows and columns of `x · unit` with, squared, and the sum of its squares.
+
+    On a CPU the squares are made anew, a block of rows at a time, in each pass: what fits the cache costs less than a second
+    matrix, which would be written and read five times and whose pages the system has to hand out.
+
+    Args:
+        x: Shape (..., m, n), floating.
+        unit: (..., 1, 1), float32 or wider, so that squares are of ordinary size.
+        layout: How rows and columns are spread.
+        passes: How often rows and columns are normalized.
+
+    Returns:
+        (..., m, 1) and (..., n, 1), zero where a row or column is, and (..., 1, 1).
+    """
+    blocks, whole = _row_blocks(x, layout), layout.is_whole
+    only = (x * unit).square_() if len(blocks) == 1 else None
+    tiny, columns, rows = torch.finfo(unit.dtype).tiny, unit, unit
+    energies: list[Tensor] = []
+    for number in range(passes):
+        found, sums = [], []
+        for block in blocks:
+            squares = (block * unit).square_() if only is None else only
+            lengths = squares @ columns if number else squares.sum(dim=-1, keepdim=True)
+            lengths = lengths if whole else layout.columns.all_reduce_sum(lengths)
+            # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.
+            found.append(torch.where(lengths >= tiny, lengths.reciprocal(), 0.0))
+            sums.append(squares.mT @ found[-1])
+            if number == 0:
+                energies.append(lengths.sum(dim=-2, keepdim=True))
+        total = reduce(torch.add, sums)
+        total = total if whole else layout.rows.all_reduce_sum(total)
+        columns = torch.where(total >= tiny, total.reciprocal(), 0.0)
+        rows = found[0] if len(found) == 1 else torch.cat(found, dim=-2)
+    energy = reduce(torch.add, energies)
+    return rows, columns, energy if whole else layout.rows.all_reduce_sum(energy)
+
+
+def _row_blocks(x: Tensor, layout: Layout) -> Sequence[Tensor]:
+    # One where each block would ask other processes, or where launches cost more than bytes.
+    is_one = x.numel() <= _BLOCK_NUMBERS or not layout.columns.is_whole or is_async(x) or torch.compiler.is_compiling()
+    return (x,) if is_one else x.split(max(1, _BLOCK_NUMBERS * x.shape[-2] // x.numel()), dim=-2)
 
 
 def spread_scales(
@@ -131,10 +166,7 @@ def spread_scales(
     if layout.is_whole and not isinstance(size, Tensor) and has_kernels(x):
         return _spread_scales_by_kernel(x, norm, size, threshold)
     unit = norm.reciprocal()
-    squares = (x * unit).square_()
-    sums = squares.sum(dim=-1, keepdim=True)
-    energy = layout.all_reduce_sum(sums.sum(dim=-2, keepdim=True))
-    rows, columns = scales_of_squares(squares, sums, layout)
+    rows, columns, energy = normalizing_scales(x, unit, layout)
     # Columns are of unit length or zero.
     count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(norm.dtype))
     factor = torch.where(energy > threshold, size * count.clamp(min=1).rsqrt(), 0.0)
@@ -164,8 +196,7 @@ def alternate(
     """
     tiny, columns = torch.finfo(first.dtype).tiny, first
     for number in range(passes):
-        # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.
-        rows = first if number == 0 else row_energies(columns)
+        rows = row_energies(columns) if number else first
         rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
         columns = column_energies(rows)
         columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)

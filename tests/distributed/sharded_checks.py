@@ -478,7 +478,7 @@ def _numbers_of_an_update(m, n, r, k, *, by_rows, has_residual):
     if by_rows:
         return r * n + 3 * r * r + r * k + r + has_residual * (3 * n + 1)
     # Norms are summed in float64, which counts as two.
-    return r * m + r * r + 2 + (k and r * r + 2 * 2 + r * k + k) + has_residual * (3 * m + 2)
+    return r * m + r * r + 2 + (k and r * r + 2 * 2 + r * k + k) + has_residual * (3 * m + 1)
 
 
 @check(2)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from shapes import MATRICES, matrix
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradlr
 from gradlr.linalg import multi_normalize, normalize_columns
+from gradlr.linalg.normalize import spread_scales
 
 NAMES = list(MATRICES)
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5}  # rounding of sums of some tens of squares, over a few passes
@@ -170,3 +172,30 @@ def test_inplace_leaves_half_precision_alone():
 def test_no_pass_at_all_is_refused():
     with pytest.raises(gradlr.ArgumentError, match="passes=0"):
         multi_normalize(torch.ones(3, 2), passes=0)
+
+
+class _LargestMade(TorchDispatchMode):
+    """Number of entries of the largest tensor that an operation has made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        given = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
+        for one in made if isinstance(made, (list, tuple)) else (made,):
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, one.numel())
+        return made
+
+
+@pytest.mark.parametrize("shape", [(700, 300), (3, 300, 500), (2, 200_000)])
+def test_a_large_matrix_is_read_in_blocks_whose_squares_alone_are_kept(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    norm = torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
+    with _LargestMade() as made:
+        rows, columns = spread_scales(x, norm, 2.0, 0.0)
+    # A block of at least one row of each matrix, or 2^17 numbers.
+    assert made.largest <= max(2**17, x.numel() // shape[-2])
+    expected = alternating(x, 3)
+    expected *= 2.0 / torch.linalg.vector_norm(expected, dim=(-2, -1), keepdim=True)
+    torch.testing.assert_close(x * rows * columns, expected, rtol=1e-12, atol=0)
