@@ -25,6 +25,7 @@ from .tracker import LossTracker
 
 if TYPE_CHECKING:
     from .apps.estimate import Estimate, estimate, estimate_all
+    from .apps.find_lr import LrRange, find_lr
     from .apps.lora import LoraLayer, LoraReport, export_lora
     from .checkpoint.file import load, save
 
@@ -33,9 +34,11 @@ _ON_FIRST_USE = {
     "Estimate": "apps.estimate",
     "LoraLayer": "apps.lora",
     "LoraReport": "apps.lora",
+    "LrRange": "apps.find_lr",
     "estimate": "apps.estimate",
     "estimate_all": "apps.estimate",
     "export_lora": "apps.lora",
+    "find_lr": "apps.find_lr",
     "load": "checkpoint.file",
     "save": "checkpoint.file",
 }
@@ -57,6 +60,7 @@ __all__ = [
     "LoraReport",
     "LossError",
     "LossTracker",
+    "LrRange",
     "NonFiniteError",
     "ParallelError",
     "RankInputs",
@@ -67,6 +71,7 @@ __all__ = [
     "estimate",
     "estimate_all",
     "export_lora",
+    "find_lr",
     "linalg",
     "load",
     "rules",
