@@ -90,6 +90,8 @@ def test_a_table_tells_of_divergence():
         ["quality", "--seeds", "0"],
         ["quality", "--steps", "0"],
         ["quality", "--baselines", "k4_x9"],
+        ["quality", "--width", "256"],
+        ["quality", "--workload", "wide", "--width", "200"],
         ["memory", "--out", "missing/x.json"],
         ["speed", "--device", "nonsense"],
         ["speed", "--model", "transformer", "--width", "200"],

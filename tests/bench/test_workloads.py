@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from gradlr.apps.bench import classification, smollm2
+from gradlr.apps.bench import classification, pretrain, smollm2
 from gradlr.apps.bench.baselines import baseline
 from gradlr.apps.bench.quality import choose
 from gradlr.apps.bench.workloads import WORKLOADS, rate_factor
@@ -16,6 +16,7 @@ SMALL = {
     "pretrained": {"validation_windows": 16},
     "scratch": {"validation_windows": 16},
     "small-batches": {"validation_windows": 16},
+    "wide": {"validation_windows": 16, "width": 32},
     "minilm": {"batch_size": 2, "length": 16, "training_examples": 8, "validation_examples": 1},
     "digits": {},
     "smollm2": CUT,
@@ -28,6 +29,15 @@ needs_smollm2 = pytest.mark.skipif(
 each_workload = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=needs_smollm2 if SMALL[name] is CUT else ()) for name in WORKLOADS]
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def briefly_pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "cache_folder", lambda: folder)
+        patch.setattr(pretrain, "BRIEF_STEPS", 2)
+        yield
 
 
 def make(name, **more):

@@ -42,7 +42,7 @@ _MODULES = {
 }
 # Options that are integers of at least 1, with their defaults; threads of torch are its own choice where None.
 _NUMBERS: dict[str, dict[str, int | None]] = {
-    "quality": {"seeds": 3, "steps": None, "batch-size": None, "jobs": os.cpu_count() or 1},
+    "quality": {"seeds": 3, "steps": None, "batch-size": None, "width": None, "jobs": os.cpu_count() or 1},
     "memory": {"tokens": 64, "rank": 16},
     "speed": {"tokens": 2048, "width": 1024, "depth": 2, "rank": 32, "rounds": 40, "threads": None},
     "counts": {"tokens": 2048, "rank": 64},
@@ -114,7 +114,9 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if numbers.pop("threads", None) is not None:
         torch.set_num_threads(arguments.threads)
     if bench == "quality":
-        sizes = {key: given[key] for key in ("steps", "batch_size") if given[key] is not None}
+        sizes = {key: given[key] for key in ("steps", "batch_size", "width") if given[key] is not None}
+        if "width" in sizes and arguments.workload != "wide":
+            raise ArgumentError(f"--width {arguments.width}: only --workload wide has one")
         workload, seeds = WORKLOADS[arguments.workload](**sizes), list(range(arguments.seeds))
         where = {"device": arguments.device, "jobs": arguments.jobs}
         if arguments.stored:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,11 @@ def require_modules(*names: str) -> None:
     """Raise an ArgumentError unless these can be imported."""
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise ArgumentError(f"{' and '.join(missing)} not installed: pip install 'gradlr[bench]'")
+
+
+def cache_folder() -> Path:
+    """Where what takes minutes to make is kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gradlr"
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Iterable[str]]) -> str:

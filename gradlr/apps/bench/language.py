@@ -10,7 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from .pretrain import load_pretrained
+from ...errors import ArgumentError
+from .pretrain import load_pretrained, pretrained_of_width
 from .text import Corpus, batches, documentation, library_sources, validation_batches
 from .transformer import ByteTransformer, evaluate, language_model_loss
 
@@ -77,3 +78,24 @@ class SmallBatches(FineTuning):
 
     batch_size: int = 2
     name = "small-batches"
+
+
+@dataclass(frozen=True)
+class Wide(FineTuning):
+    """`FineTuning` of a byte transformer of another width: how the rank must grow with it.
+
+    Attributes:
+        width: Of the model, a multiple of 32.
+    """
+
+    width: int = 256
+    name = "wide"
+
+    def __post_init__(self) -> None:
+        if self.width % 32:
+            raise ArgumentError(f"width {self.width}: heads are of 32, so give a multiple of that")
+
+    def model(self, seed: int, device: str) -> nn.Module:
+        """The model before training; pretrained when it is first asked for, which takes minutes."""
+        torch.manual_seed(seed)
+        return load_pretrained(pretrained_of_width(self.width), device)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 from os import PathLike
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .environment import cache_folder
 from .text import batches, library_sources, validation_batches
 from .transformer import ByteTransformer, evaluate, language_model_loss
 
@@ -18,6 +20,7 @@ WARMUP_STEPS = 50
 FINAL_LR_FRACTION = 0.1
 MAX_GRADIENT_NORM = 1.0
 VALIDATION_BATCHES = 32
+BRIEF_STEPS = 600  # of models that no checkpoint ships for
 
 
 def pretrain(
@@ -26,6 +29,7 @@ def pretrain(
     steps: int = 1500,
     batch_size: int = 8,
     length: int = 128,
+    width: int = 128,
     lr: float = 3e-3,
     seed: int = 0,
     device: str | torch.device = "cpu",
@@ -37,6 +41,7 @@ def pretrain(
         path: Of the file; it holds config, model (float16 state dict), text, steps and validation_loss, and loads with
             weights_only=True.
         steps, batch_size, length: Of windows of `length` bytes; position embeddings from there on stay untrained.
+        width: Of the model, in heads of 32.
         lr: The highest, see `learning_rate_factor`.
         seed, device, progress: Of weights and data; where; whether a bar shows it.
 
@@ -52,7 +57,7 @@ def pretrain(
     text = library_sources()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ByteTransformer(dim=128, depth=4, heads=4, context=256).to(device)
+        model = ByteTransformer(dim=width, depth=4, heads=width // 32, context=256).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, steps))
     data = batches(text.train, batch_size=batch_size, length=length, steps=steps, seed=seed)
@@ -87,6 +92,17 @@ def load_pretrained(path: str | PathLike[str] | None = None, device: str | torch
     # Copying into the float32 parameters converts the stored float16.
     model.load_state_dict(saved["model"])
     return model.to(device)
+
+
+def pretrained_of_width(width: int) -> Path:
+    """A checkpoint of so wide a model, pretrained for `BRIEF_STEPS` when it is first asked for, and kept in the user's cache."""
+    path = cache_folder() / f"byte-transformer-{width}.pt"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as made:
+            pretrain(made_path := Path(made) / path.name, steps=BRIEF_STEPS, width=width, lr=3e-3 * 128 / width, progress=False)
+            made_path.replace(path)
+    return path
 
 
 def learning_rate_factor(step: int, steps: int) -> float:

