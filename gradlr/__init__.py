@@ -20,7 +20,7 @@ from .errors import (
     ShapeError,
 )
 from .optimizer import GradLR
-from .ranks import ByLoss, Fixed, RankInputs, RankSchedule, decide_rank
+from .ranks import ByLoss, ByProgress, Fixed, RankInputs, RankSchedule, decide_rank
 from .tracker import LossTracker
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ __all__ = [
     "AttachError",
     "BackwardError",
     "ByLoss",
+    "ByProgress",
     "CheckpointError",
     "Estimate",
     "Fixed",

@@ -18,7 +18,7 @@ from .optimizer import GradLR
 from .params.groups import parameter_groups
 from .params.kinds import guesses_message, plan_parameters
 from .params.views import with_views
-from .ranks import ByLoss, RankSchedule
+from .ranks import ByProgress, RankSchedule
 from .rules import Rule
 from .rules.base import require_positive
 from .tracker import LossTracker
@@ -26,7 +26,7 @@ from .tracker import LossTracker
 # Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how
 # those of the other kinds follow it.
 DEFAULT_LR = 1e-4
-DEFAULT_RANK = ByLoss(max_rank=80)
+DEFAULT_RANK = ByProgress(max_rank=80)
 DEFAULT_MOMENTUM_RANK = 0
 
 
@@ -137,8 +137,8 @@ def attach(
         if compile:
             optimizer.committer.compiled = CompiledUpdates()
     try:
-        same = {"max_grad_norm": max_grad_norm, "loss ratio": loss_tracker.ratio, "max_loss": loss_tracker.max_loss}
-        sync.join(model, optimizer.store, same)
+        losses = {"loss ratio": loss_tracker.ratio, "progress": loss_tracker.progress, "max_loss": loss_tracker.max_loss}
+        sync.join(model, optimizer.store, {"max_grad_norm": max_grad_norm, **losses})
     except BaseException:
         optimizer.detach()
         raise

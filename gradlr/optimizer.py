@@ -242,7 +242,8 @@ class GradLR(torch.optim.Optimizer):
         with propagate_errors(self.sync.comm):
             self._load(state_dict)
         try:
-            self.sync.assert_same_state(self.store, {"ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss})
+            told = {"ratio": self.tracker.ratio, "max_loss": self.tracker.max_loss, "progress": self.tracker.progress}
+            self.sync.assert_same_state(self.store, told)
         except ParallelError:
             self.store.restore(snapshot)
             self.tracker.load_state_dict(losses)

@@ -55,14 +55,16 @@ class RankInputs:
     """What a schedule may look at.
 
     Attributes:
-        ratio: Loss over maximal loss, in [0, 1].
+        ratio: Loss over maximal loss, in [0, 1]; 1 where that says nothing, as of losses below zero.
         current: The parameter's rank so far.
         limit: min(m, n) of the parameter's view.
+        progress: Which share of the loss' fall so far is recent, in [0, 1], as `LossTracker.progress` has it.
     """
 
     ratio: float
     current: int
     limit: int
+    progress: float = 1.0
 
 
 class RankSchedule:
@@ -98,8 +100,35 @@ class Fixed(RankSchedule):
 
 
 @dataclass(frozen=True)
+class ByProgress(RankSchedule):
+    """Between `max_rank`, with which it begins, and half of it, where the loss has ceased to fall; in steps of 8 above 8.
+
+    `max_rank · (1 + progress) / 2`, so three quarters where the loss falls evenly. It follows `LossTracker.progress`: what is
+    added to the loss, and what it is multiplied with, changes nothing.
+
+    Args:
+        max_rank: Largest rank, int or fraction of min(m, n).
+    """
+
+    max_rank: int | float
+
+    def __post_init__(self) -> None:
+        require_rank("max_rank", self.max_rank)
+
+    def __call__(self, inputs: RankInputs) -> int:
+        highest = resolve_rank(self.max_rank, inputs.limit)
+        return round_rank(math.ceil(highest * (1 + inputs.progress) / 2), highest)
+
+    def ceiling(self, limit: int) -> int:
+        return resolve_rank(self.max_rank, limit)
+
+
+@dataclass(frozen=True)
 class ByLoss(RankSchedule):
     """The notebook's schedule: the rank is `max_rank` times loss over maximal loss, in steps of 8 above 8.
+
+    For losses of one scale that end near zero. From the first loss below zero on, the ratio says nothing, and the rank stays at
+    `max_rank`, which is told once.
 
     Args:
         max_rank: Largest rank, int or fraction of min(m, n).

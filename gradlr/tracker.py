@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import torch
@@ -15,37 +15,81 @@ from .errors import ArgumentError, CheckpointError, LossError
 from .tensors import AsyncScalar, is_async
 
 _HISTORY_LENGTH = 65_536
+# Means of all losses whose weights grow as these powers of the step: around 1/2, 2/3 and 4/5 of the way.
+_POWERS = (0, 1, 3)
+# For a loss that falls evenly, the second mean lies 4/9 of the way from the third to the first; half of its fall is recent.
+_WHOLE = 8 / 9
+# Variance of the second mean's distance to the third, in that of one loss, times the number of steps: ∫(2u − 4u³)² du.
+_SPREAD = 44 / 105
 
 
 class LossListener(Protocol):
     """Who is told of every loss before its backward pass, and of the scale as it begins: the policy of each optimizer.
 
-    One that trains with other processes has a true `tells_mean`: it calls `record_mean`.
+    One that trains with other processes has a true `tells_mean`: it calls `record_mean`. What it holds in `waiting` belongs to a
+    step that has not come to its end.
     """
 
     tells_mean: bool
+    waiting: Collection[Any]
 
     def on_loss(self, tracker: LossTracker) -> None: ...
 
     def on_backward(self, scale: Tensor) -> None: ...
 
 
+class LossTrend:
+    """How much of a loss' fall is recent, from a few running means; adding a constant to it or scaling it changes nothing.
+
+    Attributes:
+        steps: Number of losses so far.
+        means: Of all of them, with weights that grow as powers of the step, so that all lengths of run look alike.
+        last: The last loss.
+        noise: Mean of half the squared difference of neighbours: the variance of one loss, or more.
+    """
+
+    def __init__(self) -> None:
+        self.steps, self.means, self.last, self.noise = 0, [0.0] * len(_POWERS), 0.0, 0.0
+
+    def add(self, loss: float) -> float:
+        """Take the mean loss of one more step.
+
+        Returns:
+            Which share of the fall so far is recent, in [0, 1], or could be, as far as the noise allows.
+        """
+        if self.steps:
+            change = loss - self.last
+            self.noise += (change * change / 2 - self.noise) / self.steps
+        self.steps, self.last = self.steps + 1, loss
+        for place, power in enumerate(_POWERS):
+            self.means[place] += (loss - self.means[place]) * ((power + 1) / (self.steps + power))
+        early, middle, late = self.means
+        # Two standard deviations: what could be recent, counts.
+        recent, whole = middle - late + 2 * math.sqrt(_SPREAD * self.noise / self.steps), _WHOLE * (early - late)
+        return max(recent / whole, 0.0) if recent < whole and whole > 0 else 1.0
+
+
 class LossTracker:
     """Records each loss before backward; `tracker(loss)` returns the very same object.
 
-    The running maximum never falls: after a spike, or a loss on another scale (a sum, an evaluation), later ratios stay small.
-    Give `max_loss` where that may happen.
+    `progress` is what the default rank follows. It looks at whole steps: where several losses make one, with `apply="step"`, at
+    their mean, whatever their order and size; and at those that have come to their end, on every device alike.
 
-    With a process group (`attach(process_group=...)`) ratio and maximum follow the mean over all processes instead of the losses
-    shown here. It comes with the step's own exchange, so the ratio is that of the last step; 1 in the first one.
+    `ratio` is what `ByLoss` follows. The running maximum never falls: after a spike, or a loss on another scale (a sum, an
+    evaluation), later ratios stay small. Give `max_loss` where that may happen. On the CPU the ratio holds the loss just shown.
+    On CUDA reading it would make the host wait for the device, so the ratio there lags exactly one call: the loss is copied to
+    pinned memory in the background and read at the next call.
 
-    On the CPU the ratio holds the loss just shown. On CUDA reading it would make the host wait for the device, so the ratio
-    there lags exactly one call: the loss is copied to pinned memory in the background and read at the next call.
+    With a process group (`attach(process_group=...)`) both follow the mean over all processes instead of the losses shown here.
+    It comes with the step's own exchange, so the ratio is that of the last step; 1 in the first one.
 
     Args:
         max_loss: The loss that stands for the full rank, in the loss' own unit; None for the running maximum.
 
     Attributes:
+        progress: Which share of the loss' fall so far is recent, in [0, 1]: 1/2 where it falls evenly, 0 where all of that lies
+            behind. 1 as long as the losses' own noise allows no answer, and where they do not fall.
+        is_signed: Whether a loss was below zero, so that the ratio says nothing.
         count: Number of losses shown, those before a checkpoint included.
         serial: Number of losses shown to this object; no checkpoint changes it.
         scale: d(total)/d(loss) of the latest loss' backward, a 0-dim tensor: 1, GradScaler's scale, or 1 / accumulation
@@ -74,6 +118,10 @@ class LossTracker:
         self._fixed_max = None if max_loss is None else float(max_loss)
         self._running_max: float | None = None
         self._latest: float | None = None
+        self._trend, self.progress = LossTrend(), 1.0
+        # Of the step under way.
+        self._step_sum, self._step_count = 0.0, 0
+        self.is_signed = False
         self._history: deque[float] = deque(maxlen=_HISTORY_LENGTH)
         self._in_flight: AsyncScalar | None = None
         # In the order in which they came: where processes train together, each of them asks in the same one.
@@ -95,6 +143,9 @@ class LossTracker:
         value = _as_scalar(loss)
         if self._in_flight is not None:
             self._collect()
+        if self._step_count and not any(getattr(listener, "waiting", None) for listener in self._listeners):
+            self.progress = self._trend.add(self._step_sum / self._step_count)
+            self._step_sum, self._step_count = 0.0, 0
         if isinstance(value, Tensor) and is_async(value):
             self._in_flight = AsyncScalar(value)
         else:
@@ -129,11 +180,11 @@ class LossTracker:
 
     @property
     def ratio(self) -> float:
-        """Latest finite loss over `max_loss`, clamped to [0, 1]; 1 before the first, and where the maximum is not positive."""
-        latest, largest = self._latest, self.max_loss
-        if latest is None or largest is None or largest <= 0:
+        """Latest finite loss over `max_loss`, at most 1; 1 before the first, and where it says nothing: a maximum of 0, losses below."""
+        largest = self._fixed_max or self._running_max
+        if self._latest is None or self.is_signed or not largest:
             return 1.0
-        return min(max(latest / largest, 0.0), 1.0)
+        return min(max(self._latest / largest, 0.0), 1.0)
 
     @property
     def history(self) -> list[float]:
@@ -156,10 +207,13 @@ class LossTracker:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and a list of them; a loss still on its way from the device is waited for."""
         self._collect()
+        trend = self._trend
         return {
             "max_loss": self._fixed_max,
             "running_max": self._running_max,
             "latest": self._latest,
+            "is_signed": int(self.is_signed),
+            "trend": [trend.steps, *trend.means, trend.last, trend.noise, self.progress, self._step_sum, self._step_count],
             "count": self.count,
             # No tensor, whose size loaders of distributed checkpoints would compare.
             "history": list(self._history),
@@ -183,6 +237,11 @@ class LossTracker:
         self._in_flight, self.open_backwards = None, {}
         self.is_shown = self.has_graph = self.has_begun = self.has_gradient = False
         self._fixed_max, self._running_max, self._latest = state["max_loss"], state["running_max"], state["latest"]
+        self.is_signed = bool(state.get("is_signed", self._latest is not None and self._latest < 0))
+        trend = self._trend = LossTrend()  # of which earlier versions knew nothing
+        trend.steps, *trend.means, trend.last, trend.noise, self.progress, self._step_sum, self._step_count = state.get(
+            "trend", [0, *trend.means, 0.0, 0.0, 1.0, 0.0, 0]
+        )
         self.count = int(state["count"])
         history = state["history"]
         self._history = deque(history.tolist() if isinstance(history, Tensor) else history, maxlen=_HISTORY_LENGTH)
@@ -209,10 +268,11 @@ class LossTracker:
         self.record_mean(value)
 
     def record_mean(self, value: float) -> None:
-        """Let ratio and maximum follow this loss; those that are not finite are passed over."""
+        """Let ratio, maximum and progress follow this loss; those that are not finite are passed over."""
         if math.isfinite(value):
-            self._latest = value
+            self._latest, self.is_signed = value, self.is_signed or value < 0
             self._running_max = value if self._running_max is None else max(self._running_max, value)
+            self._step_sum, self._step_count = self._step_sum + value, self._step_count + 1
 
     def watch_backward(self, number: int | None = None) -> None:
         """Called inside a backward: it is open until it comes to its end, which no other backward's end may stand for.
@@ -260,7 +320,17 @@ def _is_sound(key: str, value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if key == "count":
         return is_number and value >= 0
+    if key == "trend":
+        return _is_sound_trend(value)
     return is_number or value is None
+
+
+def _is_sound_trend(value: Any) -> bool:
+    are_numbers = isinstance(value, list) and all(type(one) in (int, float) for one in value)
+    if not are_numbers or len(value) != len(_POWERS) + 6:
+        return False
+    steps, *_, noise, progress, _, count = value
+    return type(steps) is type(count) is int and min(steps, noise, count) >= 0 and 0 <= progress <= 1
 
 
 def _make_loss_hook(reference: weakref.ref[LossTracker], number: int) -> Callable[[Tensor], None]:

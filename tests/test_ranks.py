@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
 
-from gradlr import ArgumentError, ByLoss, Fixed, LossError, RankInputs, decide_rank
+import gradlr
+from gradlr import ArgumentError, ByLoss, ByProgress, Fixed, LossError, RankInputs, decide_rank
 from gradlr.ranks import round_rank
 
 
@@ -53,15 +55,37 @@ def test_by_loss(ratio, rank):
     assert ByLoss(64)(RankInputs(ratio, current=64, limit=128)) == rank
 
 
+@pytest.mark.parametrize(("progress", "rank"), [(1.0, 80), (0.5, 64), (0.51, 64), (0.61, 72), (0.0, 40)])
+def test_by_progress(progress, rank):
+    assert ByProgress(80)(RankInputs(ratio=0.0, current=80, limit=128, progress=progress)) == rank
+    assert ByProgress(80).ceiling(128) == 80 and ByProgress(80).ceiling(30) == 30
+
+
+@pytest.mark.parametrize("highest", [1, 2, 3, 8, 9, 30])
+def test_by_progress_keeps_half_of_the_rank(highest):
+    ranks = [ByProgress(highest)(RankInputs(0.0, 1, 64, progress / 8)) for progress in range(9)]
+    assert ranks == sorted(ranks) and ranks[0] >= highest / 2 and ranks[-1] == highest
+
+
 def test_fractions_are_of_the_shorter_side():
     assert Fixed(0.25)(RankInputs(1.0, 1, limit=128)) == 32
     assert ByLoss(0.5, 0.25)(RankInputs(0.0, 1, limit=128)) == 32
+    assert ByProgress(0.5)(RankInputs(0.0, 1, limit=128, progress=0.0)) == 32
     assert Fixed(64)(RankInputs(1.0, 1, limit=10)) == 10
     assert Fixed(0.001)(RankInputs(1.0, 1, limit=10)) == 1
 
 
 @pytest.mark.parametrize("rank", [0, -3, 0.0, 1.5, True, "8", None])
-@pytest.mark.parametrize("schedule", [Fixed, ByLoss])
+@pytest.mark.parametrize("schedule", [Fixed, ByLoss, ByProgress])
 def test_ranks_out_of_range_are_refused(schedule, rank):
     with pytest.raises(ArgumentError, match="rank"):
         schedule(rank)
+
+
+@pytest.mark.parametrize(("rank", "given"), [(0.5, 32), (Fixed(0.25), 16), (ByLoss(0.25), 16), (ByProgress(0.5), 32)])
+def test_a_fraction_is_one_of_the_matrix_at_every_step(rank, given):
+    tracker = gradlr.LossTracker()
+    opt = gradlr.attach(torch.nn.Linear(64, 80), tracker, rank=rank)
+    assert opt.records[0].rank == given
+    tracker(1.0)
+    assert opt.records[0].rank == given

@@ -58,10 +58,91 @@ def test_a_non_finite_loss_is_recorded_and_changes_no_ratio(bad):
     assert str(tracker.value) == str(bad)
 
 
-def test_negative_losses_have_a_ratio_of_one():
+@pytest.mark.parametrize("losses", [[-3.0], [2.0, -1.0], [4.0, -1.0, 1.0], [0.0, 0.0]])
+def test_a_ratio_that_says_nothing_is_one(losses):
     tracker = LossTracker()
-    tracker(-3.0)
+    for loss in losses:
+        tracker(loss)
     assert tracker.ratio == 1.0
+
+
+def progress_of(losses):
+    """After each of them, that of all before it."""
+    tracker, found = LossTracker(), []
+    for loss in (*losses, 0.0):
+        tracker(float(loss))
+        found.append(tracker.progress)
+    return found[1:]
+
+
+def test_half_of_an_even_fall_is_recent():
+    found = progress_of(range(2000, 0, -1))
+    assert found[0] == 1.0
+    assert found[-1] == pytest.approx(0.5, abs=2e-3)  # of 1 / steps, for the sums, and the noise that a slope looks like
+
+
+@pytest.mark.parametrize(("losses", "low", "high"), [
+    ([0.9**step for step in range(400)], 0.0, 0.1),  # all fell long ago
+    ([(1 + step) ** -0.5 for step in range(400)], 0.2, 0.4),  # (4/3 - 8/7) / (2 - 8/7) / (8/9) = 0.25
+    ([-1.0] * 300 + [-1 - 0.01 * step for step in range(60)], 0.65, 0.75),  # all fell at the end
+    (list(range(400)), 1.0, 1.0),  # rises
+    ([5.0] * 400, 1.0, 1.0),
+    ([8.0] + [2.0] * 399, 1.0, 1.0),  # one step is no trend
+    ([2.0] * 100 + [1e6] + [2.0] * 299, 1.0, 1.0),
+    ([1e300, -1e300] * 5, 1.0, 1.0),
+])  # fmt: skip
+def test_progress_tells_where_the_loss_fell(losses, low, high):
+    assert low <= progress_of(losses)[-1] <= high
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_noise_of_a_loss_is_no_fall(seed):
+    generator = torch.Generator().manual_seed(seed)
+    found = progress_of(torch.randn(500, generator=generator, dtype=torch.float64).tolist())
+    # Two standard deviations of the mean that matters are allowed for, so that it dips below rarely, and not by much.
+    assert sum(found) / len(found) > 0.97
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 100, lambda x: x - 100, lambda x: x * 1e-3, lambda x: 1e3 * x - 5e3])
+def test_progress_knows_neither_zero_nor_unit_of_a_loss(change):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(200, generator=generator, dtype=torch.float64) * 0.1
+    losses = [4 / (1 + step / 5) + float(extra) for step, extra in enumerate(noise)]
+    plain, moved = progress_of(losses), progress_of(map(change, losses))
+    assert moved == pytest.approx(plain, abs=1e-9)  # rounding of losses a thousand times as large
+    assert min(plain) < 0.3
+
+
+def test_what_waits_for_a_step_is_one_loss_with_its_mean():
+    class Waiting(Listener):
+        waiting = ()
+
+    def show(losses):
+        tracker, listener = LossTracker(), Waiting()
+        tracker.subscribe(listener)
+        for step in losses:
+            for place, loss in enumerate(step):
+                listener.waiting = step[:place]
+                tracker(float(loss))
+        listener.waiting = ()
+        tracker(0.0)
+        return tracker.progress
+
+    steps = [(0.1 + 0.8**step, 9.0 + 0.8**step, -4.0) for step in range(50)]
+    means = [(sum(step) / 3,) for step in steps]
+    backwards = [step[::-1] for step in steps]
+    assert show(steps) == pytest.approx(show(means), abs=1e-9) == pytest.approx(show(backwards), abs=1e-9)
+    assert show(steps) < 0.4
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_progress_is_the_same_where_losses_are_read_late():
+    losses = [0.9**step for step in range(60)]
+    tracker, found = LossTracker(), []
+    for loss in (*losses, 0.0):
+        tracker(torch.tensor(loss, dtype=torch.float64))
+        found.append(tracker.progress)
+    assert found[1:] == progress_of(losses)
 
 
 @pytest.mark.parametrize("loss", [torch.ones(3), torch.ones(2, 2), torch.empty(0), "2.0.0", None, torch.tensor(1j)])
@@ -144,6 +225,7 @@ def test_state_dict_round_trip(tmp_path):
     other = LossTracker()
     other.load_state_dict(torch.load(tmp_path / "tracker.pt", weights_only=True))
     assert (other.ratio, other.max_loss, other.count) == (0.5, 3.0, 3)
+    assert str(other.state_dict()) == str(tracker.state_dict())
     assert str(other.history) == str(tracker.history)
 
 
@@ -153,3 +235,20 @@ def test_a_foreign_state_is_refused_whole():
     with pytest.raises(CheckpointError, match="running_max"):
         tracker.load_state_dict({"count": 7, "max_loss": None})
     assert tracker.count == 1
+
+
+def test_the_record_of_an_earlier_version_is_taken_and_its_trend_begins_anew():
+    tracker = LossTracker()
+    for loss in (3.0, 2.0, 1.0):
+        tracker(loss)
+    saved = {key: value for key, value in tracker.state_dict().items() if key not in ("trend", "is_signed")}
+    tracker.load_state_dict(saved)
+    assert (tracker.ratio, tracker.progress) == (1 / 3, 1.0)
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:-1], lambda t: [-1, *t[1:]], lambda t: ["1", *t[1:]], lambda t: [1.5, *t[1:]],
+                                    lambda t: [*t[:6], 2.0, *t[7:]], lambda t: None])  # fmt: skip
+def test_a_damaged_trend_is_refused(change):
+    saved = LossTracker().state_dict()
+    with pytest.raises(CheckpointError, match="'trend'"):
+        LossTracker().load_state_dict({**saved, "trend": change(saved["trend"])})

@@ -91,7 +91,7 @@ class FittedBases(_HeldBases):
             products.append(covariance_matmul(right))
             return products[-1]
 
-        record.follow_loss(self._tracker.ratio)
+        record.follow_loss(self._tracker)
         with full_precision(record.plan.parameter.device):
             basis = right_basis(record, self._store, covariance_matmul=matmul)
         # A basis of inputs that were all zero, or not finite, must not outlive their loss.

@@ -37,7 +37,7 @@ class Pending:
         clipper: Whether the norm must be known exactly.
 
     Attributes:
-        gradients: Number of a parameter → what waits for it.
+        gradients: Number of a parameter → what waits for it; one dict for good.
         norm_proxy: The global norm, where `GradScaler` and `clip_grad_norm_` look for it.
     """
 
@@ -113,7 +113,8 @@ class Pending:
 
     def clear(self) -> None:
         """Drop everything."""
-        self.gradients, self._blank = {}, {}
+        self.gradients.clear()
+        self._blank.clear()
         self.norm_proxy.clear()
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
-from ..errors import GradlrError
+from ..errors import GradlrError, warn
 from ..gradient import GradientOperator
+from ..ranks import ByLoss
 from ..tracker import LossTracker
 from .attached_parameters import AttachedParameters
 from .bases import Bases
@@ -36,6 +39,7 @@ class CommitPolicy:
     Attributes:
         grad_norm: Global norm of the last step's gradients, 0-dim; None before the first, and where backward updates.
         tells_mean: Whether the tracker hears of the mean loss of several processes from here.
+        waiting: What the step under way has brought so far.
     """
 
     grad_norm: Tensor | None = None
@@ -56,7 +60,9 @@ class CommitPolicy:
         self.tracker, self.store, self.committer, self.pending = tracker, store, committer, pending
         self.checks, self.attached, self.skipped, self.bases, self.sync = checks, attached, skipped, bases, sync
         self._followers = [record for record in store.records if record.rule.has_rank]
+        self._reads_ratio = any(isinstance(record.schedule, ByLoss) for record in self._followers)
         self.tells_mean = sync.tells_mean
+        self.waiting: Collection[object] = pending.gradients
         self._bad_loss: str | None = None
         # Number of autograd's graph task whose gradients are to be left out, and why.
         self._bad_backward: tuple[int, str] | None = None
@@ -79,10 +85,16 @@ class CommitPolicy:
             self.store.uncount(record)
 
     def _follow_loss(self) -> None:
+        if self._reads_ratio and self.tracker.is_signed:
+            self._reads_ratio = False
+            warn(
+                f"loss number {self.tracker.count} or one before it is below zero, where loss over largest loss says nothing: "
+                "from here on ByLoss stays at its largest rank. ByProgress, the default, follows any loss"
+            )
         # A sketch that waits, or a basis in use, belongs to the rank that it was made with.
         for record in self._followers:
             if record.index not in self.pending.gradients and self.bases.held(record) is None:
-                record.follow_loss(self.tracker.ratio)
+                record.follow_loss(self.tracker)
 
     def on_backward(self, scale: Tensor) -> None:
         """Backward has reached the loss; `scale` is d(total)/d(loss)."""

@@ -15,6 +15,7 @@ from ..params.kinds import ParameterPlan
 from ..ranks import RankInputs, RankSchedule, resolve_rank
 from ..rules import Rule, UpdateContext
 from ..tensors import compute_dtype_and_device, is_sharded
+from ..tracker import LossTracker
 
 
 class UpdateObserver(Protocol):
@@ -37,6 +38,7 @@ class ParamRecord:
         group_index: Number of its entry in `opt.param_groups`.
         rule: What makes an update of its gradient.
         schedule: What makes a rank of the loss.
+        limit: min(m, n) of its view.
         rank: r of the next update.
         largest_rank: The largest r that the schedule will give.
         momentum_rank: k, 0 for no momentum.
@@ -53,6 +55,7 @@ class ParamRecord:
     group_index: int
     rule: Rule
     schedule: RankSchedule
+    limit: int
     rank: int
     largest_rank: int
     momentum_rank: int
@@ -65,13 +68,13 @@ class ParamRecord:
         self.is_dtensor = is_sharded(self.plan.parameter)
         self.is_narrow = self.plan.parameter.dtype in (torch.bfloat16, torch.float16)
 
-    def follow_loss(self, ratio: float) -> None:
-        """Set the rank to what the schedule gives for loss over maximal loss.
+    def follow_loss(self, tracker: LossTracker) -> None:
+        """Set the rank to what the schedule gives for the losses so far.
 
         Raises:
             ArgumentError: that is no int between 1 and the schedule's own ceiling.
         """
-        rank = self.schedule(RankInputs(ratio, self.rank, self.largest_rank))
+        rank = self.schedule(RankInputs(tracker.ratio, self.rank, self.limit, tracker.progress))
         if not (isinstance(rank, int) and 1 <= rank <= self.largest_rank):
             where = f"{self.schedule!r} gave rank {rank!r} for {self.plan.name!r}"
             raise ArgumentError(f"{where}: it must be an int in [1, {self.largest_rank}], the schedule's own ceiling there")
@@ -101,7 +104,7 @@ def make_records(groups: list[ParameterGroup]) -> list[ParamRecord]:
             limit = min(plan.shape[-2:]) if len(plan.shape) >= 2 else 1
             largest = group.schedule.ceiling(limit)
             k = min(resolve_rank(group.momentum_rank, limit), largest) if group.momentum_rank else 0
-            records.append(ParamRecord(len(records), plan, group_index, group.rule, group.schedule, largest, largest, k))
+            records.append(ParamRecord(len(records), plan, group_index, group.rule, group.schedule, limit, largest, largest, k))
     return records
 
 
