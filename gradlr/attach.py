@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from .capture.layer_swap import release_abandoned
 from .distributed.communicator import propagate_errors
@@ -20,7 +20,7 @@ from .params.kinds import guesses_message, plan_parameters
 from .params.views import with_views
 from .ranks import ByProgress, RankSchedule
 from .rules import Rule
-from .rules.base import require_positive
+from .rules.base import require_positive, require_rate
 from .tracker import LossTracker
 
 # Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how
@@ -34,7 +34,7 @@ def attach(
     model: nn.Module,
     loss_tracker: LossTracker,
     *,
-    lr: float = DEFAULT_LR,
+    lr: float | Tensor = DEFAULT_LR,
     rank: int | float | RankSchedule = DEFAULT_RANK,
     momentum_rank: int | float = DEFAULT_MOMENTUM_RANK,
     beta: float = 0.9,
@@ -131,8 +131,9 @@ def attach(
         if guesses := [plan for group in members for plan in group.plans if plan.is_guess]:
             warn(guesses_message(guesses))
         optimizer = GradLR(
-            model, members, loss_tracker, apply=apply, capture="hook" if sync.hooks_only else capture,
-            max_grad_norm=max_grad_norm, state_dtype=state_dtype, seed=seed, sync=sync,
+            model, members, loss_tracker, defaults={"lr": require_rate("lr", lr), "beta": beta, "weight_decay": weight_decay},
+            apply=apply, capture="hook" if sync.hooks_only else capture, max_grad_norm=max_grad_norm, state_dtype=state_dtype,
+            seed=seed, sync=sync,
         )  # fmt: skip
         if compile:
             optimizer.committer.compiled = CompiledUpdates()

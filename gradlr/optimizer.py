@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from .engine.state_store import StateStore
 from .engine.sync import Sync
 from .errors import ArgumentError, AttachError, CheckpointError, ParallelError, warn
 from .gradient import GradientOperator
-from .params.groups import ParameterGroup
+from .params.groups import ParameterGroup, require_rates
 from .report import Observation, Report, describe, report
 from .tracker import LossTracker
 
@@ -38,9 +38,10 @@ class GradLR(torch.optim.Optimizer):
     """A `torch.optim.Optimizer` whose parameters are updated by hooks in backward, or by `step()` from sketches.
 
     Made by `gradlr.attach`, which documents the arguments. `param_groups` hold lr, beta and weight_decay, which any scheduler
-    may change; everything else is fixed. With `apply="step"`, the last group holds one parameter more, whose `.grad` is the
-    global norm of what waits: there `GradScaler` and `clip_grad_norm_` over these parameters find it. Held weakly by its hooks:
-    keep it in a variable as long as you train.
+    may change, and lr_scale, what the group's kind takes of lr; everything else is fixed. With `apply="step"`, from the first
+    gradient of a step to its end the last group shows one parameter more, whose `.grad` is the global norm of what waits:
+    `GradScaler` and `clip_grad_norm_` over these parameters find it there. Held weakly by its hooks: keep it in a variable as
+    long as you train.
 
     Attributes:
         tracker: The tracker that shows it the losses.
@@ -58,6 +59,7 @@ class GradLR(torch.optim.Optimizer):
         groups: list[ParameterGroup],
         tracker: LossTracker,
         *,
+        defaults: dict[str, Any],
         apply: str,
         capture: str,
         max_grad_norm: float | None,
@@ -65,7 +67,7 @@ class GradLR(torch.optim.Optimizer):
         seed: int,
         sync: Sync,
     ) -> None:
-        super().__init__([group.for_torch() for group in groups], {"lr": 0.0, "beta": 0.0, "weight_decay": 0.0})
+        super().__init__([group.for_torch() for group in groups], defaults)
         self.tracker, self.apply, self.sync, self.clipper = tracker, apply, sync, GradClipper(max_grad_norm)
         self.records = make_records(groups)
         self.store = StateStore(self, self.records, sync, seed=seed, dtype=state_dtype)
@@ -82,8 +84,6 @@ class GradLR(torch.optim.Optimizer):
             attached=AttachedParameters(model, [record.plan for record in self.records], may_be_wrapped=sync.comm.size == 1),
             bases=self.bases, sync=sync,
         )  # fmt: skip
-        if apply == "step" and sync.norm_in_groups:
-            self.param_groups[-1]["params"].append(self.pending.norm_proxy.parameter)
         self._captures: tuple[HookCapture, AdaptorCapture] = (
             HookCapture([record.plan for record in self.records], self),
             AdaptorCapture(layers, self),
@@ -131,6 +131,8 @@ class GradLR(torch.optim.Optimizer):
             NonFiniteError: NaN or infinity, with `apply="backward"` and a finite loss. On an asynchronous device told at the next
                 loss; the parameter keeps value and state, its count aside.
         """
+        if self.state is not self.store.states or self.param_groups is not self.store.groups:
+            self.store.bind(self)
         record = self.store.by_id.get(id(parameter))
         if record is None:
             raise ArgumentError(f"receive: a parameter of shape {tuple(parameter.shape)} is not attached to this optimizer")
@@ -152,6 +154,7 @@ class GradLR(torch.optim.Optimizer):
             What the closure returned, or None.
 
         Raises:
+            ArgumentError: a group holds a rate that is negative or not finite; what waits goes on waiting.
             AttachError: a loss was shown and backward ran, but no parameter's hook fired; or the optimizer is detached.
             BackwardError: the last backward was interrupted; what was pending is dropped.
 
@@ -164,6 +167,8 @@ class GradLR(torch.optim.Optimizer):
                 result = closure()
         if self._is_detached:
             raise AttachError("opt.step() was called after opt.detach(): nothing is trained any more. Attach again")
+        if self.apply == "step":
+            require_rates(self.param_groups)
         try:
             self.policy.step()
         except BaseException:  # out of memory, Ctrl-C: nothing of this step may join the next one
@@ -219,6 +224,8 @@ class GradLR(torch.optim.Optimizer):
             CheckpointError: gradients are pending; call `step()` or `zero_grad()` first.
             NonFiniteError, BackwardError: on an asynchronous device, what the last backward has left to tell.
         """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
         if waiting := self.pending.records():
             first = waiting[0].plan.name
             raise CheckpointError(
@@ -226,7 +233,8 @@ class GradLR(torch.optim.Optimizer):
             )
         self.policy.read_skipped()
         self._checks.raise_unread()
-        return self.store.to_dict(super().state_dict(), {"tracker": self.tracker.state_dict(), "skipped": self.skipped})
+        packed = self.store.to_dict({"tracker": self.tracker.state_dict(), "skipped": self.skipped})
+        return _through(self._optimizer_state_dict_post_hooks, self, packed)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -248,9 +256,13 @@ class GradLR(torch.optim.Optimizer):
             self.store.restore(snapshot)
             self.tracker.load_state_dict(losses)
             raise
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        self.store.from_dict(state_dict, self)
+        given = dict(state_dict) if isinstance(state_dict, dict) else state_dict  # a hook may write to it
+        state_dict = _through(self._optimizer_load_state_dict_pre_hooks, self, given)
+        self.store.from_dict(state_dict)
         extra = extra_of(state_dict)
         self.tracker.load_state_dict(extra["tracker"])
         self.policy.restart(extra.get("skipped", 0))
@@ -304,7 +316,15 @@ class GradLR(torch.optim.Optimizer):
             ArgumentError: the model is sharded.
         """
         _require_whole("report", self.records)
-        return report(self.records, self.state)
+        return report(self.records, {record.plan.parameter: self.store.of(record) for record in self.records})
+
+
+def _through(hooks: Mapping[Any, Callable[..., Any]], optimizer: GradLR, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict as its hooks leave it: what one returns stands in its place."""
+    for hook in hooks.values():
+        found = hook(optimizer, state_dict)
+        state_dict = state_dict if found is None else found
+    return state_dict
 
 
 def _require_whole(method: str, records: list[ParamRecord]) -> None:

@@ -180,7 +180,7 @@ class LossTracker:
 
     @property
     def ratio(self) -> float:
-        """Latest finite loss over `max_loss`, at most 1; 1 before the first, and where it says nothing: a maximum of 0, losses below."""
+        """Latest finite loss over `max_loss`, in [0, 1]; 1 where that says nothing: before the first, and from one below 0 on."""
         largest = self._fixed_max or self._running_max
         if self._latest is None or self.is_signed or not largest:
             return 1.0

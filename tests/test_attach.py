@@ -69,13 +69,14 @@ def test_it_is_a_torch_optimizer_over_the_real_parameters():
 
 
 def test_rates_follow_lr_unless_given():
-    rates = {group["kind"]: group["lr"] for group in attached(Mixed(), lr=1e-2)[2].param_groups}
-    assert rates == pytest.approx({"matrix": 1e-2, "embedding": 1.25e-3, "vector": 1e-2})
-    rates = {
-        group["kind"]: group["lr"]
-        for group in attached(Mixed(), lr=1e-2, kinds={"vector": {"lr": 0.5}, "table": {"lr": 0.25}})[2].param_groups
-    }
-    assert rates == {"matrix": 1e-2, "embedding": 0.25, "vector": 0.5}
+    def rates(**options):
+        return {
+            group["kind"]: (group["lr"], group["lr_scale"]) for group in attached(Mixed(), lr=1e-2, **options)[2].param_groups
+        }
+
+    assert rates() == {"matrix": (1e-2, 1.0), "embedding": (1e-2, 1 / 8), "vector": (1e-2, 1.0)}
+    own = {"vector": {"lr": 0.5}, "table": {"lr": 0.25}}
+    assert rates(kinds=own) == {"matrix": (1e-2, 1.0), "embedding": (0.25, 1.0), "vector": (0.5, 1.0)}
 
 
 def test_the_first_matching_group_wins_and_takes_every_option():

@@ -51,7 +51,7 @@ def _form(record: ParamRecord) -> dict[str, Any]:
 
 def _rates(store: StateStore, record: ParamRecord) -> dict[str, float]:
     group = store.group(record)
-    return {key: float(group[key]) for key in ("lr", "beta", "weight_decay")}
+    return {key: float(group[key]) for key in ("lr", "lr_scale", "beta", "weight_decay")}
 
 
 def _of_parameter(record: ParamRecord, told: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class Committer:
         record, update = prepared.record, prepared.update
         parameter, group = record.plan.parameter, self.store.groups[record.group_index]
         new_state, generator = self.store.narrowed(record, prepared.new_state, prepared.context.step)
-        lr, decay = float(group["lr"]), group["weight_decay"]
+        # Of all kinds the same number stands in "lr", which schedulers may set; what a kind takes of it is a factor of its own.
+        lr, decay = float(group["lr"]) * group["lr_scale"], float(group["weight_decay"])
         check = prepared.check if is_async(prepared.check) else None
         if check is not None and new_state:
             # Two operations; isfinite is four.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..rules.base import require_positive
 from ..tensors import widest
 
 # torch.nn.utils.clip_grad_norm_ adds the same to the norm it divides by.
@@ -117,10 +118,16 @@ class GradClipper:
     """Limits the global norm of a step's gradients, as `torch.nn.utils.clip_grad_norm_` does.
 
     Attributes:
-        max_norm: Gradients are scaled down to this norm; None for no limit.
+        max_norm: Gradients are scaled down to this norm; None for no limit. May be written to at any time.
+
+    Raises:
+        ArgumentError: `max_norm`, given or written, is no positive finite number.
     """
 
     max_norm: float | None = None
+
+    def __setattr__(self, name: str, value: float | None) -> None:
+        super().__setattr__(name, None if value is None else require_positive("max_grad_norm", value))
 
     @property
     def is_active(self) -> bool:

@@ -20,6 +20,7 @@ class Holder(Protocol):
     """Who decides in which form a gradient waits: `Sync`."""
 
     shares_bases: bool
+    norm_in_groups: bool
 
     def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator: ...
 
@@ -38,7 +39,8 @@ class Pending:
 
     Attributes:
         gradients: Number of a parameter → what waits for it; one dict for good.
-        norm_proxy: The global norm, where `GradScaler` and `clip_grad_norm_` look for it.
+        norm_proxy: The global norm, where `GradScaler` and `clip_grad_norm_` look for it: among the parameters of the last group,
+            as long as something waits. Who walks the groups at other times finds the model's parameters there, and no others.
     """
 
     def __init__(self, store: StateStore, bases: Bases, sync: Holder, skipped: SkippedSteps, clipper: GradClipper) -> None:
@@ -61,6 +63,8 @@ class Pending:
             factor = self.read_factor()
             self.scale(factor)
             self.norm_proxy.settle(factor)
+        if not self.gradients and self.sync.norm_in_groups:
+            self.store.groups[-1]["params"].append(self.norm_proxy.parameter)
         held, energy = self._not_blank(record.index), None
         if held is not None:
             held = held.add_(gradient)
@@ -116,9 +120,14 @@ class Pending:
         self.gradients.clear()
         self._blank.clear()
         self.norm_proxy.clear()
+        shown = self.store.groups[-1]["params"]
+        if shown and shown[-1] is self.norm_proxy.parameter:
+            shown.pop()
 
 
 def _is_small(record: ParamRecord, gradient: GradientOperator) -> bool:
+    if len(record.plan.shape) < 2:  # whatever its rule says of ranks
+        return True
     # A sketch has two bases and two products: r columns on the right, r + k on the left. Of a shard, what would wait here.
     layout = record.plan.layout
     m, n = (-(-size // axis.parts) for axis, size in zip((layout.rows, layout.columns), record.plan.shape[-2:], strict=True))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..errors import GradlrError, warn
 from ..gradient import GradientOperator
+from ..params.groups import require_rates
 from ..ranks import ByLoss
 from ..tracker import LossTracker
 from .attached_parameters import AttachedParameters
@@ -70,7 +71,9 @@ class CommitPolicy:
     @torch.no_grad()
     def on_loss(self, tracker: LossTracker) -> None:
         """A loss was shown: tell what went wrong since the last one, then fix the ranks."""
-        self.read_skipped()
+        if self.skipped.unread:
+            self.read_skipped()
+        require_rates(self.store.groups)
         self.checks.on_loss(pending=len(self.pending.gradients))
         if tracker.open_backwards:
             self.reset()

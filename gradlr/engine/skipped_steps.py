@@ -18,6 +18,7 @@ class SkippedSteps:
     Attributes:
         count: Steps left out so far, as far as the host knows: where the device runs behind it, one is known at the next loss.
         reason: Why the step under way will be left out; None where the host knows of nothing.
+        unread: Steps of which the device has not told yet.
     """
 
     def __init__(self) -> None:
@@ -25,7 +26,7 @@ class SkippedSteps:
         self.reason: str | None = None
         self._flags: list[Tensor] = []
         self._checks: list[Tensor] = []
-        self._unread: list[tuple[AsyncScalar, Sequence[ParamRecord]]] = []
+        self.unread: list[tuple[AsyncScalar, Sequence[ParamRecord]]] = []
 
     def look(self, is_finite: Tensor, reason: Callable[[], str]) -> bool:
         """Take note of a flag or check; whether it may be relied upon so far (always, where only the device knows).
@@ -76,7 +77,7 @@ class SkippedSteps:
         """
         verdict = self.verdict()
         if verdict is not None:
-            self._unread.append((AsyncScalar(verdict), ()))
+            self.unread.append((AsyncScalar(verdict), ()))
         if self.reason is None:
             self.clear()
             return False
@@ -85,12 +86,12 @@ class SkippedSteps:
 
     def await_verdict(self, is_finite: Tensor, records: Sequence[ParamRecord]) -> None:
         """These parameters were updated on the device if its flag is True; the host has counted that they were."""
-        self._unread.append((AsyncScalar(is_finite), records))
+        self.unread.append((AsyncScalar(is_finite), records))
         self.clear()
 
     def read(self) -> list[ParamRecord]:
         """Learn of the device what has become of the steps since; the parameters whose last update it has left out."""
-        unread, self._unread = self._unread, []
+        unread, self.unread = self.unread, []
         left_out: list[ParamRecord] = []
         for flag, records in unread:
             if not flag.read():

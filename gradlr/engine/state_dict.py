@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..params.groups import LEAST_RATE, RATES
 from ..rules import UpdateContext
 from ..tracker import LossTracker
 from .record import ParamRecord
 
-# Rates of format 1 are in another unit: a matrix changed by 0.2 √(max(m, n) (r + α² (d − r)) / (mn)) times its `lr`.
-FORMAT = 2
+# Rates of format 1 are in another unit: a matrix changed by 0.2 √(max(m, n) (r + α² (d − r)) / (mn)) times its `lr`. In format 2
+# there was no "lr_scale": what a kind takes of the rate was part of `lr`.
+FORMAT = 3
+# What every group of a checkpoint has; schedulers and users may keep more there, before or after it was saved.
+_KEYS = ("label", "kind", "rule", "lr", "beta", "weight_decay", "param_names")
 _RENAMED = (("kind", "table", "embedding"), ("rule", "tracked_momentum", "low_rank_polar"))
 
 
@@ -72,7 +76,7 @@ def _check_entries(state_dict: Any) -> None:
     if extra is not copy and copy is not None and repr(copy) != repr(extra):  # NaN in a history equals nothing
         raise CheckpointError("the checkpoint's two records of ranks, seed and losses differ: it is damaged")
     if type(extra.get("version")) is not int or not 1 <= extra["version"] <= FORMAT:
-        raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads formats 1 and {FORMAT}")
+        raise CheckpointError(f"the checkpoint has format {extra.get('version')!r}, this gradlr reads formats 1 to {FORMAT}")
     is_sound = {
         "state": isinstance(state_dict["state"], dict),
         "param_groups": _is_list_of(dict, state_dict["param_groups"]),
@@ -87,8 +91,7 @@ def _check_entries(state_dict: Any) -> None:
 
 def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
     where = f"group {group['label']!r}"
-    missing = sorted(group.keys() - saved.keys())
-    if missing:
+    if missing := [key for key in _KEYS if key not in saved]:
         raise CheckpointError(f"{where}: the checkpoint lacks its {missing[0]!r}")
     names, own_names = saved["param_names"], group["param_names"]
     if not _is_list_of(str, names):
@@ -100,9 +103,9 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
     for key in ("kind", "rule"):
         if saved[key] != group[key] and (key, saved[key], group[key]) not in _RENAMED:
             raise CheckpointError(f"{where}: saved with {key} {saved[key]!r}, attached with {group[key]!r}")
-    for key, value in group.items():
-        limit = 1.0 if key == "beta" else math.inf
-        if key in ("lr", "beta", "weight_decay") and not (_is_number(saved[key]) and 0 <= float(saved[key]) < limit):
+    for key in [key for key in group if key in saved]:
+        value, limit = group[key], RATES.get(key)
+        if limit is not None and not (_is_number(saved[key]) and LEAST_RATE < float(saved[key]) < limit):
             raise CheckpointError(f"{where}: the checkpoint's {key!r} is {saved[key]!r}; it must lie in [0, {limit:g})")
         kind = next((kind for kind in (_is_number, _is_text) if kind(value)), None)
         if kind is not None and not kind(saved[key]):
@@ -110,8 +113,8 @@ def _check_group(saved: dict[str, Any], group: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    # A rate may be a tensor.
-    is_scalar = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, (int, float))
+    # A rate may be a tensor, or NumPy's.
+    is_scalar = value.numel() == 1 and not value.is_complex() if isinstance(value, Tensor) else isinstance(value, Real)
     return is_scalar and not isinstance(value, bool)
 
 

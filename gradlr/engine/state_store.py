@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any, Protocol
 
@@ -43,20 +44,26 @@ class StateStore:
         self.records, self.sync, self.seed, self.dtype = records, sync, seed, dtype
         self.by_id = {id(record.plan.parameter): record for record in records}
         self.random = RandomStreams()
-        self._bind(optimizer)
+        self.bind(optimizer)
         for record in records:
-            state = self._narrow(record.initial_state(self.context(record, record.largest_rank)))
-            # The count stays on the CPU, wherever the parameter lies: it is read at every step.
-            count = torch.zeros((), dtype=torch.int64, device="cpu")
-            self._states[record.plan.parameter] = {"step": count, **state}
+            self._begin(record)
 
-    def _bind(self, optimizer: torch.optim.Optimizer) -> None:
+    def bind(self, optimizer: torch.optim.Optimizer) -> None:
+        """Take the optimizer's `state` and `param_groups`, where somebody has put others in their places."""
         # Not the optimizer itself: it must be free as soon as its user drops it, without a reference cycle.
-        self._states, self.groups = optimizer.state, optimizer.param_groups
+        self.states, self.groups = optimizer.state, optimizer.param_groups
+
+    def _begin(self, record: ParamRecord) -> dict[str, Tensor]:
+        """The state before the first update, also after `opt.state.clear()`."""
+        state = self._narrow(record.initial_state(self.context(record, record.largest_rank)))
+        # The count stays on the CPU, wherever the parameter lies: it is read at every step.
+        count = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.states[record.plan.parameter] = {"step": count, **state}
+        return self.states[record.plan.parameter]
 
     def of(self, record: ParamRecord) -> dict[str, Tensor]:
         """All that is kept for a parameter, the step count included."""
-        return self._states[record.plan.parameter]
+        return self.states.get(record.plan.parameter) or self._begin(record)
 
     def group(self, record: ParamRecord) -> dict[str, Any]:
         """The entry of `param_groups` with the parameter's learning rate, momentum and weight decay."""
@@ -64,12 +71,12 @@ class StateStore:
 
     def context(self, record: ParamRecord, rank: int | None = None) -> UpdateContext:
         """What the rule is told about the parameter's next update; `rank` in the place of its own."""
-        parameter, state = record.plan.parameter, self._states.get(record.plan.parameter)
+        parameter, state = record.plan.parameter, self.states.get(record.plan.parameter)
         step = 1 if not state else int(state["step"]) + 1
         return UpdateContext(
             rank=rank or record.rank,
             momentum_rank=record.momentum_rank,
-            beta=self.groups[record.group_index]["beta"],
+            beta=float(self.groups[record.group_index]["beta"]),
             step=step,
             generator=self.random.at(parameter.device, self.seed, record.index, step),
             ceiling=record.largest_rank,
@@ -78,7 +85,7 @@ class StateStore:
 
     def read(self, record: ParamRecord) -> State:
         """The rule's state, in the dtype that it computes in."""
-        entries = self._states[record.plan.parameter].copy()
+        entries = (self.states.get(record.plan.parameter) or self._begin(record)).copy()
         del entries["step"]
         if self.dtype != torch.float32:
             entries |= {key: value.float() for key, value in entries.items() if value.dtype == self.dtype}
@@ -86,12 +93,12 @@ class StateStore:
 
     def write(self, record: ParamRecord, entries: State) -> None:
         """Keep the state after an update, which was narrowed, and count it."""
-        state = self._states[record.plan.parameter]
+        state = self.states[record.plan.parameter]
         state.update(entries, step=state["step"] + 1)
 
     def uncount(self, record: ParamRecord) -> None:
         """The device has left the last update out."""
-        self.of(record)["step"] -= 1
+        self.of(record)["step"].sub_(1).clamp_(min=0)  # it may have been cleared since
 
     def narrowed(self, record: ParamRecord, entries: State, step: int) -> tuple[State, torch.Generator | None]:
         """Entries in the dtype in which they are kept, and the random numbers that a narrow weight is to be rounded with.
@@ -121,24 +128,27 @@ class StateStore:
             for key, value in entries.items()
         }
 
-    def to_dict(self, packed: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-        """A checkpoint: torch's own state_dict with all blocks of a sharded state, and what gradlr adds.
+    def to_dict(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint in torch's own form, with all blocks of a sharded state, and what gradlr adds.
 
         Args:
-            packed: What `torch.optim.Optimizer.state_dict` gives.
             extra: Plain numbers that belong to the run, such as the tracker's.
         """
-        packed["state"] = {record.index: self.sync.full_state(record, self.of(record)) for record in self.records}
-        for group, saved in zip(self.groups, packed["param_groups"], strict=True):
-            saved["params"] = saved["params"][: len(group["param_names"])]
+        states = {record.index: self.sync.full_state(record, self.of(record)) for record in self.records}
+        groups, numbers = [], iter(states)
+        for group in self.groups:
+            saved = {key: _plain(value) for key, value in group.items() if key != "params"}
+            groups.append({**saved, "params": [next(numbers) for _ in group["param_names"]]})
         extra = {"version": FORMAT, "seed": self.seed, "ranks": [record.rank for record in self.records], **extra}
         # Twice: torch.distributed.checkpoint.get_optimizer_state_dict passes on states and groups only; and as one text, since
         # its loaders take lists apart and lose entries that a fresh optimizer has not.
-        packed["param_groups"][0]["gradlr"] = json.dumps(extra)
-        return {**packed, "gradlr": extra}
+        groups[0]["gradlr"] = json.dumps(extra)
+        return {"state": states, "param_groups": groups, "gradlr": extra}
 
-    def from_dict(self, saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    def from_dict(self, saved: dict[str, Any]) -> None:
         """Take over a checkpoint's states, groups, ranks and seed; momentum rank and rank may differ from the saved ones.
+
+        What schedulers, or the user, keep in a group is taken over as well; what only the group here has stays.
 
         Raises:
             CheckpointError: parameters, kinds or shapes differ; nothing was changed.
@@ -150,34 +160,34 @@ class StateStore:
             fitted_state(record, self.sync.local_state(record, saved), self.of(record), self.context(record, rank))
             for record, rank in zip(self.records, ranks, strict=True)
         ]
-        # Torch's own loader would cast float32 state of bfloat16 parameters to bfloat16: give it the groups only.
-        own = ("kind", "rule") if extra["version"] == FORMAT else ("kind", "rule", "lr", "initial_lr")
-        groups = [
-            {
-                **{key: value for key, value in one.items() if key != "gradlr"},
-                **{key: group[key] for key in own if key in group},
-                "params": list(range(len(group["params"]))),
-            }
-            for one, group in zip(saved["param_groups"], self.groups, strict=True)
-        ]
-        if extra["version"] != FORMAT:
+        own = {"params", "gradlr", "kind", "rule"}
+        if extra["version"] == 1:
+            own |= {"lr", "initial_lr", "lr_scale"}
             warn(rates_message(saved["param_groups"], self.groups))
-        torch.optim.Optimizer.load_state_dict(optimizer, {"state": {}, "param_groups": groups})
-        self._bind(optimizer)
+        for one, group in zip(saved["param_groups"], self.groups, strict=True):
+            # Of format 2 the rate is the kind's own already, for schedulers that are loaded with it as well.
+            one = {"lr_scale": 1.0, **one}
+            group.update({key: copy.deepcopy(value) for key, value in one.items() if key not in own})
         self.seed = extra["seed"]
         for record, rank, state in zip(self.records, ranks, states, strict=True):
             record.restart(rank)
-            self._states[record.plan.parameter] = state
+            self.states[record.plan.parameter] = state
 
     def snapshot(self) -> tuple[Any, ...]:
         """All that loading replaces."""
-        return dict(self._states), [dict(group) for group in self.groups], [record.rank for record in self.records], self.seed
+        return dict(self.states), [dict(group) for group in self.groups], [record.rank for record in self.records], self.seed
 
     def restore(self, snapshot: tuple[Any, ...]) -> None:
         """Put a snapshot back."""
         states, groups, ranks, self.seed = snapshot
-        self._states.update(states)
+        self.states.update(states)
         for group, before in zip(self.groups, groups, strict=True):
+            group.clear()
             group.update(before)
         for record, rank in zip(self.records, ranks, strict=True):
             record.restart(rank)
+
+
+def _plain(value: Any) -> Any:
+    """A NumPy number, which a scheduler may have left in a group, as Python's: files that load without running code hold none."""
+    return value.item() if hasattr(value, "item") and not isinstance(value, Tensor) else value

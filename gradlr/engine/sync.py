@@ -80,8 +80,8 @@ class Sync:
         ranks_follow: When ranks change: "loss", as one is shown, or "step", from what all processes know after it.
         shares_bases: Whether gradients are sketched in bases that all processes know without exchanging them.
         may_be_silent: Whether a backward may bring no gradient, as under FSDP2 with `set_requires_gradient_sync(False)`.
-        norm_in_groups: Whether the parameter that shows the global norm may stand in `param_groups`: loaders of distributed
-            checkpoints look for every parameter of a group in the model.
+        norm_in_groups: Whether the parameter that shows the global norm is one of `param_groups` while gradients wait: what is
+            done to it there counts for all of them, and not for one shard.
         hooks_only: Whether no layer can hand over its gradient unformed.
     """
 

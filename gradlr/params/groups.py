@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from ..errors import ArgumentError
 from ..ranks import RankSchedule, as_schedule, require_rank
 from ..rules import Rule, resolve
-from ..rules.base import require_fraction, require_number
+from ..rules.base import require_fraction, require_number, require_rate
 from .kinds import KINDS, Kind, ParameterPlan, kind_named, with_kind
 
+# What an update reads of a group, and the limit that it stays below. A schedule that ends at zero may end just below it.
+RATES = {"lr": math.inf, "lr_scale": math.inf, "beta": 1.0, "weight_decay": math.inf}
+LEAST_RATE = -1e-12
 _OPTIONS = ("lr", "rank", "momentum_rank", "beta", "weight_decay", "rule", "kind", "kinds")
 
 
@@ -26,14 +32,17 @@ class ParameterGroup:
     rule: Rule
     schedule: RankSchedule
     momentum_rank: int | float
-    lr: float
+    lr: float | Tensor
+    lr_scale: float
     beta: float
     weight_decay: float
 
     def for_torch(self) -> dict[str, Any]:
         """One entry of `param_groups`: plain values only, so that a state_dict loads with `weights_only=True`."""
         named = [(plan.name, plan.parameter) for plan in self.plans]
-        options = {"lr": self.lr, "beta": self.beta, "weight_decay": self.weight_decay}
+        # A tensor of its own: some schedulers multiply that of each group, one after the other.
+        lr = self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
+        options = {"lr": lr, "lr_scale": self.lr_scale, "beta": self.beta, "weight_decay": self.weight_decay}
         return {"params": named, "label": self.label, "kind": self.kind, "rule": self.rule.name, **options}
 
 
@@ -85,6 +94,17 @@ def parameter_groups(
         _require_used(patterns[0], scope, {plan.kind for plan in members})
         found += _by_kind(patterns[0], (scope, model), members)
     return found + _by_kind("", (model,), rest)
+
+
+def require_rates(groups: Sequence[dict[str, Any]]) -> None:
+    """Raise an ArgumentError where somebody has written into a group what no step can be taken with."""
+    for group in groups:
+        for key, limit in RATES.items():
+            if not LEAST_RATE < group[key] < limit:
+                raise ArgumentError(
+                    f"opt.param_groups: {key!r} of group {group['label']!r} is {float(group[key]):g}; it must lie in "
+                    f"[0, {limit:g}). Was it a scheduler that went on beyond its last step? Nothing was changed"
+                )
 
 
 def _patterns(index: int, group: dict[str, Any]) -> list[str]:
@@ -149,12 +169,12 @@ def _group(label: str, kind: Kind, scopes: Sequence[_Scope], members: list[Param
     where_rule, named, _ = nearest("rule")
     where_decay, decay, _ = nearest("weight_decay")
     _, momentum_rank, _ = nearest("momentum_rank")
-    lr, decay, rule = require_number(where_lr, rate), require_number(where_decay, decay), resolve(named)
+    lr, decay, rule = require_rate(where_lr, rate), require_number(where_decay, decay), resolve(named)
     if not ("rank" in kind.options or rule.is_elementwise):
         raise ArgumentError(f"{where_rule}={rule.name!r} works on matrices; vectors need a rule such as 'adam'")
     require_rank("momentum_rank", momentum_rank, minimum=0)
     decay = decay if "weight_decay" in kind.options else 0.0
     return ParameterGroup(
         f"{label} {kind.name}".strip(), kind.name, members, rule, as_schedule(nearest("rank")[1]), momentum_rank,
-        lr=lr * share, beta=require_fraction("beta", nearest("beta")[1]), weight_decay=decay,
+        lr=lr, lr_scale=share, beta=require_fraction("beta", nearest("beta")[1]), weight_decay=decay,
     )  # fmt: skip

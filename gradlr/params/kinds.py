@@ -159,7 +159,7 @@ def _uses(model: nn.Module) -> list[Use]:
 
 def _embeddings(uses: list[Use]) -> set[int]:
     """Ids of the weights of embeddings, and of a head that mirrors one."""
-    weights = [(weight, layer) for weight, layer, name in uses if name == "weight" and weight.ndim == 2]
+    weights = [(weight, layer) for weight, layer, name in uses if name == "weight" and weight.ndim == 2 and weight.numel()]
     lookups = [(weight, layer) for weight, layer in weights if layer_type_of(layer).is_lookup]
     tables = [weight for weight, layer in lookups if weight.shape[1] == layer.embedding_dim]
     # An untied head is the last Linear of the model and has the embedding's shape (vocabulary, width).

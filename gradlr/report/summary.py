@@ -132,7 +132,8 @@ def describe(
         plan, group = record.plan, groups[record.group_index]
         view = _format_shape(plan.shape) if plan.view.pattern else "as it is"
         ranks = (f"{record.rank}/{record.largest_rank}", f"{record.momentum_rank or ''}") if record.rule.has_rank else ("", "")
-        rates = (f"{float(group['lr']):.3g}", f"{float(group['weight_decay']):.3g}" if group["weight_decay"] else "")
+        scale = "" if group["lr_scale"] == 1 else f" x {group['lr_scale']:.3g}"
+        rates = (f"{float(group['lr']):.3g}{scale}", f"{float(group['weight_decay']):.3g}" if group["weight_decay"] else "")
         what = (plan.name, _format_shape(plan.parameter.shape), plan.kind, view, record.rule.name)
         rows.append((*what, *ranks, record.capture, *rates, format_bytes(size)))
     header = ("parameter", "shape", "kind", "view", "rule", "rank/most", "k", "capture", "lr", "decay", "state")

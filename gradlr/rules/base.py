@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
@@ -285,9 +286,22 @@ def require_positive(name: str, value: float) -> float:
     return float(value)
 
 
-def require_number(name: str, value: float, *, minimum: float = 0.0) -> float:
-    """`value` as a float, where it is a finite number not below `minimum`; an ArgumentError otherwise."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+def require_rate(name: str, value: float | Tensor) -> float | Tensor:
+    """`require_number` of a learning rate; one that is a tensor stays a tensor, into which schedulers write."""
+    rate = require_number(name, value)
+    return value if isinstance(value, Tensor) else rate
+
+
+def require_number(name: str, value: float | Tensor, *, minimum: float = 0.0) -> float:
+    """`value` as a float, where it is a finite number not below `minimum`, of Python, NumPy or a tensor of one element.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if isinstance(value, Tensor):
+        is_number = value.numel() == 1 and not value.is_complex() and value.dtype != torch.bool
+    else:
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not minimum <= value < float("inf"):
         raise ArgumentError(f"{name}={value!r}: it must be a finite number, at least {minimum:g}")
     return float(value)

@@ -225,7 +225,7 @@ def test_a_checkpoint_of_format_1_is_loaded_without_its_rates(momentum_rank):
     assert fresh.state[weight]["step"] == 1
     assert (fresh.state[weight].keys() == {"step", "P", "R"}) == (momentum_rank == 2)
     assert fresh.param_groups[0]["rule"] == "low_rank_polar"
-    assert fresh.state_dict()["gradlr"]["version"] == 2
+    assert fresh.state_dict()["gradlr"]["version"] == 3
 
 
 def test_momentum_begins_at_zero_where_the_saved_run_had_none_and_ends_where_this_one_has_none():
