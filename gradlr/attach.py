@@ -13,6 +13,7 @@ from .distributed.communicator import propagate_errors
 from .distributed.setup import spread_groups, sync_for
 from .engine.attached_parameters import COMPILED_WHOLE, is_compiled_whole, require_plain_model, require_trainable
 from .engine.compiled_updates import CompiledUpdates
+from .engine.grad_norm import GradClipper
 from .errors import ArgumentError, warn
 from .optimizer import GradLR
 from .params.groups import parameter_groups
@@ -20,7 +21,7 @@ from .params.kinds import guesses_message, plan_parameters
 from .params.views import with_views
 from .ranks import ByProgress, RankSchedule
 from .rules import Rule
-from .rules.base import require_positive, require_rate
+from .rules.base import require_rate
 from .tracker import LossTracker
 
 # Measured by `python -m gradlr bench quality` (docs/study.md). One learning rate is tuned, AdamW's; params/kinds.py says how
@@ -58,7 +59,8 @@ def attach(
             embedding (a head with as many rows included) or a vector (bias, norm); `print(opt)` shows which.
         loss_tracker: Shown each loss before its backward: `loss_tracker(loss).backward()`.
         lr: Learning rate η, AdamW's: a step changes the weights of a matrix by 2 η, root mean square, whatever its shape, its
-            rank and the residual, which puts the best rate where AdamW has it. Vectors take `lr`, embeddings `lr / 8`.
+            rank and the residual, which puts the best rate where AdamW has it. Vectors take `lr`, embeddings `lr / 8`:
+            the eighth is their group's "lr_scale". A tensor of one element is copied, one for each group.
         rank: r, the rank of gradient and update: an int, a fraction of min(m, n), or a schedule; costs arithmetic.
         momentum_rank: k, the rank of the momentum, int or fraction; costs k(m + n) numbers of state. 0 for none: matrices then
             have no state at all.
@@ -158,13 +160,7 @@ def _require_arguments(
         raise ArgumentError(f"loss_tracker is a {type(loss_tracker).__name__}; pass gradlr.LossTracker()")
     if apply not in ("backward", "step"):
         raise ArgumentError(f"apply={apply!r}: use 'backward' (update inside backward) or 'step' (update in opt.step())")
-    if max_grad_norm is not None:
-        require_positive("max_grad_norm", max_grad_norm)
-        if apply == "backward":
-            raise ArgumentError(
-                'a limit on the global norm needs all gradients before the first update: attach with apply="step", call '
-                "opt.step()"
-            )
+    GradClipper(apply == "step", max_grad_norm)  # raises where that is no limit
     if state_dtype not in (torch.float32, torch.bfloat16):
         raise ArgumentError(f"state_dtype={state_dtype}: use torch.float32 or torch.bfloat16")
     if not isinstance(compile, bool):

@@ -68,7 +68,7 @@ class GradLR(torch.optim.Optimizer):
         sync: Sync,
     ) -> None:
         super().__init__([group.for_torch() for group in groups], defaults)
-        self.tracker, self.apply, self.sync, self.clipper = tracker, apply, sync, GradClipper(max_grad_norm)
+        self.tracker, self.apply, self.sync, self.clipper = tracker, apply, sync, GradClipper(apply == "step", max_grad_norm)
         self.records = make_records(groups)
         self.store = StateStore(self, self.records, sync, seed=seed, dtype=state_dtype)
         self.bases: Bases = SharedBases(self.store) if sync.shares_bases else FittedBases(self.store, tracker)

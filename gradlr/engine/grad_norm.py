@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from ..rules.base import require_positive
 from ..tensors import widest
 
@@ -119,15 +120,24 @@ class GradClipper:
 
     Attributes:
         max_norm: Gradients are scaled down to this norm; None for no limit. May be written to at any time.
+        has_steps: Whether the gradients of a step wait for each other, so that their norm is known before the first update.
 
     Raises:
-        ArgumentError: `max_norm`, given or written, is no positive finite number.
+        ArgumentError: `max_norm`, given or written, is no positive finite number, or nothing waits.
     """
 
+    has_steps: bool = True
     max_norm: float | None = None
 
     def __setattr__(self, name: str, value: float | None) -> None:
-        super().__setattr__(name, None if value is None else require_positive("max_grad_norm", value))
+        if name == "max_norm" and value is not None:
+            value = require_positive("max_grad_norm", value)
+            if not self.has_steps:
+                raise ArgumentError(
+                    'a limit on the global norm needs all gradients before the first update: attach with apply="step", call '
+                    "opt.step()"
+                )
+        super().__setattr__(name, value)
 
     @property
     def is_active(self) -> bool:

@@ -40,8 +40,8 @@ class ParameterGroup:
     def for_torch(self) -> dict[str, Any]:
         """One entry of `param_groups`: plain values only, so that a state_dict loads with `weights_only=True`."""
         named = [(plan.name, plan.parameter) for plan in self.plans]
-        # A tensor of its own: some schedulers multiply that of each group, one after the other.
-        lr = self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
+        # A tensor of its own: some schedulers multiply that of each group, one after the other. It is read at every update.
+        lr = self.lr.detach().cpu().clone() if isinstance(self.lr, Tensor) else self.lr
         options = {"lr": lr, "lr_scale": self.lr_scale, "beta": self.beta, "weight_decay": self.weight_decay}
         return {"params": named, "label": self.label, "kind": self.kind, "rule": self.rule.name, **options}
 

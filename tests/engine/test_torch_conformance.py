@@ -168,6 +168,13 @@ def test_a_limit_of_the_norm_that_is_none_is_told_where_it_is_written(value):
     opt.clipper.max_norm = 2
 
 
+def test_a_limit_of_the_norm_that_nothing_would_look_at_is_told_where_it_is_written():
+    _, _, opt = attached(apply="backward")
+    with pytest.raises(ArgumentError, match='attach with apply="step"'):
+        opt.clipper.max_norm = 1.0
+    opt.clipper.max_norm = None
+
+
 # -- groups ------------------------------------------------------------------------------------------------------------
 
 
