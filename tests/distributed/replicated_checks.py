@@ -276,8 +276,8 @@ def clipping_by_hand_is_refused(rank, size):
     model = mixed()
     tracker, opt = attach(model)
     tokens = tokens_of(0)
-    held = [parameter for group in opt.param_groups for parameter in group["params"]]
     tracker(cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())).backward()
+    held = [parameter for group in opt.param_groups for parameter in group["params"]]
     nn.utils.clip_grad_norm_(held, 1.0)
     with pytest.raises(gradlr.ArgumentError, match="max_grad_norm="):
         opt.step()
