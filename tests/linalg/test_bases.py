@@ -65,8 +65,10 @@ def test_columns_are_orthonormal_and_contain_the_range(name, dtype):
 def test_decaying_spectra_like_those_of_gradients_keep_orthonormality(shape, smallest, dtype):
     x = decaying(shape, smallest, dtype)
     basis = orthonormalize(x)
-    assert gram_error(basis) < TOLERANCE[dtype]
-    assert range_error(x, basis) < TOLERANCE[dtype]
+    # The shifts grow with the columns, from 32 on.
+    tolerance = TOLERANCE[dtype] * max(1, x.shape[-1] / 32)
+    assert gram_error(basis) < tolerance
+    assert range_error(x, basis) < tolerance
 
 
 @pytest.mark.parametrize("columns", [16, 64, 128, 256])
@@ -91,6 +93,20 @@ def test_spectra_beyond_the_precision_of_float32_keep_orthonormality_roughly():
     basis = orthonormalize(x)
     assert gram_error(basis) < 1e-2
     assert range_error(x, basis) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("columns", [48, 64, 128])
+@pytest.mark.parametrize("live", [5, 27, 44])
+def test_more_columns_than_rows_that_are_not_zero_do_not_break_down(columns, live):
+    """The gradient of a layer most of whose units are dead: no rounding error fills what the rows leave open."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        gradient = torch.zeros(128, 128)
+        rows = torch.randperm(128, generator=generator)[:live]
+        gradient[rows] = torch.randn(live, 3, generator=generator) @ torch.randn(3, 128, generator=generator)
+        basis = orthonormalize(gradient @ torch.randn(128, columns, generator=generator))
+        assert basis.isfinite().all() and basis.norm(dim=0).max() < 1.01
+        assert range_error(gradient, basis) < 1e-2
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
