@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .capture.adaptor import AdaptorCapture
-from .capture.hook import HookCapture
+from .capture.hook import HookCapture, written_gradient
 from .capture.one_sided import FittedBases, SharedBases
 from .capture.select import captured_layers
+from .capture.zero_grad import ZeroGradCapture
 from .distributed.communicator import propagate_errors
 from .engine.at_step import AtStep
 from .engine.attached_parameters import AttachedParameters
@@ -82,11 +83,12 @@ class GradLR(torch.optim.Optimizer):
         self.policy: CommitPolicy = (AtStep if apply == "step" else InBackward)(
             tracker, store=self.store, committer=self.committer, pending=self.pending, checks=self._checks, skipped=skipped,
             attached=AttachedParameters(model, [record.plan for record in self.records], may_be_wrapped=sync.comm.size == 1),
-            bases=self.bases, sync=sync,
+            bases=self.bases, sync=sync, take_written=written_gradient,
         )  # fmt: skip
-        self._captures: tuple[HookCapture, AdaptorCapture] = (
+        self._captures: tuple[HookCapture | AdaptorCapture | ZeroGradCapture, ...] = (
             HookCapture([record.plan for record in self.records], self),
             AdaptorCapture(layers, self),
+            *((ZeroGradCapture(self.policy),) if apply == "step" else ()),
         )
         self._is_built, self._is_detached = True, False
         tracker.subscribe(self.policy)
@@ -144,6 +146,7 @@ class GradLR(torch.optim.Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Write what is pending (`apply="step"`); with `apply="backward"` there is nothing left to do.
 
+        Gradients that somebody has written into `.grad` are pending as well.
         A step is taken whole or not at all: where a loss, a gradient or an update is not finite, nothing changes, what was
         pending is dropped, and `skipped` counts.
 
@@ -156,7 +159,8 @@ class GradLR(torch.optim.Optimizer):
         Raises:
             ArgumentError: a group holds a rate that is negative or not finite; what waits goes on waiting.
             AttachError: a loss was shown and backward ran, but no parameter's hook fired; or the optimizer is detached.
-            BackwardError: the last backward was interrupted; what was pending is dropped.
+            BackwardError: the last backward was interrupted; what was pending is dropped. Or somebody has written into `.grad`,
+                and backward updates, or the parameter's own gradient waits as well.
 
         Warns:
             GradlrWarning: the step was left out. Not with GradScaler, which expects that and does not call `step` then.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..engine.bases import Bases
 from ..engine.commit import Committer
 from ..engine.loop_checks import changed_message
+from ..engine.record import ParamRecord
 from ..engine.state_store import StateStore
 from ..errors import AttachError, BackwardError
 from ..gradient import Dense, GradientOperator, RowSparse
@@ -130,17 +131,32 @@ def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver]) -> Callable
             return
         operator = operator_of(parameter, gradient, view, layout)
         if operator is None:
-            raise BackwardError(
-                f"the gradient of {name!r} is {gradient.layout}, {gradient.dtype}; gradlr takes real gradients, dense or, as of "
-                "embeddings with sparse=True, by rows. Make it dense, or leave the parameter out. "
-                f"{changed_message(optimizer.committer.changed)}"
-            )
+            raise _unusable(name, gradient, optimizer.committer.changed)
         optimizer.receive(parameter, operator)
 
     return take_gradient
 
 
-def operator_of(parameter: Tensor, gradient: Tensor, view: View, layout: Layout) -> GradientOperator | None:
+def written_gradient(record: ParamRecord) -> GradientOperator:
+    """Take what somebody has written into `.grad`. They may have kept it, so that it must not be overwritten."""
+    plan = record.plan
+    gradient, plan.parameter.grad = cast(Tensor, plan.parameter.grad), None
+    operator = operator_of(plan.parameter, gradient, plan.view, plan.layout, is_kept=True)
+    if operator is None:
+        raise _unusable(plan.name, gradient, ())
+    return operator
+
+
+def _unusable(name: str, gradient: Tensor, changed: Sequence[str]) -> BackwardError:
+    return BackwardError(
+        f"the gradient of {name!r} is {gradient.layout}, {gradient.dtype}; gradlr takes real gradients, dense or, as of "
+        f"embeddings with sparse=True, by rows. Make it dense, or leave the parameter out. {changed_message(changed)}"
+    )
+
+
+def operator_of(
+    parameter: Tensor, gradient: Tensor, view: View, layout: Layout, *, is_kept: bool = False
+) -> GradientOperator | None:
     """A gradient in memory as an operator; None where it is complex, or sparse in another way than by rows.
 
     Args:
@@ -148,6 +164,7 @@ def operator_of(parameter: Tensor, gradient: Tensor, view: View, layout: Layout)
         gradient: As autograd has accumulated it, or its shard.
         view: How the parameter is seen as (a batch of) matrices.
         layout: Which block of them lies here.
+        is_kept: Whether somebody else may hold the same tensor.
     """
     if gradient.layout == torch.sparse_coo and gradient.sparse_dim() == 1 and view.pattern is None and gradient.ndim == 2:
         gradient = gradient.detach()
@@ -161,7 +178,7 @@ def operator_of(parameter: Tensor, gradient: Tensor, view: View, layout: Layout)
     is_shared = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata) > 2
     matrix = gradient.detach() if view.pattern is None else view.of(gradient.detach())
     # Under create_graph the buffer belongs to the graph as well; another hook may have kept it.
-    is_ours = not (is_shared or gradient.requires_grad) and len(parameter._post_accumulate_grad_hooks or ()) == 1
+    is_ours = not (is_kept or is_shared or gradient.requires_grad) and len(parameter._post_accumulate_grad_hooks or ()) == 1
     return Dense(matrix, is_owned=is_ours or not share_memory(matrix, gradient), layout=layout)
 
 

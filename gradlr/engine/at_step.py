@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 
 import torch
 
-from ..errors import ParallelError
+from ..errors import BackwardError, LossError, ParallelError
 from ..gradient import GradientOperator
 from ..tensors import is_async
 from .commit import Prepared
@@ -35,7 +36,6 @@ class AtStep(CommitPolicy):
 
     def step(self) -> None:
         """Write all that waits, or nothing: all is prepared before the first weight is written."""
-        self._look_at_norm()
         with torch.autocast(self.pending.norm_proxy.parameter.device.type, enabled=False):  # rules compute in float32 or wider
             self._exchange()
             if self.pending.gradients or self.skipped.reason:
@@ -48,6 +48,9 @@ class AtStep(CommitPolicy):
         """See that what waits belongs together, and tell the other processes."""
         losses = self.tracker.recent(self.checks.shown_losses) if self.sync.tells_mean else []
         try:
+            if written := [record for record in self.store.records if record.plan.parameter.grad is not None]:
+                self._receive_written(written)
+            self._look_at_norm()
             self.checks.on_step(pending=len(self.pending.gradients))
             self.sync.check(self.pending)
         except Exception:  # the others wait for this process
@@ -57,6 +60,28 @@ class AtStep(CommitPolicy):
         result = self.sync.exchange(self.pending, losses, self.skipped)
         if result.loss is not None:
             self.tracker.record_mean(result.loss)
+
+    def _receive_written(self, written: Sequence[ParamRecord]) -> None:
+        """Take gradients that somebody has written into `.grad`, as every optimizer does: no backward has left one there."""
+        name = written[0].plan.name
+        if not self.tracker.is_shown:
+            raise LossError(
+                f"{name!r} holds a gradient in .grad, but the tracker was never shown a loss, or not since a checkpoint was "
+                "loaded: before opt.step(), show it the loss that the gradient is of, tracker(loss), of which a number will do. "
+                "Nothing was changed"
+            )
+        if twice := [record.plan.name for record in written if record.index in self.pending.gradients]:
+            raise BackwardError(
+                f"{twice[0]!r} has a gradient that waits since backward, and another one that somebody wrote into .grad "
+                f"({len(twice)} parameters in all). In torch the second would have taken the first one's place, or been made of "
+                "it; here .grad is None after backward, since what waits is a sketch. Take gradients that you want to change "
+                "with torch.autograd.grad(loss, parameters), write them into .grad and call opt.step(); or call opt.zero_grad() "
+                "before writing. Both are dropped"
+            )
+        # A scaler or clipping over the optimizer's parameters has seen these themselves, beside the norm of what waits.
+        self.pending.settle()
+        for record in written:
+            self.receive(record, self.take_written(record))
 
     def _commit_all(self) -> None:
         prepared = [] if self.skipped.reason else self._prepare()

@@ -51,6 +51,15 @@ class GradNormProxy:
         self._total = change if self._total is None else self._total + change
         self._show(self._total)
 
+    def forget(self, key: int) -> None:
+        """Nothing waits any more for parameter number `key`."""
+        known = self._energies.pop(key, None)
+        if not self._energies:
+            self.clear()
+        elif known is not None and self._total is not None:
+            self._total = torch.stack(list(self._energies.values())).sum()  # what is left may lie far below what goes
+            self._show(self._total)
+
     def _show(self, total: Tensor) -> None:
         # Rounding may leave a difference of equal numbers below zero.
         self._norm = total.clamp(min=0).sqrt().to(self._shares.dtype)

@@ -6,13 +6,14 @@ import torch
 
 from ..gradient import GradientOperator
 from ..tensors import is_async
-from .policy import CommitPolicy
+from .policy import CommitPolicy, written_error
 from .record import ParamRecord
 
 
 class InBackward(CommitPolicy):
     """Commits every gradient at once. Errors come at once as well: what was updated before them stays so."""
 
+    refuses_written = True
     _dropped_serial: int | None = None
 
     def _take(self, record: ParamRecord, gradient: GradientOperator) -> None:
@@ -36,4 +37,7 @@ class InBackward(CommitPolicy):
 
     def step(self) -> None:
         """There is nothing left to do but to see that all is well."""
+        if any(record.plan.parameter.grad is not None for record in self.store.records):
+            self.committer.changed.clear()  # by their own backward, which is through
+            raise written_error(self.store.records)
         self.checks.on_step(pending=0)

@@ -58,11 +58,8 @@ class Pending:
 
     def add(self, record: ParamRecord, gradient: GradientOperator) -> None:
         """Add a gradient to what waits for its parameter."""
-        if self.norm_proxy.is_touched and not self.sync.shares_bases:
-            # Clipped between two micro-batches: what has come so far is scaled, what comes now is not.
-            factor = self.read_factor()
-            self.scale(factor)
-            self.norm_proxy.settle(factor)
+        if self.norm_proxy.is_touched:
+            self.settle()  # clipped between two micro-batches: what has come so far is scaled, what comes now is not
         if not self.gradients and self.sync.norm_in_groups:
             self.store.groups[-1]["params"].append(self.norm_proxy.parameter)
         held, energy = self._not_blank(record.index), None
@@ -105,6 +102,17 @@ class Pending:
             )
         return self.norm_proxy.factor()
 
+    def settle(self) -> None:
+        """Let a scaler or clipping act on what waits by now, and not on what comes later.
+
+        Raises:
+            ArgumentError: values were clipped instead.
+        """
+        if not self.sync.shares_bases:
+            factor = self.read_factor()
+            self.scale(factor)
+            self.norm_proxy.settle(factor)
+
     def scale(self, factor: Tensor) -> None:
         """Multiply all that waits."""
         if is_async(factor) or factor != 1:
@@ -114,6 +122,14 @@ class Pending:
     def pop(self, record: ParamRecord) -> GradientOperator:
         """Take a gradient out: it waits no longer, so that its memory is free as soon as its update is made."""
         return self.gradients.pop(record.index)
+
+    def drop(self, record: ParamRecord) -> None:
+        """Drop what waits for one parameter, if anything does."""
+        if record.index in self.gradients:
+            self.settle()
+            del self.gradients[record.index]
+            self._blank.pop(record.index, None)
+            self.norm_proxy.forget(record.index)
 
     def clear(self) -> None:
         """Drop everything."""

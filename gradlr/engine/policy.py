@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Container, Sequence
 
 import torch
 from torch import Tensor
 
-from ..errors import GradlrError, warn
+from ..errors import BackwardError, GradlrError, warn
 from ..gradient import GradientOperator
 from ..params.groups import require_rates
 from ..ranks import ByLoss
@@ -36,14 +36,17 @@ class CommitPolicy:
         skipped: Steps left out because something was not finite.
         bases: What one-sided layers project on.
         sync: The other processes.
+        take_written: Takes a gradient out of a parameter's `.grad`, where somebody has written one.
 
     Attributes:
         grad_norm: Global norm of the last step's gradients, 0-dim; None before the first, and where backward updates.
         tells_mean: Whether the tracker hears of the mean loss of several processes from here.
         waiting: What the step under way has brought so far.
+        refuses_written: Whether there is no use for a gradient that somebody has written into `.grad`.
     """
 
     grad_norm: Tensor | None = None
+    refuses_written = False
 
     def __init__(
         self,
@@ -57,12 +60,13 @@ class CommitPolicy:
         skipped: SkippedSteps,
         bases: Bases,
         sync: Sync,
+        take_written: Callable[[ParamRecord], GradientOperator],
     ) -> None:
         self.tracker, self.store, self.committer, self.pending = tracker, store, committer, pending
         self.checks, self.attached, self.skipped, self.bases, self.sync = checks, attached, skipped, bases, sync
         self._followers = [record for record in store.records if record.rule.has_rank]
         self._reads_ratio = any(isinstance(record.schedule, ByLoss) for record in self._followers)
-        self.tells_mean = sync.tells_mean
+        self.tells_mean, self.take_written = sync.tells_mean, take_written
         self.waiting: Collection[object] = pending.gradients
         self._bad_loss: str | None = None
         # Number of autograd's graph task whose gradients are to be left out, and why.
@@ -78,6 +82,8 @@ class CommitPolicy:
         if tracker.open_backwards:
             self.reset()
         self.attached.check()
+        if self.refuses_written and any(record.plan.parameter.grad is not None for record in self.store.records):
+            raise written_error(self.store.records)
         self._bad_loss = self.sync.on_loss(tracker, self.store)
         if self.sync.ranks_follow == "loss":
             self._follow_loss()
@@ -102,6 +108,9 @@ class CommitPolicy:
     def on_backward(self, scale: Tensor) -> None:
         """Backward has reached the loss; `scale` is d(total)/d(loss)."""
         self.checks.on_backward(scale)
+        # Autograd would add to it, and the hook see the sum.
+        if self.refuses_written and any(record.plan.parameter.grad is not None for record in self.store.records):
+            raise written_error(self.store.records)
         if self._bad_loss is not None:
             # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
             self._bad_backward = torch._C._current_graph_task_id(), self._bad_loss
@@ -140,6 +149,15 @@ class CommitPolicy:
             self.bases.forget_all()
         self.pending.clear()
 
+    def drop_of(self, parameters: Container[int]) -> None:
+        """Drop what waits for some parameters, as the `zero_grad` of a module that holds them does; by their `id`."""
+        records = [record for record in self.store.records if id(record.plan.parameter) in parameters]
+        if len(records) == len(self.store.records):
+            self.drop()
+            return
+        for record in records:
+            self.pending.drop(record)
+
     def reset(self) -> None:
         """The error or warning at hand says what happened: the next loss begins afresh."""
         self.skipped.clear()
@@ -155,3 +173,15 @@ class CommitPolicy:
         self.pending.clear()
         self.bases.forget_all()
         self.checks.forget()
+
+
+def written_error(records: Sequence[ParamRecord]) -> BackwardError:
+    """Somebody has written gradients into `.grad`, where nothing takes them."""
+    written = [record.plan.name for record in records if record.plan.parameter.grad is not None]
+    plural = "s hold gradients" if len(written) > 1 else " holds a gradient"
+    return BackwardError(
+        f"{len(written)} parameter{plural} ({written[0]!r} first) that no backward has left in .grad, since each takes its own "
+        'along: somebody wrote it there, and with apply="backward" it would reach no weight, or join an update that is not its '
+        'own. Attach with apply="step", where what .grad holds is taken at opt.step() as any other gradient; or drop it with '
+        "opt.zero_grad()"
+    )

@@ -8,7 +8,7 @@ for x, y in loader:
         accelerator.backward(tracker(loss_fn(model(x), y)))   # the loss in its true size: accelerate divides it afterwards
         opt.step()
         scheduler.step()
-        opt.zero_grad()                                       # of the optimizer: model.zero_grad() finds no gradients
+        opt.zero_grad()                                       # or model.zero_grad()
 """
 
 from __future__ import annotations
