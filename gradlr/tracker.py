@@ -21,17 +21,20 @@ _POWERS = (0, 1, 3)
 _WHOLE = 8 / 9
 # Variance of the second mean's distance to the third, in that of one loss, times the number of steps: ∫(2u − 4u³)² du.
 _SPREAD = 44 / 105
+# All that live: one backward may pass through the losses of several.
+_trackers: weakref.WeakSet[LossTracker] = weakref.WeakSet()
 
 
 class LossListener(Protocol):
     """Who is told of every loss before its backward pass, and of the scale as it begins: the policy of each optimizer.
 
     One that trains with other processes has a true `tells_mean`: it calls `record_mean`. What it holds in `waiting` belongs to a
-    step that has not come to its end.
+    step that has not come to its end. Its `label` says what it trains.
     """
 
     tells_mean: bool
     waiting: Collection[Any]
+    label: str
 
     def on_loss(self, tracker: LossTracker) -> None: ...
 
@@ -101,6 +104,7 @@ class LossTracker:
         open_backwards: Backwards since the latest loss was shown that have not come to their end, be they under way or
             interrupted by an exception: number of autograd's graph task → number of the loss, None where it was not shown.
         has_gradient: Whether it has brought a gradient to any parameter of any optimizer of this tracker.
+        is_old: Whether its graph was made before the loss before it was shown.
 
     Raises:
         ArgumentError: `max_loss` is not a positive finite number.
@@ -127,9 +131,10 @@ class LossTracker:
         # In the order in which they came: where processes train together, each of them asks in the same one.
         self._listeners: weakref.WeakKeyDictionary[Any, None] = weakref.WeakKeyDictionary()
         self.scale: Tensor | None = None
-        self.count = self.serial = self.begun_serial = 0
+        self.count = self.serial = self.begun_serial = self._shown_at = 0
         self.open_backwards: dict[int, int | None] = {}
-        self.is_shown = self.has_graph = self.has_begun = self.has_gradient = False
+        self.is_shown = self.has_graph = self.has_begun = self.has_gradient = self.is_old = False
+        _trackers.add(self)
 
     def __call__(self, loss: float | Tensor) -> float | Tensor:
         """Record a loss and return it.
@@ -141,6 +146,10 @@ class LossTracker:
             LossError: `loss` has more than one element, is complex, or is no number at all.
         """
         value = _as_scalar(loss)
+        # Nodes of autograd's graph are numbered as they are made, by each thread.
+        node = loss.grad_fn if isinstance(loss, Tensor) else None
+        self.is_old = node is not None and node._sequence_nr() < self._shown_at
+        self._shown_at = torch.autograd._get_sequence_nr()
         if self._in_flight is not None:
             self._collect()
         if self._step_count and not any(getattr(listener, "waiting", None) for listener in self._listeners):
@@ -274,18 +283,25 @@ class LossTracker:
             self._running_max = value if self._running_max is None else max(self._running_max, value)
             self._step_sum, self._step_count = self._step_sum + value, self._step_count + 1
 
-    def watch_backward(self, number: int | None = None) -> None:
+    def watch_backward(self, number: int | None = None) -> bool:
         """Called inside a backward: it is open until it comes to its end, which no other backward's end may stand for.
 
         Args:
             number: Of its loss; None where that is not known.
+
+        Returns:
+            Whether nothing was known of this backward.
         """
         task = torch._C._current_graph_task_id()
-        if task == -1 or task in self.open_backwards:
-            return
+        if task in self.open_backwards:
+            self.open_backwards[task] = self.open_backwards[task] or number
+            return False
+        if task == -1:
+            return False
         self.open_backwards[task] = number
         # Runs when the whole backward has come to its end, and not where an exception ends it.
         torch.autograd.Variable._execution_engine.queue_callback(_make_end(weakref.ref(self), task))
+        return True
 
     def _begin_backward(self, scale: Tensor, number: int) -> None:
         self.scale = scale.detach().reshape(())
@@ -294,6 +310,19 @@ class LossTracker:
         self.has_begun = True
         self.begun_serial = self.serial
         self.watch_backward(number)
+
+
+def others_in_backward(own: LossTracker) -> list[str]:
+    """The losses of other trackers that the backward under way has passed through, in words; none where it is this one's."""
+    task, found = torch._C._current_graph_task_id(), []
+    if own.open_backwards.get(task) is not None:
+        return []
+    for tracker in _trackers:
+        number = tracker.open_backwards.get(task)
+        if number is not None:
+            labels = " and ".join(listener.label for listener in list(tracker._listeners)) or "nothing"
+            found.append(f"loss number {number} of another tracker, which trains {labels}")
+    return found
 
 
 def _as_scalar(loss: float | Tensor) -> float | Tensor:

@@ -53,10 +53,14 @@ class AttachedParameters:
         model: What was attached to.
         plans: Its attached parameters.
         may_be_wrapped: Whether somebody might put DistributedDataParallel around the model, for which nothing here is told.
+
+    Attributes:
+        label: The model in words, for messages.
     """
 
     def __init__(self, model: nn.Module, plans: list[ParameterPlan], *, may_be_wrapped: bool = True) -> None:
         self._model = weakref.ref(model)
+        self.label = f"a {type(model).__name__} ({len(plans)} parameters, {plans[0].name!r} first)"
         self._plans = {id(plan.parameter): plan for plan in plans}
         self._forms = [(plan, plan.parameter.shape, plan.parameter.dtype, plan.parameter.device) for plan in plans]
         # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..errors import AttachError, BackwardError, LossError, NonFiniteError, warn
 from ..tensors import AsyncScalar, is_async
-from ..tracker import LossTracker
+from ..tracker import LossTracker, others_in_backward
 from .record import ParamRecord
 
 # More micro-batches than anybody accumulates into one step.
 _MANY_LOSSES = 256
+_graph_task, _keeps_graph = torch._C._current_graph_task_id, torch._C._autograd._get_current_graph_task_keep_graph
 _SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
 
@@ -36,7 +37,9 @@ class LoopChecks:
         self._is_immediate, self._may_be_silent = is_immediate, may_be_silent
         self._unread_scales: list[AsyncScalar] = []
         self._late = LateChecks()
-        self._has_warned = False
+        self._told: set[str] = set()
+        # Backwards of other trackers' losses that have brought gradients which wait: numbers of autograd's graph tasks.
+        self._of_others: dict[int, str] = {}
         # Backwards that an exception has ended, and that were told of or dropped since: numbers of autograd's graph tasks.
         self._settled: set[int] = set()
         self._interrupted: tuple[str, ...] = ()
@@ -47,6 +50,7 @@ class LoopChecks:
         """After a step, or a checkpoint was loaded: nothing has happened since."""
         self._loss_count, self._last_serial = 0, -1
         self._stepped_serial = self._tracker.serial
+        self._of_others = {}
 
     @property
     def shown_losses(self) -> int:
@@ -72,8 +76,8 @@ class LoopChecks:
             BackwardError, NonFiniteError: as `raise_unread`.
 
         Warns:
-            GradlrWarning: the last backward did not end, or reached no attached parameter; or gradients wait for a step() that
-                256 losses have not brought.
+            GradlrWarning: the last backward did not end, or reached no attached parameter; its updates came after this loss was
+                computed; or gradients wait for a step() that 256 losses have not brought.
         """
         tracker = self._tracker
         self._interrupted, self._broken = self.interrupted, ()
@@ -89,6 +93,8 @@ class LoopChecks:
                 f'the gradients of {_MANY_LOSSES} losses wait and no weight has changed: with apply="step", call opt.step() '
                 "after backward"
             )
+        if self._is_immediate and tracker.is_old and self.changed:
+            self._warn_once("graph", _old_graph_message(tracker.count, self.changed))
         self.changed.clear()
 
     def on_backward(self, scale: Tensor) -> None:
@@ -99,6 +105,7 @@ class LoopChecks:
                 next loss.
         """
         if not self._is_immediate:
+            self._of_others.pop(_graph_task(), None)  # it is ours as well
             return
         if is_async(scale):
             self._unread_scales.append(AsyncScalar(scale))
@@ -111,30 +118,35 @@ class LoopChecks:
         Raises:
             LossError: no loss was shown.
             BackwardError: the gradient is none of the shown loss', or the second one where weights change at once.
+
+        Warns:
+            GradlrWarning: the graph is kept for another backward, and weights change in this one.
         """
-        tracker = self._tracker
+        tracker, name = self._tracker, record.plan.name
         if not tracker.is_shown:
-            raise LossError(
-                f"a gradient of {record.plan.name!r} arrived, but the tracker was never shown a loss, or not since a checkpoint "
-                "was loaded: write tracker(loss).backward(), with the tracker that attach was given. Nothing was changed"
-            )
+            raise _not_shown_error(name, others_in_backward(tracker))
         # Where gradients wait for step(), backwards may add up as they do in torch.
         if self._is_immediate and tracker.has_graph and not tracker.has_begun:
-            raise BackwardError(
-                f"a gradient of {record.plan.name!r} arrived from a backward that does not pass through loss number "
-                f"{tracker.count}, the last one shown, or reaches it later. Show the tracker the scalar that you call backward "
-                "on (the sum, where a loss has several terms); models that train against each other need a tracker each. "
-                f"{changed_message(self.changed)}"
-            )
+            raise _wrong_backward(
+                tracker, name, self.changed,
+                f"a gradient of {name!r} arrived from a backward that does not pass through loss number {tracker.count}, the "
+                "last one shown, or reaches it later. Show the tracker the scalar that you call backward on (the sum, where a "
+                "loss has several terms); models that train against each other need a tracker each",
+            )  # fmt: skip
         if self._is_immediate and record.last_loss == tracker.serial:
-            raise BackwardError(
-                f"a second gradient of {record.plan.name!r} arrived for loss number {tracker.count}, and its first has been "
-                'applied. To accumulate gradients, or where backward reaches a weight twice, attach with apply="step" and call '
-                "opt.step(); otherwise show every loss to the tracker before its backward: tracker(loss).backward(). "
-                f"{changed_message(self.changed)}"
-            )
+            raise _wrong_backward(
+                tracker, name, self.changed,
+                f"a second gradient of {name!r} arrived for loss number {tracker.count}, and its first has been applied. To "
+                'accumulate gradients, or where backward reaches a weight twice, attach with apply="step" and call opt.step(); '
+                "otherwise show every loss to the tracker before its backward: tracker(loss).backward()",
+            )  # fmt: skip
+        if self._is_immediate and not tracker.has_gradient and _graph_task() != -1 and _keeps_graph():
+            self._warn_once("graph", _kept_graph_message(tracker.count))
         tracker.has_gradient = True
-        tracker.watch_backward()
+        if tracker.watch_backward() and (others := others_in_backward(tracker)):
+            if self._is_immediate:
+                raise _wrong_backward(tracker, name, self.changed)
+            self._of_others[_graph_task()] = " and ".join(others)
         if self._last_serial != tracker.serial:
             self._loss_count, self._last_serial = self._loss_count + 1, tracker.serial
 
@@ -164,31 +176,35 @@ class LoopChecks:
             AttachError: the backward of a shown loss ran, and no hook fired.
 
         Warns:
-            GradlrWarning: losses without a graph were shown and no hook fired since the last step; several backwards have each
-                updated the weights since then; or gradients wait and no loss was shown (each told once or at its step).
+            GradlrWarning: losses were shown and no backward has begun since the last step; several backwards have each
+                updated the weights since then; or gradients wait that are of no shown loss (each told once or at its step).
         """
-        tracker, losses, stepped = self._tracker, self._loss_count, self._stepped_serial
+        tracker, losses, stepped, others = self._tracker, self._loss_count, self._stepped_serial, self._of_others
         self.forget()
         self.changed.clear()
         if pending and self._is_interrupted():
             raise BackwardError(self._interrupted_message((), pending))
         if not losses and not tracker.has_gradient:
             self._require_gradient(has_losses=tracker.serial != stepped)
-        if pending and tracker.serial == stepped:
+        if pending and others:
+            self._warn_once("others", _of_others_message(list(others.values())))
+        elif pending and tracker.serial == stepped:
             self._warn_once(
+                "not shown",
                 f"opt.step() writes gradients of a loss that the tracker was not shown; the last one it saw was number "
-                f"{tracker.count}, so the rank follows that. Write tracker(loss).backward() for every loss"
+                f"{tracker.count}, so the rank follows that. Write tracker(loss).backward() for every loss",
             )
         if self._is_immediate and losses > 1:
             self._warn_once(
+                "several",
                 f"{losses} backward passes have each updated the weights since the last opt.step(). If they were meant to "
-                'accumulate into one step, attach with apply="step"'
+                'accumulate into one step, attach with apply="step"',
             )
 
     def _require_gradient(self, *, has_losses: bool) -> None:
         if self._tracker.has_begun:
             raise AttachError(self._no_gradient_message(self._tracker.count))
-        if has_losses and not self._tracker.has_graph:
+        if has_losses:
             warn(
                 f"opt.step() has nothing to do: since the last step, none of the {self._count} attached parameters received a "
                 "gradient, though losses were shown. Was backward called, on a loss of this very model (not a copy)?"
@@ -197,6 +213,7 @@ class LoopChecks:
     def gradients_dropped(self) -> None:
         """What the last backward has brought is dropped: it counts for no step, and its interruption is settled."""
         self._discard_interrupted()
+        self._of_others = {}
         self._settled = set(self._tracker.open_backwards)
 
     def step_broke(self, changed: Sequence[str]) -> None:
@@ -253,9 +270,9 @@ class LoopChecks:
             "gradient. Was the loss computed with this very model (not a copy), outside torch.no_grad() and without detach()?"
         )
 
-    def _warn_once(self, message: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
+    def _warn_once(self, kind: str, message: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
             warn(message)
 
 
@@ -300,6 +317,56 @@ def changed_message(changed: Sequence[str]) -> str:
         return "Nothing was changed"
     plural = "s were" if len(changed) > 1 else " was"
     return f"{len(changed)} parameter{plural} updated before it ({changed[0]!r} first), the others were not"
+
+
+def _not_shown_error(name: str, others: Sequence[str]) -> LossError:
+    what = "show it to the tracker of this model as well" if others else "write tracker(loss).backward()"
+    whose = f" in the backward of {others[0]}" if others else ""
+    return LossError(
+        f"a gradient of {name!r} arrived{whose}, but the tracker was never shown a loss, or not since a checkpoint was loaded: "
+        f"{what}, with the tracker that attach was given. Nothing was changed"
+    )
+
+
+# Raised by autograd's C++, where nothing can be added to it: it is told before.
+_TORCHS_ERROR = 'torch\'s "one of the variables needed for gradient computation has been modified by an inplace operation"'
+_NOT_MEANT = (
+    "If it is to train this model too, show the loss to both trackers; if not, keep it out: model.requires_grad_(False) around "
+    "that loss' forward and backward"
+)
+
+
+def _wrong_backward(tracker: LossTracker, name: str, changed: Sequence[str], what: str = "") -> BackwardError:
+    """A gradient that may not change its weight: that of another tracker's loss, where the backward is its, or else as said."""
+    if others := others_in_backward(tracker):
+        what = (
+            f"a gradient of {name!r} arrived in the backward of {' and '.join(others)}; the tracker of this model was not shown "
+            f'that loss. {_NOT_MEANT}; or attach with apply="step", where it waits until zero_grad() drops it, as in torch'
+        )
+    return BackwardError(f"{what}. {changed_message(changed)}")
+
+
+def _of_others_message(others: Sequence[str]) -> str:
+    return (
+        f"opt.step() writes gradients that came in the backward of {' and '.join(others)}; the tracker of this model was not "
+        f"shown that loss. {_NOT_MEANT}, or call opt.zero_grad() (or the model's) before this model's own backward"
+    )
+
+
+def _kept_graph_message(number: int) -> str:
+    return (
+        f'the backward of loss number {number} keeps its graph (retain_graph=True, create_graph=True), but with apply="backward" '
+        f"it changes the weights that another backward through this graph needs: that one ends with {_TORCHS_ERROR}. For several "
+        'losses of one forward call backward once, on their sum, or attach with apply="step"'
+    )
+
+
+def _old_graph_message(number: int, changed: Sequence[str]) -> str:
+    return (
+        f"loss number {number} was computed before the backward of the loss before it has updated {len(changed)} parameters "
+        f"({changed[0]!r} first). If it needs one of them, its backward ends with {_TORCHS_ERROR}. Compute each loss after the "
+        'backward of the one before, call backward once, on their sum, or attach with apply="step"'
+    )
 
 
 def _scaled_loss(scale: float, what: str) -> BackwardError:

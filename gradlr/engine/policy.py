@@ -42,6 +42,7 @@ class CommitPolicy:
         grad_norm: Global norm of the last step's gradients, 0-dim; None before the first, and where backward updates.
         tells_mean: Whether the tracker hears of the mean loss of several processes from here.
         waiting: What the step under way has brought so far.
+        label: What it trains, for messages.
         refuses_written: Whether there is no use for a gradient that somebody has written into `.grad`.
     """
 
@@ -64,6 +65,7 @@ class CommitPolicy:
     ) -> None:
         self.tracker, self.store, self.committer, self.pending = tracker, store, committer, pending
         self.checks, self.attached, self.skipped, self.bases, self.sync = checks, attached, skipped, bases, sync
+        self.label = attached.label
         self._followers = [record for record in store.records if record.rule.has_rank]
         self._reads_ratio = any(isinstance(record.schedule, ByLoss) for record in self._followers)
         self.tells_mean, self.take_written = sync.tells_mean, take_written
@@ -152,7 +154,8 @@ class CommitPolicy:
     def drop_of(self, parameters: Container[int]) -> None:
         """Drop what waits for some parameters, as the `zero_grad` of a module that holds them does; by their `id`."""
         records = [record for record in self.store.records if id(record.plan.parameter) in parameters]
-        if len(records) == len(self.store.records):
+        waiting = self.pending.gradients.keys()
+        if len(records) == len(self.store.records) or (waiting and waiting <= {record.index for record in records}):
             self.drop()
             return
         for record in records:

@@ -95,19 +95,21 @@ def test_evaluating_between_steps_is_no_trap():
 
 
 def test_the_update_never_goes_round_the_version_counter():
-    """Two forwards before two backwards: autograd itself must notice that the weight has changed."""
+    """Two forwards before two backwards: autograd itself must notice that the weight has changed. It is told before."""
     model, tracker, _ = attached(mlp(16, 3))
     first, second = loss_of(model), loss_of(model)
     tracker(first).backward()
+    with pytest.warns(GradlrWarning, match=r"loss number 2 was computed before.*6 parameters.*modified by an.*apply=\"step\""):
+        tracker(second)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        tracker(second).backward()
+        second.backward()
 
 
 @pytest.mark.synchronous("torch warns once in a process")
 def test_create_graph_does_not_spoil_the_graph():
     model, tracker, opt = attached(nn.Linear(6, 6, bias=False))
     x = torch.randn(4, 6, requires_grad=True)
-    with pytest.warns(UserWarning, match="create_graph"):
+    with pytest.warns(UserWarning, match="create_graph"), pytest.warns(GradlrWarning, match="loss number 1 keeps its graph"):
         tracker(model(x).pow(3).sum()).backward(create_graph=True)
     assert model.weight.grad is None
     assert x.grad is not None
