@@ -12,7 +12,7 @@ from .capture.adaptor import AdaptorCapture
 from .capture.hook import HookCapture, written_gradient
 from .capture.one_sided import FittedBases, SharedBases
 from .capture.select import captured_layers
-from .capture.zero_grad import ZeroGradCapture
+from .capture.torch_calls import TorchCalls
 from .distributed.communicator import propagate_errors
 from .engine.at_step import AtStep
 from .engine.attached_parameters import AttachedParameters
@@ -21,6 +21,7 @@ from .engine.commit import Committer
 from .engine.grad_norm import GradClipper
 from .engine.in_backward import InBackward
 from .engine.loop_checks import LoopChecks
+from .engine.masks import mixes_entries
 from .engine.pending import Pending
 from .engine.policy import CommitPolicy
 from .engine.record import ParamRecord, make_records, state_bytes
@@ -82,13 +83,16 @@ class GradLR(torch.optim.Optimizer):
         )  # fmt: skip
         self.policy: CommitPolicy = (AtStep if apply == "step" else InBackward)(
             tracker, store=self.store, committer=self.committer, pending=self.pending, checks=self._checks, skipped=skipped,
-            attached=AttachedParameters(model, [record.plan for record in self.records], may_be_wrapped=sync.comm.size == 1),
+            attached=AttachedParameters(
+                model, [record.plan for record in self.records], may_be_wrapped=sync.comm.size == 1,
+                mixed={id(record.plan.parameter) for record in self.records if mixes_entries(record.rule)},
+            ),
             bases=self.bases, sync=sync, take_written=written_gradient,
         )  # fmt: skip
-        self._captures: tuple[HookCapture | AdaptorCapture | ZeroGradCapture, ...] = (
+        self._captures: tuple[HookCapture, AdaptorCapture, TorchCalls] = (
             HookCapture([record.plan for record in self.records], self),
             AdaptorCapture(layers, self),
-            *((ZeroGradCapture(self.policy),) if apply == "step" else ()),
+            TorchCalls(self.policy),
         )
         self._is_built, self._is_detached = True, False
         tracker.subscribe(self.policy)

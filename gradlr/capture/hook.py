@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..engine.bases import Bases
 from ..engine.commit import Committer
 from ..engine.loop_checks import changed_message
+from ..engine.masks import HookMasks
 from ..engine.record import ParamRecord
 from ..engine.state_store import StateStore
 from ..errors import AttachError, BackwardError
@@ -88,11 +89,11 @@ class HookCapture(ParameterLock):
     def __init__(self, plans: Iterable[ParameterPlan], receiver: Receiver) -> None:
         plans = list(plans)
         super().__init__(plans)
-        reference = weakref.ref(receiver)
+        reference, masks = weakref.ref(receiver), HookMasks()
         try:
             for plan in plans:
                 parameter = plan.parameter
-                handle = parameter.register_post_accumulate_grad_hook(_make_hook(plan, reference))
+                handle = parameter.register_post_accumulate_grad_hook(_make_hook(plan, reference, masks))
                 self._handles.append(handle)
                 _locks[parameter] = (weakref.ref(self), handle)
         except RuntimeError:  # a parameter that requires no gradient
@@ -118,7 +119,7 @@ def _release_dead(parameter: Tensor) -> None:
             handle.remove()
 
 
-def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver]) -> Callable[[Tensor], None]:
+def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver], masks: HookMasks) -> Callable[[Tensor], None]:
     # Not the plan, which holds the parameter: the parameter holds this, and would never be free without a collection.
     name, view, layout = plan.name, plan.view, plan.layout
 
@@ -132,6 +133,8 @@ def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver]) -> Callable
         operator = operator_of(parameter, gradient, view, layout)
         if operator is None:
             raise _unusable(name, gradient, optimizer.committer.changed)
+        if parameter._backward_hooks or len(parameter._post_accumulate_grad_hooks) > 1:
+            masks.look(optimizer.store.by_id[id(parameter)], operator)
         optimizer.receive(parameter, operator)
 
     return take_gradient

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Container
 from typing import Any
 
 from torch import Tensor, distributed, nn
@@ -13,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 from ..errors import ArgumentError, AttachError, warn
 from ..params.kinds import ParameterPlan
 from ..tensors import is_sharded
+from .masks import pruned_message
 
 
 def require_plain_model(model: nn.Module) -> None:
@@ -52,13 +54,16 @@ class AttachedParameters:
     Args:
         model: What was attached to.
         plans: Its attached parameters.
+        mixed: `id`s of those whose rules mix entries, so that masks are of interest.
         may_be_wrapped: Whether somebody might put DistributedDataParallel around the model, for which nothing here is told.
 
     Attributes:
         label: The model in words, for messages.
     """
 
-    def __init__(self, model: nn.Module, plans: list[ParameterPlan], *, may_be_wrapped: bool = True) -> None:
+    def __init__(
+        self, model: nn.Module, plans: list[ParameterPlan], *, mixed: Container[int] = (), may_be_wrapped: bool = True
+    ) -> None:
         self._model = weakref.ref(model)
         self.label = f"a {type(model).__name__} ({len(plans)} parameters, {plans[0].name!r} first)"
         self._plans = {id(plan.parameter): plan for plan in plans}
@@ -78,6 +83,7 @@ class AttachedParameters:
         self._has_warned = False
         self._was_compiled = is_compiled_whole(model)
         self._may_be_wrapped = may_be_wrapped
+        self._mixed, self._has_told_of_masks, self._has_told_of_hooks = mixed, False, False
 
     def check(self) -> None:
         """See that the attached parameters are still the model's; now and then, that it has no others.
@@ -87,7 +93,8 @@ class AttachedParameters:
                 DistributedDataParallel has been put around them since.
 
         Warns:
-            GradlrWarning: the model has trainable parameters that are not attached, or is compiled as a whole (once each).
+            GradlrWarning: the model has trainable parameters that are not attached, is compiled as a whole, is pruned, or has
+                hooks that find no gradient (once each).
         """
         self._require_same()
         model = self._model()
@@ -103,6 +110,11 @@ class AttachedParameters:
             warn(COMPILED_WHOLE)
         if not self._has_warned:
             self._warn_of_unattached(model)
+        if not self._has_told_of_masks and (message := pruned_message(model, self._mixed)):
+            self._has_told_of_masks = True
+            warn(message)
+        if not self._has_told_of_hooks:
+            self._warn_of_later_hooks()
 
     def _require_same(self) -> None:
         # At every loss: two loops over what was noted, without a call for each parameter.
@@ -143,6 +155,22 @@ class AttachedParameters:
                 f"{len(unattached)} trainable parameters of the model are not attached ({unattached[0]!r} first) and will not be "
                 "updated: they were frozen or not there when attach was called. Call opt.detach() and attach again"
             )
+
+    def _warn_of_later_hooks(self) -> None:
+        # Hooks are called in the order in which they were registered, and the optimizer's own has taken the gradient by then.
+        late = [plan.name for plan in self._plans.values() if _has_hook_behind_ours(plan.parameter)]
+        if late:
+            self._has_told_of_hooks = True
+            warn(
+                f"{len(late)} parameters ({late[0]!r} first) have post-accumulate hooks that were registered after attach: they "
+                "find .grad None, since gradlr's hook has taken the gradient. Register them before attaching, or use "
+                "parameter.register_hook, which sees the gradient before"
+            )
+
+
+def _has_hook_behind_ours(parameter: Tensor) -> bool:
+    hooks = list((parameter._post_accumulate_grad_hooks or {}).values())
+    return bool(hooks) and getattr(hooks[-1], "__module__", "") != "gradlr.capture.hook"
 
 
 COMPILED_WHOLE = (

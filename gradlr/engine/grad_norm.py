@@ -22,7 +22,7 @@ _RATIO_RTOL = 1e-3
 class GradNormProxy:
     """Keeps the global norm of all gradients that wait as the `.grad` of one extra parameter of the optimizer.
 
-    That parameter, whose two elements have the length of the norm, is all that `GradScaler.unscale_`, `GradScaler.step` and
+    That parameter, whose two rows have the length of the norm, is all that `GradScaler.unscale_`, `GradScaler.step` and
     `clip_grad_norm_` over the optimizer's parameters see: they find the true norm there (NaN where a gradient is not finite),
     scale it, and what they have multiplied it with is read off at the next gradient or at `step()`, and applied to the gradients
     themselves.
@@ -36,7 +36,8 @@ class GradNormProxy:
     """
 
     def __init__(self, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._shares = torch.tensor(_SHARES, dtype=dtype, device=device)
+        # Rows, which what clips each row by itself (timm's adaptive clipping) treats unlike each other.
+        self._shares = torch.tensor(_SHARES, dtype=dtype, device=device).unsqueeze(-1)
         self.parameter = nn.Parameter(torch.zeros_like(self._shares), requires_grad=False)
         self._norm = torch.zeros((), dtype=dtype, device=device)
         self._version = 0
@@ -91,10 +92,10 @@ class GradNormProxy:
         """What has become of both elements, (2,)."""
         grad = self.parameter.grad
         if grad is None or self._total is None:
-            return torch.ones_like(self._shares)
+            return torch.ones_like(self._shares).squeeze(-1)
         # A norm of zero, or one that has overflowed, tells nothing.
         is_telling = (self._norm > 0) & self._norm.isfinite()
-        return torch.where(is_telling, grad / (self._norm * self._shares), torch.ones_like(grad))
+        return torch.where(is_telling, grad / (self._norm * self._shares), torch.ones_like(grad)).squeeze(-1)
 
     def factor(self) -> Tensor:
         """What the gradients are to be multiplied with, 0-dim: 1, or what a scaler or clipping has done to the norm."""

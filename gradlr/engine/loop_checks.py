@@ -94,7 +94,7 @@ class LoopChecks:
                 "after backward"
             )
         if self._is_immediate and tracker.is_old and self.changed:
-            self._warn_once("graph", _old_graph_message(tracker.count, self.changed))
+            self.warn_once("graph", _old_graph_message(tracker.count, self.changed))
         self.changed.clear()
 
     def on_backward(self, scale: Tensor) -> None:
@@ -141,7 +141,7 @@ class LoopChecks:
                 "otherwise show every loss to the tracker before its backward: tracker(loss).backward()",
             )  # fmt: skip
         if self._is_immediate and not tracker.has_gradient and _graph_task() != -1 and _keeps_graph():
-            self._warn_once("graph", _kept_graph_message(tracker.count))
+            self.warn_once("graph", _kept_graph_message(tracker.count))
         tracker.has_gradient = True
         if tracker.watch_backward() and (others := others_in_backward(tracker)):
             if self._is_immediate:
@@ -187,15 +187,15 @@ class LoopChecks:
         if not losses and not tracker.has_gradient:
             self._require_gradient(has_losses=tracker.serial != stepped)
         if pending and others:
-            self._warn_once("others", _of_others_message(list(others.values())))
+            self.warn_once("others", _of_others_message(list(others.values())))
         elif pending and tracker.serial == stepped:
-            self._warn_once(
+            self.warn_once(
                 "not shown",
                 f"opt.step() writes gradients of a loss that the tracker was not shown; the last one it saw was number "
                 f"{tracker.count}, so the rank follows that. Write tracker(loss).backward() for every loss",
             )
         if self._is_immediate and losses > 1:
-            self._warn_once(
+            self.warn_once(
                 "several",
                 f"{losses} backward passes have each updated the weights since the last opt.step(). If they were meant to "
                 'accumulate into one step, attach with apply="step"',
@@ -270,7 +270,8 @@ class LoopChecks:
             "gradient. Was the loss computed with this very model (not a copy), outside torch.no_grad() and without detach()?"
         )
 
-    def _warn_once(self, kind: str, message: str) -> None:
+    def warn_once(self, kind: str, message: str) -> None:
+        """Warn of one kind of trouble, once."""
         if kind not in self._told:
             self._told.add(kind)
             warn(message)

@@ -96,9 +96,9 @@ class Pending:
         """
         if not self.skipped.look(self.norm_proxy.is_even(), lambda: "value clipping"):
             raise ArgumentError(
-                "gradients were clipped by value (clip_grad_value_?) over opt.param_groups: what waits for step() is a sketch, "
-                "whose entries are not the gradient's. Clip by norm instead: torch.nn.utils.clip_grad_norm_, or max_grad_norm= "
-                "of attach. What waited for this step is dropped"
+                "gradients were clipped by value, or row by row (clip_grad_value_, adaptive_clip_grad?), over opt.param_groups: "
+                "what waits for step() is a sketch, whose entries are not the gradient's. Clip by norm instead: "
+                "torch.nn.utils.clip_grad_norm_, or max_grad_norm= of attach. What waited for this step is dropped"
             )
         return self.norm_proxy.factor()
 

@@ -161,6 +161,21 @@ class CommitPolicy:
         for record in records:
             self.pending.drop(record)
 
+    def taken(self, parameters: Sequence[Tensor]) -> list[str]:
+        """Names of those whose gradient backward has taken, so that who looks for it in `.grad` finds none.
+
+        None where the norm of what waits is among them.
+        """
+        if any(parameter is self.pending.norm_proxy.parameter for parameter in parameters):
+            return []
+        records = [self.store.by_id[id(one)] for one in parameters if id(one) in self.store.by_id and one.grad is None]
+        is_applied = self.refuses_written  # in backward; else it waits
+        return [
+            record.plan.name
+            for record in records
+            if record.index in self.pending.gradients or (is_applied and record.last_loss == self.tracker.serial)
+        ]
+
     def reset(self) -> None:
         """The error or warning at hand says what happened: the next loss begins afresh."""
         self.skipped.clear()

@@ -130,6 +130,8 @@ class Rule:
             say nothing, and what waits for `opt.step()` is the gradient itself.
         accepts_row_factors: Whether such a rule works row by row with `row_energies` and `scaled_rows`, so that it takes the
             `RowSparse` of an embedding and the `OuterProduct` gradient of a head as they are.
+        keeps_zeros: Whether entries that are zero in the gradient are zero in the update, as they are with elementwise rules:
+            masks of single weights need that.
         carries_nonfinite: Whether NaN and infinity anywhere in the gradient always show in the update, or in its `check`: then
             nobody looks at the gradient before, and `update` may be handed one that is not finite.
         pads_rank: Whether columns of zeros among the random ones lower the rank, so that one compiled graph serves all ranks.
@@ -143,6 +145,7 @@ class Rule:
     is_elementwise = False
     has_rank = True
     accepts_row_factors = False
+    keeps_zeros = False
     carries_nonfinite = False
     pads_rank = False
     supports_sharding = False

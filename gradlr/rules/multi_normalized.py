@@ -22,6 +22,7 @@ class MultiNormalized(Rule):
 
     name = "multi_normalized"
     has_rank = False
+    keeps_zeros = True
     carries_nonfinite = True
     supports_sharding = True
 

@@ -134,10 +134,9 @@ def test_what_a_module_dropped_counts_as_after_the_optimizers_own_zero_grad():
 
 @CLASSES
 def test_torchs_methods_are_back_after_the_last_detach():
-    _, _, plain = attached()
-    assert is_torchs_own()  # where backward updates, nothing waits
+    assert is_torchs_own()
     _, _, one = attached(apply="step")
-    _, _, other = attached(apply="step")
+    _, _, other = attached()
     one.detach()
     one.detach()
     assert not is_torchs_own() and nn.Module.zero_grad.__doc__ == TORCHS[0].__doc__
