@@ -15,7 +15,9 @@ from .record import ParamRecord
 
 # More micro-batches than anybody accumulates into one step.
 _MANY_LOSSES = 256
-_graph_task, _keeps_graph = torch._C._current_graph_task_id, torch._C._autograd._get_current_graph_task_keep_graph
+# Not everywhere, as it is not public: where it is missing, nothing is told.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", bool)
+_graph_task = torch._C._current_graph_task_id
 _SKIP_ADVICE = "Skip batches whose loss is not finite before backward, lower lr, or look for an overflow in the forward pass"
 
 

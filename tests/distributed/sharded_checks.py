@@ -583,6 +583,27 @@ def a_model_is_attached_again_after_detach(rank, size):
     train(model, tracker, opt, 1, part=share_of(rank, size))
 
 
+@check(2)
+def gradients_by_hand_and_zero_grad_of_the_model_or_a_layer(rank, size):
+    """Shards that are written into `.grad`, beside the whole gradients in one process."""
+    model, reference = shard(net()), net()
+    tracker, opt = attach(model, apply="step", momentum_rank=0)
+    reference_tracker, reference_opt = attach_alone(reference, apply="step", momentum_rank=0)
+    tracker(loss_of(model, tokens_of(0)[share_of(rank, size)])).backward()
+    model.up.zero_grad()
+    assert len(opt.pending) == len(opt.records) - 2
+    model.zero_grad()
+    assert len(opt.pending) == 0
+    for one, show, optimizer in ((model, tracker, opt), (reference, reference_tracker, reference_opt)):
+        show(1.0)
+        for parameter in one.parameters():
+            parameter.grad = parameter.detach().clone()
+        optimizer.step()
+        assert all(parameter.grad is None for parameter in one.parameters())
+    assert_like(model, reference)
+    assert math.isclose(opt.grad_norm, reference_opt.grad_norm, rel_tol=1e-6)
+
+
 @check(4)
 def a_killed_process_ends_the_others(rank, size):
     """In the middle of a step; last of all checks, since the group is broken afterwards."""
@@ -590,6 +611,7 @@ def a_killed_process_ends_the_others(rank, size):
     tracker, opt = attach(model, apply="step")
     train(model, tracker, opt, 1, part=share_of(rank, size))
     if rank == 1:
+        warnings.filterwarnings("ignore", ".*have post-accumulate hooks", gradlr.GradlrWarning)
         model.up.weight.register_post_accumulate_grad_hook(lambda parameter: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises((gradlr.ParallelError, RuntimeError)):
         train(model, tracker, opt, 1, part=share_of(rank, size), start=1)
