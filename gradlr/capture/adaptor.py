@@ -129,8 +129,9 @@ def _destination(weight: Tensor, how: TakenWeight) -> str:
         return "returned"
     if not is_accumulated:
         return "nowhere"
-    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one.
-    is_ours = taken.get(weight) is how and not torch.is_grad_enabled()
+    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one; a hook
+    # of somebody's that came since then wants to see it.
+    is_ours = taken.get(weight) is how and not torch.is_grad_enabled() and not weight._backward_hooks
     return "optimizer" if is_ours else "returned"
 
 
@@ -149,9 +150,9 @@ def _saved(ctx) -> tuple[Tensor, ...]:
 
 def _input_not_kept(shape: torch.Size) -> BackwardError:
     return BackwardError(
-        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, create_graph=True, or "
-        'opt.detach() since the forward), but capture="one_sided" keeps only the projection of the layer\'s input: attach with '
-        'capture="adaptor", or detach before the forward. Nothing was changed by this layer'
+        f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, create_graph=True, "
+        'opt.detach() or register_hook since the forward), but capture="one_sided" keeps only the projection of the layer\'s '
+        'input: attach with capture="adaptor", or detach before the forward. Nothing was changed by this layer'
     )
 
 

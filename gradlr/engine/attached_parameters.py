@@ -68,6 +68,7 @@ class AttachedParameters:
         self.label = f"a {type(model).__name__} ({len(plans)} parameters, {plans[0].name!r} first)"
         self._plans = {id(plan.parameter): plan for plan in plans}
         self._forms = [(plan, plan.parameter.shape, plan.parameter.dtype, plan.parameter.device) for plan in plans]
+        self._hook_counts = [(plan, _hook_count(plan.parameter)) for plan in plans]  # before the optimizer's own
         # A container made for the call may be gone soon; the modules that own the parameters live as long as those matter.
         self._owners = [
             (weakref.ref(module), name, parameter)
@@ -158,7 +159,7 @@ class AttachedParameters:
 
     def _warn_of_later_hooks(self) -> None:
         # Hooks are called in the order in which they were registered, and the optimizer's own has taken the gradient by then.
-        late = [plan.name for plan in self._plans.values() if _has_hook_behind_ours(plan.parameter)]
+        late = [plan.name for plan, count in self._hook_counts if _hook_count(plan.parameter) > count + 1]
         if late:
             self._has_told_of_hooks = True
             warn(
@@ -168,9 +169,8 @@ class AttachedParameters:
             )
 
 
-def _has_hook_behind_ours(parameter: Tensor) -> bool:
-    hooks = list((parameter._post_accumulate_grad_hooks or {}).values())
-    return bool(hooks) and getattr(hooks[-1], "__module__", "") != "gradlr.capture.hook"
+def _hook_count(parameter: Tensor) -> int:
+    return len(parameter._post_accumulate_grad_hooks or ())
 
 
 COMPILED_WHOLE = (

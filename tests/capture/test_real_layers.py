@@ -151,6 +151,32 @@ def test_a_hook_on_a_weight_sees_and_changes_its_gradient(is_late, capture):
     torch.testing.assert_close(*results, rtol=0, atol=1e-12)
 
 
+@QUIET
+def test_a_hook_that_comes_between_forward_and_backward_fires():
+    results = []
+    for capture in ("hook", "adaptor"):
+        torch.manual_seed(0)
+        layer, seen = nn.Linear(16, 8, dtype=torch.float64), []
+        _, tracker, opt = attached(layer, capture=capture, **PLAIN)
+        loss = tracker(layer(torch.randn(5, 16, dtype=torch.float64)).square().mean())
+        layer.weight.register_hook(lambda gradient, seen=seen: seen.append(gradient.clone()))
+        loss.backward()
+        results.append([layer.weight.detach(), *seen])
+    assert len(results[0]) == 2
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@QUIET
+def test_a_hook_that_comes_after_a_forward_that_kept_no_input_is_told():
+    layer = nn.Linear(16, 8)
+    _, tracker, _ = attached(layer, capture="one_sided", **PLAIN)
+    loss = tracker(layer(torch.randn(5, 16)).square().mean())
+    layer.weight.register_hook(lambda gradient: None)
+    with pytest.raises(gradlr.BackwardError, match='register_hook since the forward.*capture="adaptor"'):
+        loss.backward()
+
+
 def test_a_module_with_an_attribute_called_original_is_no_layer_of_ours():
     class Odd(nn.Module):
         original = True
