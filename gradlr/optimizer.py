@@ -187,7 +187,7 @@ class GradLR(torch.optim.Optimizer):
         return result
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop what is pending, as every optimizer drops its gradients; `.grad` is None already.
+        """Drop what is pending, as every optimizer drops its gradients, and what somebody has written into `.grad`.
 
         Where a gradient was not finite, the step that this ends counts as skipped: so it is after `GradScaler.step`.
         """

@@ -129,8 +129,8 @@ def _destination(weight: Tensor, how: TakenWeight) -> str:
         return "returned"
     if not is_accumulated:
         return "nowhere"
-    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one; a hook
-    # of somebody's that came since then wants to see it.
+    # Under create_graph the gradient must be differentiable; a hook takes it. Detached since forward, it is an ordinary one; a
+    # hook of somebody's that came since then wants to see it.
     is_ours = taken.get(weight) is how and not torch.is_grad_enabled() and not weight._backward_hooks
     return "optimizer" if is_ours else "returned"
 

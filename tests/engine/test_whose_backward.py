@@ -176,6 +176,28 @@ def test_gradients_asked_for_of_a_kept_graph_change_no_weight():
     opt.step()
 
 
+@pytest.mark.parametrize("apply", ["backward", "step"])
+def test_a_gradient_penalty_keeps_no_graph(apply):
+    """WGAN-GP: the penalty's own gradient is asked for with create_graph, inside the loss."""
+    results = []
+    for is_explicit in (False, True):
+        critic, tracker, opt = attached(mlp(dtype=torch.float64), apply=apply)
+        for _ in range(2):
+            x = batch().double().requires_grad_()
+            score = critic(x).sum()
+            (slope,) = torch.autograd.grad(score, x, create_graph=True)
+            loss = score + (slope.norm(dim=1) - 1).square().mean()
+            if is_explicit:
+                gradients = torch.autograd.grad(loss, list(critic.parameters()))
+                pairs = zip(critic.parameters(), gradients, strict=True)
+                loss = sum((parameter * gradient).sum() for parameter, gradient in pairs)
+            tracker(loss).backward()
+            opt.step()
+        results.append(weights(critic))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
 def test_the_next_loss_is_no_old_one():
     model, tracker, opt = attached()
     for _ in range(2):

@@ -151,7 +151,8 @@ def test_step_sums_what_was_there_before_backward_as_torch_does():
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)  # summed in another order
 
 
-def test_some_parameters_by_hand_and_others_by_backward_clipped_and_scaled_together():
+@pytest.mark.parametrize("is_scaled", [True, False])
+def test_some_parameters_by_hand_and_others_by_backward_clipped_and_scaled_together(is_scaled):
     """Torch's own tools see both over the optimizer's parameters: the gradients themselves, and the norm of what waits."""
     results = []
     for is_split in (True, False):
@@ -163,10 +164,12 @@ def test_some_parameters_by_hand_and_others_by_backward_clipped_and_scaled_toget
             if is_split:
                 by_hand = gradients_of(loss, model[0], retain_graph=True)
                 loss.backward(inputs=list(model[2].parameters()))
-                write(model[0], by_hand)
+                write(model[0], by_hand) if is_scaled else None
             else:
                 loss.backward()
             scaler.unscale_(opt)
+            if is_split and not is_scaled:  # what is written after unscaling is taken as it is
+                write(model[0], [gradient / 1024.0 for gradient in by_hand])
             held = [parameter for group in opt.param_groups for parameter in group["params"]]
             norm = nn.utils.clip_grad_norm_(held, 1e-3)
             assert norm > 2e-3

@@ -92,6 +92,13 @@ def test_the_generators_gradients_do_not_train_the_discriminator(drop):
     assert all(torch.equal(one, other) for one, other in zip(dcgan(drop), expected, strict=True))
 
 
+def test_adversaries_where_backward_updates():
+    """The same loop with one backward for D, and D frozen for G's."""
+    G, D = adversaries()  # noqa: N806
+    trained = dcgan(DROPS["module"], freezes=True, apply="backward")
+    assert not any(torch.equal(one, other) for one, other in zip(trained, [*weights(G), *weights(D)], strict=True))
+
+
 @pytest.mark.parametrize("drop", DROPS.values(), ids=DROPS)
 def test_what_waits_for_other_parameters_stays(drop):
     model, tracker, opt = attached(mlp(64), apply="step", max_grad_norm=1.0)
