@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from ..errors import BackwardError, LossError, ParallelError
+from ..errors import LossError, ParallelError
 from ..gradient import GradientOperator
 from ..tensors import is_async
 from .commit import Prepared
-from .policy import CommitPolicy
+from .policy import CommitPolicy, require_use_for
 from .record import ParamRecord
 
 
@@ -70,14 +70,7 @@ class AtStep(CommitPolicy):
                 "loaded: before opt.step(), show it the loss that the gradient is of, tracker(loss), of which a number will do. "
                 "Nothing was changed"
             )
-        if twice := [record.plan.name for record in written if record.index in self.pending.gradients]:
-            raise BackwardError(
-                f"{twice[0]!r} has a gradient that waits since backward, and another one that somebody wrote into .grad "
-                f"({len(twice)} parameters in all). In torch the second would have taken the first one's place, or been made of "
-                "it; here .grad is None after backward, since what waits is a sketch. Take gradients that you want to change "
-                "with torch.autograd.grad(loss, parameters), write them into .grad and call opt.step(); or call opt.zero_grad() "
-                "before writing. Both are dropped"
-            )
+        require_use_for(written, self)
         # A scaler or clipping over the optimizer's parameters has seen these themselves, beside the norm of what waits.
         self.pending.settle()
         for record in written:

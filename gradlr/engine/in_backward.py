@@ -6,7 +6,7 @@ import torch
 
 from ..gradient import GradientOperator
 from ..tensors import is_async
-from .policy import CommitPolicy, written_error
+from .policy import CommitPolicy, require_use_for
 from .record import ParamRecord
 
 
@@ -37,7 +37,7 @@ class InBackward(CommitPolicy):
 
     def step(self) -> None:
         """There is nothing left to do but to see that all is well."""
-        if any(record.plan.parameter.grad is not None for record in self.store.records):
+        if written := [record for record in self.store.records if record.plan.parameter.grad is not None]:
             self.committer.changed.clear()  # by their own backward, which is through
-            raise written_error(self.store.records)
+            require_use_for(written, self)
         self.checks.on_step(pending=0)

@@ -84,8 +84,8 @@ class CommitPolicy:
         if tracker.open_backwards:
             self.reset()
         self.attached.check()
-        if self.refuses_written and any(record.plan.parameter.grad is not None for record in self.store.records):
-            raise written_error(self.store.records)
+        if self.refuses_written and (written := [one for one in self.store.records if one.plan.parameter.grad is not None]):
+            require_use_for(written, self)
         self._bad_loss = self.sync.on_loss(tracker, self.store)
         if self.sync.ranks_follow == "loss":
             self._follow_loss()
@@ -111,8 +111,8 @@ class CommitPolicy:
         """Backward has reached the loss; `scale` is d(total)/d(loss)."""
         self.checks.on_backward(scale)
         # Autograd would add to it, and the hook see the sum.
-        if self.refuses_written and any(record.plan.parameter.grad is not None for record in self.store.records):
-            raise written_error(self.store.records)
+        if written := [record for record in self.store.records if record.plan.parameter.grad is not None]:
+            require_use_for(written, self)
         if self._bad_loss is not None:
             # Everything that this backward brings is left out; where it brings nothing, it was another optimizer's.
             self._bad_backward = torch._C._current_graph_task_id(), self._bad_loss
@@ -193,13 +193,31 @@ class CommitPolicy:
         self.checks.forget()
 
 
-def written_error(records: Sequence[ParamRecord]) -> BackwardError:
+def require_use_for(written: Sequence[ParamRecord], policy: CommitPolicy) -> None:
+    """Raise a BackwardError where gradients that somebody has written into `.grad` cannot be taken."""
+    if policy.refuses_written:
+        raise _written_error(written)
+    if twice := [record for record in written if record.index in policy.pending.gradients]:
+        raise _written_twice_error(twice)
+
+
+def _written_twice_error(twice: Sequence[ParamRecord]) -> BackwardError:
+    """Somebody has written gradients into `.grad` of parameters whose own gradients wait."""
+    return BackwardError(
+        f"{twice[0].plan.name!r} has a gradient that waits since backward, and another one that somebody wrote into .grad "
+        f"({len(twice)} parameters in all). In torch the second would have taken the first one's place, or been made of it; here "
+        ".grad is None after backward, since what waits is a sketch. Take gradients that you want to change with "
+        "torch.autograd.grad(loss, parameters), write them into .grad and call opt.step(); or call opt.zero_grad() before "
+        "writing. Both are dropped"
+    )
+
+
+def _written_error(written: Sequence[ParamRecord]) -> BackwardError:
     """Somebody has written gradients into `.grad`, where nothing takes them."""
-    written = [record.plan.name for record in records if record.plan.parameter.grad is not None]
     plural = "s hold gradients" if len(written) > 1 else " holds a gradient"
     return BackwardError(
-        f"{len(written)} parameter{plural} ({written[0]!r} first) that no backward has left in .grad, since each takes its own "
-        'along: somebody wrote it there, and with apply="backward" it would reach no weight, or join an update that is not its '
-        'own. Attach with apply="step", where what .grad holds is taken at opt.step() as any other gradient; or drop it with '
-        "opt.zero_grad()"
+        f"{len(written)} parameter{plural} ({written[0].plan.name!r} first) that no backward has left in .grad, since each takes "
+        'its own along: somebody wrote it there, and with apply="backward" it would reach no weight, or join an update that is '
+        'not its own. Attach with apply="step", where what .grad holds is taken at opt.step() as any other gradient; or drop it '
+        "with opt.zero_grad()"
     )

@@ -231,6 +231,20 @@ def test_a_gradient_by_hand_beside_one_that_waits_is_told():
     train_one(model, tracker, opt)
 
 
+def test_a_gradient_by_hand_between_two_backwards_is_told():
+    """In torch it would have taken the place of what the first one brought."""
+    model, tracker, opt = attached(wide(), apply="step")
+    before = weights(model)
+    tracker(task(model, 0)).backward()
+    loss = tracker(task(model, 1))
+    model[2].weight.grad = torch.zeros_like(model[2].weight)
+    with pytest.raises(BackwardError, match="'2.weight' has a gradient that waits.*1 parameters"):
+        loss.backward()
+    opt.zero_grad()
+    assert is_unchanged(model, before)
+    train_one(model, tracker, opt)
+
+
 def train_one(model, tracker, opt):
     before = weights(model)
     tracker(task(model, 1)).backward()
