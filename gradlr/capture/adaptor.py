@@ -151,7 +151,7 @@ def _saved(ctx) -> tuple[Tensor, ...]:
 def _input_not_kept(shape: torch.Size) -> BackwardError:
     return BackwardError(
         f"the gradient of a weight of shape {tuple(shape)} was asked for itself (torch.autograd.grad, create_graph=True, "
-        'opt.detach() or register_hook since the forward), but capture="one_sided" keeps only the projection of the layer\'s '
+        'register_hook or opt.detach() since the forward), but capture="one_sided" keeps only the projection of the layer\'s '
         'input: attach with capture="adaptor", or detach before the forward. Nothing was changed by this layer'
     )
 

@@ -130,6 +130,8 @@ class Pending:
             del self.gradients[record.index]
             self._blank.pop(record.index, None)
             self.norm_proxy.forget(record.index)
+            if not self.gradients:
+                self.clear()
 
     def clear(self) -> None:
         """Drop everything."""
