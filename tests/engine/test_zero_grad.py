@@ -220,3 +220,16 @@ def test_detach_after_zero_grad_drops_nothing():
     tracker(loss_of(model)).backward()
     model.zero_grad()
     opt.detach()
+
+
+def test_the_norm_is_shown_once_after_a_module_has_dropped_all_that_waited():
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    tracker = gradlr.LossTracker()
+    opt = gradlr.attach(model, tracker, apply="step")
+    count = len(opt.param_groups[-1]["params"])
+    tracker(model(torch.ones(2, 4)).square().mean()).backward()
+    model.zero_grad()
+    assert len(opt.param_groups[-1]["params"]) == count
+    tracker(model(torch.ones(2, 4)).square().mean()).backward()
+    assert len(opt.param_groups[-1]["params"]) == count + 1
