@@ -11,43 +11,47 @@ In manual optimization, show the loss yourself: `self.manual_backward(self.optim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
 import lightning
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from ..errors import ArgumentError, AttachError
+from ..errors import ArgumentError, AttachError, warn
 from ..optimizer import GradLR
 
 
 class ShowLosses(lightning.Callback):
     """Shows what `training_step` returns to the tracker, undivided by `accumulate_grad_batches`; detaches when `fit` ends.
 
+    From the beginning of `fit` on, so that tuners and finders, which train before it trains, are shown as well. A checkpoint that
+    Lightning writes within an accumulation window is written without the gradients that wait.
+
     Raises (when training begins):
         ArgumentError: no optimizer came from `gradlr.attach`; one updates in backward while Lightning accumulates or clips; or
             gradients should be clipped by value.
         AttachError: several devices.
+
+    Warns:
+        GradlrWarning: a checkpoint leaves out gradients that wait.
     """
 
-    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Look at the trainer's options, and put the tracker behind `training_step`."""
-        attached = _attached(trainer)
-        _require_fit(trainer, attached)
-        if not pl_module.automatic_optimization:
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Put the tracker behind `training_step`, and gradlr's own optimizers behind `optimizers()` and checkpoints."""
+        if stage != "fit":
             return
-        tracker, training_step = attached[0].tracker, pl_module.training_step
+        # In front of the classes' own, until they are given back.
+        pl_module.__dict__["optimizers"] = _alive(pl_module.optimizers)
+        trainer.strategy.__dict__["optimizer_state"] = _without_waiting(trainer.strategy.optimizer_state)
+        if pl_module.automatic_optimization:
+            pl_module.__dict__["training_step"] = _shown(pl_module.training_step, trainer)
 
-        @wraps(training_step)
-        def shown(*args: Any, **kwargs: Any) -> Any:
-            output = training_step(*args, **kwargs)
-            loss = output.get("loss") if isinstance(output, Mapping) else output
-            if loss is not None:
-                tracker(loss)
-            return output
-
-        pl_module.__dict__["training_step"] = shown  # in front of the class' own, until it is given back
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Look at the trainer's options."""
+        _require_fit(trainer, _attached(trainer))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Count steps from where a checkpoint has left off."""
@@ -65,12 +69,77 @@ class ShowLosses(lightning.Callback):
             _give_back(trainer, pl_module)
 
     def on_exception(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException) -> None:
-        """The same, where `fit` ends by an exception."""
+        """The same, where `fit` ends by an exception: what waits for a step is dropped with it."""
+        for opt in _attached(trainer):
+            opt.zero_grad()
         _give_back(trainer, pl_module)
+
+
+def _shown(training_step: Any, trainer: lightning.Trainer) -> Any:
+    @wraps(training_step)
+    def shown(*args: Any, **kwargs: Any) -> Any:
+        output = training_step(*args, **kwargs)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if loss is not None:
+            attached = _attached(trainer)
+            _require_attached(trainer, attached)
+            attached[0].tracker(loss)
+        return output
+
+    return shown
+
+
+def _alive(optimizers: Any) -> Any:
+    """`LightningModule.optimizers`, whose wrappers run gradlr's methods on themselves: what these set, the optimizer has not."""
+
+    @wraps(optimizers)
+    def alive(*args: Any, **kwargs: Any) -> Any:
+        wrapped = optimizers(*args, **kwargs)
+        for wrapper in wrapped if isinstance(wrapped, list) else [wrapped]:
+            if isinstance(wrapper, LightningOptimizer) and isinstance(wrapper.optimizer, GradLR):
+                own = wrapper.optimizer
+                methods = {name for name in dir(GradLR) if not name.startswith("_")} - set(dir(LightningOptimizer))
+                wrapper.__dict__ |= {name: getattr(own, name) for name in methods if callable(getattr(GradLR, name))}
+                wrapper.__dict__["_is_built"] = True  # of the class, it would be False
+        return wrapped
+
+    return alive
+
+
+def _without_waiting(optimizer_state: Any) -> Any:
+    """`Strategy.optimizer_state`, which saves the optimizer as it was before the window of accumulation under way."""
+
+    @wraps(optimizer_state)
+    def saved(optimizer: Any) -> Any:
+        own = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+        if not isinstance(own, GradLR):
+            return optimizer_state(own)
+        with _set_aside(own):
+            return optimizer_state(own)
+
+    return saved
+
+
+@contextmanager
+def _set_aside(optimizer: GradLR) -> Iterator[None]:
+    pending = optimizer.pending
+    waiting, pending.gradients = pending.gradients, {}
+    if waiting:
+        warn(
+            f"a checkpoint is saved while the gradients of {len(waiting)} parameters wait for step() and are left out: a run "
+            "that goes on from it takes its first step from the window's other batches. To save between steps, let "
+            "accumulate_grad_batches divide the number of batches between two checkpoints or validations"
+        )
+    try:
+        yield
+    finally:
+        pending.gradients = waiting
 
 
 def _give_back(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
     pl_module.__dict__.pop("training_step", None)
+    pl_module.__dict__.pop("optimizers", None)
+    trainer.strategy.__dict__.pop("optimizer_state", None)
     for opt in _attached(trainer):
         opt.detach()
 
@@ -79,10 +148,14 @@ def _attached(trainer: lightning.Trainer) -> list[GradLR]:
     return [opt for opt in trainer.optimizers if isinstance(opt, GradLR)]
 
 
-def _require_fit(trainer: lightning.Trainer, attached: list[GradLR]) -> None:
+def _require_attached(trainer: lightning.Trainer, attached: list[GradLR]) -> None:
     if not attached:
         kinds = ", ".join(type(opt).__name__ for opt in trainer.optimizers) or "nothing"
         raise ArgumentError(f"ShowLosses: configure_optimizers returned {kinds}; return what gradlr.attach returns")
+
+
+def _require_fit(trainer: lightning.Trainer, attached: list[GradLR]) -> None:
+    _require_attached(trainer, attached)
     if not isinstance(trainer.strategy, SingleDeviceStrategy):
         strategy = type(trainer.strategy).__name__
         raise AttachError(

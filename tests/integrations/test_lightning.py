@@ -3,13 +3,15 @@
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import BaseFinetuning, BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.tuner import Tuner
 from models import mlp, regression
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradlr
-from gradlr import ArgumentError, AttachError
+from gradlr import ArgumentError, AttachError, GradlrWarning
 from gradlr.integrations.lightning import ShowLosses
 from gradlr.rules import LowRankPolar
 
@@ -251,3 +253,198 @@ def test_several_devices_are_refused():
 
     with pytest.raises(AttachError, match="DDPStrategy"):
         ShowLosses().on_fit_start(Two(), Regression())
+
+
+class Tunable(Regression):
+    """With the attributes that tuners set, and a loader of its own."""
+
+    def __init__(self, options=PLAIN, **kwargs):
+        super().__init__(options, **kwargs)
+        self.lr, self.batch_size, self.tried = 1e-2, 4, []
+
+    def configure_optimizers(self):
+        self.options = {**self.options, "lr": self.lr}
+        return super().configure_optimizers()
+
+    def train_dataloader(self):
+        return loader(self.batch_size)
+
+    def training_step(self, batch, index):
+        self.tried.append(len(batch[0]))
+        return super().training_step(batch, index)
+
+
+FINDING = {"num_training_steps": 6, "min_lr": 1e-4, "max_lr": 1e-1, "early_stop_threshold": None}
+
+
+def assert_trains_as_if_nothing_was_found(module, trainer, found, **options):
+    """The finder has left weights, state and losses as they were: the rest is a plain fit with what it found."""
+    plain = Tunable(**options)
+    plain.lr, plain.batch_size = found
+    again = trainer_of(trainer.default_root_dir, accumulate_grad_batches=trainer.accumulate_grad_batches)
+    again.fit(plain)
+    assert_same(weights(module), weights(plain))
+    assert trainer.optimizers[0].tracker.history == again.optimizers[0].tracker.history == plain.losses
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_the_tuner_finds_a_rate(tmp_path, accumulated):
+    module, trainer = Tunable(), trainer_of(tmp_path, accumulate_grad_batches=accumulated)
+    before = weights(module)
+    finder = Tuner(trainer).lr_find(module, num_training=3, early_stop_threshold=None, update_attr=False)
+    assert len(finder.results["loss"]) == 3 and len(module.losses) == 3 * accumulated
+    assert_same(before, weights(module))
+    assert {"training_step", "optimizers"}.isdisjoint(vars(module)) and "optimizer_state" not in vars(trainer.strategy)
+    trainer.fit(module)
+    assert_trains_as_if_nothing_was_found(module, trainer, (1e-2, 4))
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_finder_among_the_callbacks_may_stand_before_or_behind(tmp_path, is_first):
+    """Before this callback it trains as soon as `fit` starts."""
+    finder, quiet = LearningRateFinder(**FINDING, update_attr=False), {"enable_checkpointing": False, "logger": False}
+    callbacks = [finder, ShowLosses()] if is_first else [ShowLosses(), finder]
+    module = Tunable()
+    trainer = lightning.Trainer(
+        default_root_dir=str(tmp_path), callbacks=callbacks, accelerator="cpu", max_epochs=1, enable_progress_bar=False,
+        enable_model_summary=False, **quiet,
+    )  # fmt: skip
+    trainer.fit(module)
+    assert len(module.losses) == 6 + 16
+    assert_trains_as_if_nothing_was_found(module, trainer, (1e-2, 4))
+
+
+@pytest.mark.parametrize("apply", ["step", "backward"])
+def test_the_batch_size_that_fits_is_found(tmp_path, apply):
+    class Small(Tunable):
+        def loss_of(self, batch):
+            loss = super().loss_of(batch)
+            if len(batch[0]) > 16:
+                loss.register_hook(no_memory)
+            return loss
+
+    def no_memory(gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    options = {**PLAIN, "apply": apply}
+    module, finder = Small(options), BatchSizeFinder(steps_per_trial=2, init_val=4)
+    trainer = trainer_of(tmp_path, callbacks=[finder])
+    trainer.fit(module)
+    assert finder.optimal_batch_size == module.batch_size == 16 and max(module.tried) == 32
+    assert_trains_as_if_nothing_was_found(module, trainer, (1e-2, 16), options=options)
+
+
+class SaveAt(lightning.Callback):
+    """What ModelCheckpoint does after some minutes, wherever training is."""
+
+    def __init__(self, path, batch):
+        self.path, self.batch = path, batch
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == self.batch:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+def test_a_checkpoint_within_a_window_leaves_out_what_waits_and_says_so(tmp_path):
+    arguments = {"batch": 4, "accumulate_grad_batches": 4}
+    plain, opt, _ = fit(tmp_path, **arguments)
+    with pytest.warns(GradlrWarning, match="saved while the gradients of 6 parameters wait"):
+        module, saving, _ = fit(tmp_path, callbacks=[SaveAt(tmp_path / "in.ckpt", 9)], **arguments)
+    assert_same(weights(module), weights(plain))  # what waited is still there
+    assert saving.tracker.history == opt.tracker.history
+    fit(tmp_path, callbacks=[SaveAt(tmp_path / "between.ckpt", 7)], **arguments)
+    window, between = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("in", "between"))
+    states = [saved["optimizer_states"][0]["state"] for saved in (window, between)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    resumed = trainer_of(tmp_path, accumulate_grad_batches=4)
+    resumed.fit(Regression(seed=3), loader(4), ckpt_path=str(tmp_path / "in.ckpt"), weights_only=True)
+    assert resumed.global_step == 4 and resumed.optimizers[0].skipped == 0
+
+
+def test_after_an_exception_within_a_window_lightning_saves(tmp_path):
+    class Failing(Regression):
+        def training_step(self, batch, index):
+            if index == 6:
+                raise MemoryError
+            return super().training_step(batch, index)
+
+    saving = ModelCheckpoint(tmp_path, filename="last", save_on_exception=True)
+    trainer = trainer_of(tmp_path, callbacks=[saving], accumulate_grad_batches=4, enable_checkpointing=True)
+    with pytest.raises(MemoryError):
+        trainer.fit(Failing(), loader(4))
+    assert list(tmp_path.glob("*.ckpt"))
+
+
+def test_of_ones_own_asking_a_window_is_still_refused(tmp_path):
+    class Asking(Regression):
+        def on_train_batch_end(self, outputs, batch, index):
+            self.trainer.optimizers[0].state_dict()
+
+    with pytest.raises(gradlr.CheckpointError, match="gradients wait for step"):
+        trainer_of(tmp_path, accumulate_grad_batches=4).fit(Asking(), loader(4))
+
+
+class Thawing(BaseFinetuning):
+    """Trains the head alone at first."""
+
+    def freeze_before_training(self, module):
+        self.freeze(module.net[0])
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.make_trainable(module.net[0])
+
+
+def test_what_is_frozen_after_attaching_thaws_and_trains(tmp_path):
+    class AttachedWhole(Regression):
+        """`configure_optimizers` comes after the callback has frozen: the hooks of what will thaw are set here."""
+
+        def configure_optimizers(self):
+            frozen = [parameter for parameter in self.parameters() if not parameter.requires_grad]
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            made = super().configure_optimizers()
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            return made
+
+    class Watch(lightning.Callback):
+        changed = ()
+
+        def on_train_epoch_start(self, trainer, module):
+            self.before = weights(module)
+
+        def on_train_epoch_end(self, trainer, module):
+            now = [not torch.equal(a, b) for a, b in zip(self.before, weights(module), strict=True)]
+            self.changed = (*self.changed, now)
+
+    watch = Watch()
+    fit(tmp_path, AttachedWhole({**PLAIN, "apply": "backward"}), callbacks=[Thawing(), watch], max_epochs=2)
+    assert watch.changed == ([False, False, True, True, True, True], [True] * 6)
+
+
+def test_the_wrapper_of_manual_optimization_is_the_optimizer(tmp_path):
+    class Asking(Manual):
+        def on_train_start(self):
+            wrapper, opt = self.optimizers(), self.trainer.optimizers[0]
+            assert wrapper is not opt and repr(wrapper) == repr(opt) and 'apply="step"' in repr(wrapper)
+            wrapper.load_state_dict(wrapper.state_dict())
+            assert wrapper.param_groups is opt.param_groups and wrapper.state is opt.state
+            with pytest.raises(ArgumentError, match="groups are fixed"):
+                wrapper.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+
+        def on_train_end(self):
+            wrapper, opt = self.optimizers(), self.trainer.optimizers[0]
+            assert wrapper.grad_norm == opt.grad_norm > 0
+            wrapper.detach()
+            with pytest.raises(AttachError, match="after opt.detach"):
+                opt.step()
+
+    saved = tmp_path / "half.ckpt"
+    _, _, trainer = fit(tmp_path, Manual(), batch=8)
+    trainer.save_checkpoint(saved)
+    module, again = Asking(), trainer_of(tmp_path, max_epochs=2)
+    again.fit(module, loader(8), ckpt_path=str(saved), weights_only=True)
+    rates = [group["lr"] for group in again.optimizers[0].param_groups]
+    assert rates[0] == pytest.approx(1e-2 / 9)  # the scheduler's, after four and four steps
