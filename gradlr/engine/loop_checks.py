@@ -327,7 +327,9 @@ def _not_shown_error(name: str, others: Sequence[str]) -> LossError:
     whose = f" in the backward of {others[0]}" if others else ""
     return LossError(
         f"a gradient of {name!r} arrived{whose}, but the tracker was never shown a loss, or not since a checkpoint was loaded: "
-        f"{what}, with the tracker that attach was given. Nothing was changed"
+        f"{what}, with the tracker that attach was given. In a trainer, which calls backward itself, use "
+        "gradlr.integrations.transformers.Trainer, alone or in front of TRL's and others' (class T(Trainer, SFTTrainer)), or "
+        "ShowLosses() of gradlr.integrations.lightning. Nothing was changed"
     )
 
 

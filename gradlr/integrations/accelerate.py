@@ -19,11 +19,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..attach import attach as attach_to
 from ..errors import ArgumentError
 from ..optimizer import GradLR
 from ..tracker import LossTracker
-from .data_parallel import guard, is_alone, make_ready, require_supported
+from .data_parallel import attach_ready
 
 
 def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker, **options: Any) -> GradLR:
@@ -46,16 +45,11 @@ def attach(accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker
             `gradlr.attach`.
         ArgumentError: as `gradlr.attach`.
     """
-    require_supported(accelerator)
-    options = {"apply": "step", **make_ready(accelerator, model), **options}
-    optimizer = attach_to(model, loss_tracker, **options)
-    if not is_alone(accelerator):
-        guard(accelerator, optimizer)
-    return optimizer
+    return attach_ready(accelerator, model, loss_tracker, **options)
 
 
 def clip_grad_norm_(accelerator: Accelerator, optimizer: torch.optim.Optimizer, max_norm: float) -> Tensor:
-    """In place of `accelerator.clip_grad_norm_(model.parameters(), max_norm)`, which finds no gradients and clips nothing.
+    """What `accelerator.clip_grad_norm_(model.parameters(), max_norm)` does as well, once `attach` has been called.
 
     Not needed where `max_grad_norm` was given to `attach`, which is exact with every capture, and the only way where several
     processes train.

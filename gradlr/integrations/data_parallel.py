@@ -1,8 +1,9 @@
-"""Several processes under accelerate: replicas that exchange sketches, or a model that FSDP2 shards."""
+"""Attaching where accelerate trains: alone, as replicas that exchange sketches, or to a model that FSDP2 shards."""
 
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -11,17 +12,34 @@ from accelerate import Accelerator, DistributedType
 from accelerate.utils import DynamoBackend, fsdp2_prepare_model
 from torch import Tensor, distributed, nn
 
+from ..attach import attach
 from ..errors import ArgumentError, AttachError
 from ..optimizer import GradLR
 from ..tensors import is_sharded
+from ..tracker import LossTracker
 
 _OTHERWISE = "Otherwise write a plain loop, as in docs/devices.md"
+_LIMIT = "Give max_grad_norm= to attach; opt.grad_norm is the norm before"
 
 
 def require_supported(accelerator: Accelerator) -> None:
     """Raise an AttachError where the accelerator trains in a way that gradlr does not know."""
     if reason := next(_obstacles(accelerator), None):
         raise AttachError(f"{reason}. {_OTHERWISE}")
+
+
+def attach_ready(
+    accelerator: Accelerator, model: nn.Module, loss_tracker: LossTracker, *, together: nn.Module | None = None, **options: Any
+) -> GradLR:
+    """Make `model` ready for this accelerator, and attach to it, or to `together`, which holds it and more."""
+    require_supported(accelerator)
+    if together is not None and accelerator.is_fsdp2:
+        raise AttachError(f"FSDP2 shards the model alone, and more than the model is trained. {_OTHERWISE}")
+    ready = make_ready(accelerator, model)
+    whole = model if together is None else together.to(accelerator.device)
+    optimizer = attach(whole, loss_tracker, **{"apply": "step", **ready, **options})
+    guard(accelerator, optimizer)
+    return optimizer
 
 
 def is_alone(accelerator: Accelerator) -> bool:
@@ -45,22 +63,46 @@ def make_ready(accelerator: Accelerator, model: nn.Module) -> dict[str, Any]:
 
 
 def guard(accelerator: Accelerator, optimizer: GradLR) -> None:
-    """For several processes: clipping by hand becomes an error, and `prepare` leaves the optimizer its parameters."""
+    """Clipping by hand goes through the optimizer, or becomes an error; and `prepare` leaves the optimizer its parameters."""
+    reference = weakref.ref(optimizer)
     for name in ("clip_grad_norm_", "clip_grad_value_"):
-        setattr(accelerator, name, partial(_clip, getattr(accelerator, name), name, optimizer))
+        setattr(accelerator, name, partial(_clip, getattr(accelerator, name), name, reference, is_alone(accelerator)))
     if accelerator.is_fsdp2:
         accelerator.prepare = partial(_prepare, accelerator.prepare, optimizer)
 
 
-def _clip(clip: Callable[..., Any], name: str, optimizer: GradLR, parameters: Iterable[Tensor] | Tensor, *args: Any, **kw: Any):
-    given = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    own = {id(record.plan.parameter) for record in optimizer.records}
-    if any(id(parameter) in own for parameter in given):
-        raise ArgumentError(
-            f"accelerator.{name} would find no gradients and clip nothing: each process keeps its part of them until opt.step(). "
-            "Give max_grad_norm= to attach; opt.grad_norm is the norm before"
-        )
-    return clip(given, *args, **kw)
+def _clip(
+    clip: Callable[..., Any],
+    name: str,
+    reference: weakref.ref[GradLR],
+    is_alone: bool,
+    parameters: Iterable[Tensor] | Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    given, optimizer = [parameters] if isinstance(parameters, Tensor) else list(parameters), reference()
+    attached = set() if optimizer is None or optimizer._is_detached else {id(one.plan.parameter) for one in optimizer.records}
+    covered = attached & set(map(id, given))
+    if optimizer is None or not covered:
+        return clip(given, *args, **kwargs)
+    if reason := _why_not_clipped(name, optimizer, is_alone, f"{len(covered)} of {len(attached)}"):
+        raise ArgumentError(f"accelerator.{name}{reason}")
+    # In the place of the model's parameters, which hold no gradients, those that hold the norm of what waits.
+    held = {id(one): one for group in optimizer.param_groups for one in group["params"]}
+    return clip([*held.values(), *(one for one in given if id(one) not in held)], *args, **kwargs)
+
+
+def _why_not_clipped(name: str, optimizer: GradLR, is_alone: bool, share: str) -> str | None:
+    count, total = share.split(" of ")
+    if optimizer.apply == "backward":
+        return ': weights have changed in backward already; attach with apply="step"'
+    if not is_alone:
+        return f" would find no gradients and clip nothing: each process keeps its part of them until opt.step(). {_LIMIT}"
+    if name == "clip_grad_value_":
+        return f": what waits for opt.step() is a sketch, whose entries are not the gradient's. {_LIMIT}"
+    if count != total:
+        return f" was given {share} attached parameters, and what waits has one norm: give all of them. {_LIMIT}"
+    return None
 
 
 def _prepare(prepare: Callable[..., Any], optimizer: GradLR, *args: Any, **kwargs: Any) -> Any:

@@ -102,14 +102,47 @@ def test_clipping_through_the_optimizer_is_that_of_attach():
     assert not torch.equal(free.opt.state[free.plain[0].weight]["R"], clipped.opt.state[clipped.plain[0].weight]["R"])
 
 
-def test_stock_clipping_over_the_model_clips_nothing():
-    """What the helper is for; where this fails, it is not needed any more."""
-    loop = Loop()
-    x, y = regression(16)
+def test_stock_clipping_over_the_model_is_that_of_the_optimizer():
+    """What training scripts write: `accelerator.clip_grad_norm_(model.parameters(), ...)`, which finds no gradients by itself."""
+    loops = []
+    for clip in (
+        lambda loop: loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1e-3),
+        lambda loop: clip_grad_norm_(loop.accelerator, loop.prepared, 1e-3),
+    ):
+        loop, (x, y) = Loop(), regression(16)
+        loop.accelerator.backward(loop.tracker(nn.functional.mse_loss(loop.model(x), y)))
+        loop.norms.append(clip(loop).item())
+        loop.prepared.step()
+        loops.append(loop)
+    assert_same(loops[0].weights, loops[1].weights)
+    assert loops[0].norms == loops[1].norms and loops[0].norms[0] > 1e-3
+
+
+def test_one_norm_is_taken_over_what_is_attached_and_what_is_not():
+    loop, other, (x, y) = Loop(), nn.Linear(16, 16), regression(16)
+    loop.accelerator.backward(loop.tracker(nn.functional.mse_loss(other(loop.model(x)), y)))
+    parts = torch.stack([loop.opt.pending.norm_proxy.norm(), *(one.grad.norm() for one in other.parameters())])
+    norm = loop.accelerator.clip_grad_norm_([*loop.model.parameters(), *other.parameters()], 1e-3)
+    assert norm.item() == pytest.approx(parts.norm().item(), rel=1e-6)  # float32
+    assert other.weight.grad.norm() < 1e-3 < parts[1]
+    loop.opt.zero_grad()
+    assert loop.accelerator.clip_grad_norm_(other.parameters(), 1.0) <= 1e-3 * (1 + 1e-5)  # another model's are its own
+
+
+def test_clipping_that_could_not_be_done_is_an_error():
+    loop, (x, y) = Loop(), regression(16)
     loop.accelerator.backward(loop.tracker(nn.functional.mse_loss(loop.model(x), y)))
-    with pytest.warns(GradlrWarning, match="clip_grad_norm_ finds no gradient of"):
-        assert loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1e-3) == 0
-    assert clip_grad_norm_(loop.accelerator, loop.opt, 1e-3) > 1e-3
+    with pytest.raises(ArgumentError, match=r"given 2 of 6 attached parameters.*give all of them"):
+        loop.accelerator.clip_grad_norm_(loop.model[0].parameters(), 1.0)
+    with pytest.raises(ArgumentError, match="clip_grad_value_: what waits for opt.step.. is a sketch"):
+        loop.accelerator.clip_grad_value_(loop.model.parameters(), 1.0)
+    loop.opt.zero_grad()
+    loop.opt.detach()
+    loop.model(x).sum().backward()  # an ordinary model again
+    assert loop.accelerator.clip_grad_norm_(loop.model.parameters(), 1e-3) > 1e-3
+    immediate = Loop(options={**PLAIN, "apply": "backward"})
+    with pytest.raises(ArgumentError, match='changed in backward already; attach with apply="step"'):
+        immediate.accelerator.clip_grad_norm_(immediate.model.parameters(), 1.0)
 
 
 def test_bfloat16_autocast_trains_and_state_stays_wide():

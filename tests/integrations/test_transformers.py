@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import gradlr
-from gradlr import ArgumentError, GradlrWarning
+from gradlr import ArgumentError, AttachError, GradlrWarning, LossError
 from gradlr.integrations.accelerate import unwrap
 from gradlr.integrations.transformers import Trainer
 
@@ -336,3 +336,180 @@ def test_transformers_own_default_rate_is_not_passed_on_and_that_is_told(tmp_pat
         trainer.train()
     assert unwrap(trainer.optimizer).param_groups[0]["initial_lr"] == 1e-4
     trainer_of(tmp_path, options={"lr": 5e-5}, learning_rate=5e-5, max_steps=1).train()
+
+
+class Projected(transformers.Trainer):
+    """A trainer of somebody's own: a second head that the model knows nothing of, and rates and decays by groups."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.keep(nn.Linear(VOCABULARY, VOCABULARY))
+        self.is_choosy = False
+
+    def keep(self, head):
+        torch.nn.init.eye_(head.weight)
+        self.heads = {"second": head}
+
+    @property
+    def head(self):
+        return self.heads["second"]
+
+    def create_optimizer(self):
+        body = dict(self.model.named_parameters())
+        table = body.pop("model.embed_tokens.weight")
+        groups = [
+            {"params": [*body.values()][: 2 if self.is_choosy else None], "weight_decay": 0.1},
+            {"params": [table], "weight_decay": 0.0},
+            {"params": [*self.head.parameters()], "lr": 3 * self.args.learning_rate, "weight_decay": 0.1},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = self.head(model(**inputs).logits[:, :-1])
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+class GradlrProjected(Trainer, Projected):
+    pass
+
+
+class Hidden(Projected):
+    """Keeps its head where nobody finds it."""
+
+    def keep(self, head):
+        super().keep(head)
+        self.heads = {"second": lambda: head}
+
+    @property
+    def head(self):
+        return self.heads["second"]()
+
+
+class GradlrHidden(Trainer, Hidden):
+    pass
+
+
+def test_what_a_subclass_would_optimize_is_trained_at_its_rates_and_decays(tmp_path):
+    trainer = trainer_of(
+        tmp_path, cls=GradlrProjected, weight_decay=0.1, gradient_accumulation_steps=2, lr_scheduler_type="constant"
+    )
+    assert trainer.loss_is_scaled_for_ga is None
+    before = weights(trainer.model) + weights(trainer.head)
+    trainer.train()
+    after = weights(trainer.model) + weights(trainer.head)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    groups = unwrap(trainer.optimizer).param_groups
+    found = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
+    assert len(found) == len(before)
+    assert found["heads.second.weight"] == (pytest.approx(3e-2), 0.1)
+    assert found["heads.second.bias"] == (pytest.approx(3e-2), 0.0)  # a vector's decay
+    assert found["model.embed_tokens.weight"] == (pytest.approx(1e-2 / 8), 0.0)  # an embedding's share of the rate
+    assert found["model.layers.0.mlp.up_proj.weight"] == (pytest.approx(1e-2), 0.1)
+
+
+def test_ones_own_groups_come_before_those_of_the_subclass(tmp_path):
+    options = {"groups": [{"match": "heads.second.weight", "lr": 1e-3, "rank": 2}]}
+    trainer = trainer_of(tmp_path, cls=GradlrProjected, options=options, lr_scheduler_type="constant", max_steps=1)
+    trainer.train()
+    records = {record.plan.name: record for record in unwrap(trainer.optimizer).records}
+    groups = unwrap(trainer.optimizer).param_groups
+    rates = {name: group["lr"] for group in groups for name in group["param_names"]}
+    assert records["heads.second.weight"].largest_rank == 2
+    assert (rates["heads.second.weight"], rates["heads.second.bias"]) == pytest.approx((1e-3, 3e-2))
+
+
+def test_what_gradlr_would_not_train_as_the_subclass_does_is_an_error(tmp_path):
+    trainer = trainer_of(tmp_path, cls=GradlrHidden)
+    message = (
+        r"GradlrHidden.create_optimizer\(\) would also train 2 parameters \(of shapes \(40, 40\), \(40,\)\).*self.head = head"
+    )
+    with pytest.raises(AttachError, match=message):
+        trainer.train()
+    trainer = trainer_of(tmp_path, cls=GradlrProjected)
+    trainer.is_choosy = True
+    with pytest.raises(AttachError, match=r"would train 5 of 14 trainable parameters, and 'model.*freeze"):
+        trainer.train()
+    trainer.model.requires_grad_(False)
+    trainer.model.model.embed_tokens.requires_grad_(True)
+    trainer.train()
+    assert len(unwrap(trainer.optimizer).records) == 3  # the table, and the head's two
+
+
+def test_gradlrs_class_must_stand_in_front():
+    with pytest.raises(ArgumentError, match=r"gradlr's comes first: class Wrong\(Trainer, Projected\)"):
+
+        class Wrong(Projected, Trainer):
+            pass
+
+
+@pytest.mark.parametrize("apply", ["step", "backward"])
+def test_a_stock_trainer_tells_the_way(tmp_path, apply):
+    model = llama()
+    before, opt = weights(model), gradlr.attach(model, gradlr.LossTracker(), apply=apply)
+    trainer = trainer_of(tmp_path, model, cls=transformers.Trainer, optimizer=opt)
+    with pytest.raises(LossError, match=r"In a trainer.*gradlr\.integrations\.transformers\.Trainer.*Nothing was changed"):
+        trainer.train()
+    assert_same(before, weights(model))
+
+
+def test_a_stock_trainer_that_shows_its_losses_trains_and_clips_nothing(tmp_path):
+    class Showing(transformers.Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            loss = super().compute_loss(model, inputs, **kwargs)
+            return unwrap(self.optimizer).tracker(loss) if model.training else loss
+
+    model = llama()
+    opt = gradlr.attach(model, gradlr.LossTracker(), lr=1e-2, apply="step")
+    trainer = trainer_of(tmp_path, model, cls=Showing, optimizer=opt, max_steps=2)
+    trainer.train()
+    assert len(opt.tracker.history) == 2 and opt.grad_norm > 1.0
+    assert logged(trainer, "grad_norm") == [0.0, 0.0]  # what docs/trainers.md warns of
+
+
+@pytest.mark.parametrize("optim", ["lomo", "galore_adamw_layerwise", "adafactor"])
+def test_another_optimizer_in_the_arguments_is_a_contradiction(tmp_path, optim):
+    with pytest.raises(ArgumentError, match=f"optim='{optim}' asks for another optimizer"):
+        trainer_of(tmp_path, optim=optim)
+
+
+def test_another_optimizers_class_is_a_contradiction(tmp_path):
+    args = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ArgumentError, match="optimizer_cls_and_kwargs asks for another optimizer"):
+        Trainer(model=llama(), args=args, optimizer_cls_and_kwargs=(torch.optim.SGD, {}))
+    trainer_of(tmp_path, optim="adamw_torch")
+
+
+def no_memory(gradient):
+    raise RuntimeError("CUDA out of memory.")
+
+
+class Small(Trainer):
+    """The backward of large batches breaks in its middle, as it does where memory ends."""
+
+    sizes = ()
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        self.sizes = (*self.sizes, len(inputs["input_ids"]))
+        if self.sizes[-1] < 8:
+            return super().training_step(model, inputs, num_items_in_batch)
+        with model.model.layers[0].self_attn.q_proj.weight.register_hook(no_memory):
+            return super().training_step(model, inputs, num_items_in_batch)
+
+
+def test_a_batch_that_does_not_fit_is_tried_again_smaller_and_leaves_nothing_over(tmp_path):
+    trainer = trainer_of(tmp_path, cls=Small, options={"rank": 4}, auto_find_batch_size=True)
+    trainer.train()
+    assert trainer.sizes == (8, 7, 7, 7, 7)
+    plain = trainer_of(tmp_path, options={"rank": 4}, per_device_train_batch_size=7)
+    plain.train()
+    assert_same(weights(trainer.model), weights(plain.model))
+
+
+@SLOW
+def test_where_it_has_changed_weights_before_it_broke_that_is_told(tmp_path):
+    trainer = trainer_of(tmp_path, cls=Small, options={"apply": "backward"}, auto_find_batch_size=True, max_grad_norm=0)
+    with pytest.warns(GradlrWarning, match="the backward of loss number 1 did not come to its end.* were updated before it"):
+        trainer.train()
+    assert trainer.sizes == (8, 7, 7, 7, 7)
