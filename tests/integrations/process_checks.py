@@ -402,6 +402,45 @@ def trainer_trains_replicas(rank, size):
     _check_trainer(trainer_of(folder("unused"), options=EXACT, gradient_accumulation_steps=2), size, micro=2)
 
 
+class Headed(transformers.Trainer):
+    """Trains a head that is none of the model's, made differently in each process."""
+
+    def create_optimizer(self):
+        torch.manual_seed(5 + int(os.environ["RANK"]))
+        self.head = torch.nn.Linear(VOCABULARY, VOCABULARY)
+        self.optimizer = torch.optim.SGD([*self.model.parameters(), *self.head.parameters()], lr=self.args.learning_rate)
+        return self.optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = self.head(model(**inputs).logits[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+class GradlrHeaded(Trainer, Headed):
+    pass
+
+
+class GradlrHeadedAsOnGPUs(AsOnGPUs, Headed):
+    pass
+
+
+def trainer_trains_more_than_its_model_in_replicas(rank, size):
+    launch(rank, size)
+    trainer = trainer_of(folder("unused"), cls=GradlrHeaded)
+    trainer.train()
+    torch.manual_seed(5)
+    moved = trainer.head.weight - torch.nn.Linear(VOCABULARY, VOCABULARY).weight  # from rank 0's
+    assert (
+        0.01 < moved.square().mean().sqrt() <= 3 * 2 * 1.01e-2
+    )  # three steps; two heads differ by 0.13
+    assert_same_everywhere(trainer.head)
+    assert_same_everywhere(trainer.model)
+    launch(rank, size, is_gpu_like=True)
+    with refused("FSDP2 shards the model alone, and more than the model is trained"):
+        trainer_of(folder("unused"), cls=GradlrHeadedAsOnGPUs, **FSDP2).train()
+
+
 def trainer_shards(rank, size):
     launch(rank, size)
     trainer = trainer_of(folder("unused"), cls=AsOnGPUs, options=EXACT, **FSDP2)

@@ -21,6 +21,7 @@ CHECKS = (
     "attaching_before_accelerate_shards_is_an_error",
     "the_documented_loop_trains_replicas",
     "trainer_trains_replicas",
+    "trainer_trains_more_than_its_model_in_replicas",
     "trainer_shards",
     "trainer_resumes_under_fsdp",
     "ways_of_trainer_that_do_not_work_are_told",
