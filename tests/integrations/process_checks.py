@@ -431,9 +431,7 @@ def trainer_trains_more_than_its_model_in_replicas(rank, size):
     trainer.train()
     torch.manual_seed(5)
     moved = trainer.head.weight - torch.nn.Linear(VOCABULARY, VOCABULARY).weight  # from rank 0's
-    assert (
-        0.01 < moved.square().mean().sqrt() <= 3 * 2 * 1.01e-2
-    )  # three steps; two heads differ by 0.13
+    assert 0.01 < moved.square().mean().sqrt() <= 3 * 2 * 1.01e-2  # three steps; two heads differ by 0.13
     assert_same_everywhere(trainer.head)
     assert_same_everywhere(trainer.model)
     launch(rank, size, is_gpu_like=True)

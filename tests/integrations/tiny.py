@@ -43,3 +43,13 @@ def unmoved(before, *modules):
     now = trainable(*modules)
     assert now.keys() == before.keys()
     return [name for name in before if torch.equal(before[name], now[name])]
+
+
+def bag_of_words(width=16):
+    """An encoder that takes the mean of its words' vectors."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    torch.manual_seed(0)
+    module = StaticEmbedding(word_tokenizer().backend_tokenizer, embedding_dim=width)
+    return SentenceTransformer(modules=[module], device="cpu")
