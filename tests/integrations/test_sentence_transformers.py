@@ -155,6 +155,7 @@ def test_it_is_the_plain_loop_over_model_and_classifier_with_the_trainers_clippi
     assert_same(loss, plain, atol=1e-6)  # the same arithmetic, but for the sum of the norm
 
 
+@pytest.mark.slow
 def test_four_micro_batches_are_one_batch(tmp_path, folder):
     made = []
     for steps in (1, 4):

@@ -162,6 +162,7 @@ def test_of_a_peft_model_the_adapters_are_trained_and_nothing_else(tmp_path):
     assert torch.equal(frozen, trainer.model.base_model.model.lm_head.weight)
 
 
+@pytest.mark.slow
 def test_completions_may_serve_several_steps(tmp_path):
     """GRPO with several iterations: the loss is zero by construction in the first alone."""
     trainer = trainer_of(tmp_path, GRPO, num_iterations=2, gradient_accumulation_steps=1)
