@@ -122,8 +122,9 @@ def _without_waiting(optimizer_state: Any) -> Any:
 
 @contextmanager
 def _set_aside(optimizer: GradLR) -> Iterator[None]:
-    pending = optimizer.pending
-    waiting, pending.gradients = pending.gradients, {}
+    gradients = optimizer.pending.gradients
+    waiting = dict(gradients)
+    gradients.clear()
     if waiting:
         warn(
             f"a checkpoint is saved while the gradients of {len(waiting)} parameters wait for step() and are left out: a run "
@@ -133,7 +134,7 @@ def _set_aside(optimizer: GradLR) -> Iterator[None]:
     try:
         yield
     finally:
-        pending.gradients = waiting
+        gradients.update(waiting)
 
 
 def _give_back(trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -314,7 +314,7 @@ def test_a_finder_among_the_callbacks_may_stand_before_or_behind(tmp_path, is_fi
     assert_trains_as_if_nothing_was_found(module, trainer, (1e-2, 4))
 
 
-@pytest.mark.parametrize("apply", ["step", "backward"])
+@pytest.mark.parametrize("apply", ["step", pytest.param("backward", marks=pytest.mark.slow)])
 def test_the_batch_size_that_fits_is_found(tmp_path, apply):
     class Small(Tunable):
         def loss_of(self, batch):
