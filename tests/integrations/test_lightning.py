@@ -424,6 +424,17 @@ def test_what_is_frozen_after_attaching_thaws_and_trains(tmp_path):
     assert watch.changed == ([False, False, True, True, True, True], [True] * 6)
 
 
+def test_adding_what_has_thawed_is_an_error(tmp_path):
+    class Adding(Thawing):
+        def finetune_function(self, module, epoch, optimizer):
+            self.unfreeze_and_add_param_group(module.net[0], optimizer)
+
+    module = Regression({**PLAIN, "apply": "backward"})
+    with pytest.raises(ArgumentError, match="groups are fixed once attached"):
+        trainer_of(tmp_path, callbacks=[Adding()]).fit(module, loader())
+    assert "training_step" not in vars(module)
+
+
 def test_the_wrapper_of_manual_optimization_is_the_optimizer(tmp_path):
     class Asking(Manual):
         def on_train_start(self):

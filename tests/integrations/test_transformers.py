@@ -401,7 +401,11 @@ def test_what_a_subclass_would_optimize_is_trained_at_its_rates_and_decays(tmp_p
     after = weights(trainer.model) + weights(trainer.head)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     groups = unwrap(trainer.optimizer).param_groups
-    found = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
+    # A kind's share is in the rate, or beside it.
+    rates = [group["lr"] * group.get("lr_scale", 1.0) for group in groups]
+    found = {
+        name: (rate, group["weight_decay"]) for rate, group in zip(rates, groups, strict=True) for name in group["param_names"]
+    }
     assert len(found) == len(before)
     assert found["heads.second.weight"] == (pytest.approx(3e-2), 0.1)
     assert found["heads.second.bias"] == (pytest.approx(3e-2), 0.0)  # a vector's decay
@@ -454,6 +458,7 @@ def test_a_stock_trainer_tells_the_way(tmp_path, apply):
     assert_same(before, weights(model))
 
 
+@pytest.mark.filterwarnings("ignore:clip_grad_norm_ finds no gradient of")
 def test_a_stock_trainer_that_shows_its_losses_trains_and_clips_nothing(tmp_path):
     class Showing(transformers.Trainer):
         def compute_loss(self, model, inputs, **kwargs):
