@@ -274,12 +274,19 @@ class Tunable(Regression):
         return super().training_step(batch, index)
 
 
+class Unscheduled(Tunable):
+    """Made without a scheduler, and so without its groups' "initial_lr", which a finder's own brings."""
+
+    def configure_optimizers(self):
+        return gradlr.attach(self, gradlr.LossTracker(), **self.options)
+
+
 FINDING = {"num_training_steps": 6, "min_lr": 1e-4, "max_lr": 1e-1, "early_stop_threshold": None}
 
 
 def assert_trains_as_if_nothing_was_found(module, trainer, found, **options):
     """The finder has left weights, state and losses as they were: the rest is a plain fit with what it found."""
-    plain = Tunable(**options)
+    plain = type(module)(**options)
     plain.lr, plain.batch_size = found
     again = trainer_of(trainer.default_root_dir, accumulate_grad_batches=trainer.accumulate_grad_batches)
     again.fit(plain)
@@ -304,7 +311,7 @@ def test_a_finder_among_the_callbacks_may_stand_before_or_behind(tmp_path, is_fi
     """Before this callback it trains as soon as `fit` starts."""
     finder, quiet = LearningRateFinder(**FINDING, update_attr=False), {"enable_checkpointing": False, "logger": False}
     callbacks = [finder, ShowLosses()] if is_first else [ShowLosses(), finder]
-    module = Tunable()
+    module = Tunable() if is_first else Unscheduled()
     trainer = lightning.Trainer(
         default_root_dir=str(tmp_path), callbacks=callbacks, accelerator="cpu", max_epochs=1, enable_progress_bar=False,
         enable_model_summary=False, **quiet,
@@ -396,7 +403,8 @@ class Thawing(BaseFinetuning):
             self.make_trainable(module.net[0])
 
 
-def test_what_is_frozen_after_attaching_thaws_and_trains(tmp_path):
+@pytest.mark.parametrize("apply", ["step", "backward"])
+def test_what_is_frozen_after_attaching_thaws_and_trains(tmp_path, apply):
     class AttachedWhole(Regression):
         """`configure_optimizers` comes after the callback has frozen: the hooks of what will thaw are set here."""
 
@@ -420,7 +428,7 @@ def test_what_is_frozen_after_attaching_thaws_and_trains(tmp_path):
             self.changed = (*self.changed, now)
 
     watch = Watch()
-    fit(tmp_path, AttachedWhole({**PLAIN, "apply": "backward"}), callbacks=[Thawing(), watch], max_epochs=2)
+    fit(tmp_path, AttachedWhole({**PLAIN, "apply": apply}), callbacks=[Thawing(), watch], max_epochs=2)
     assert watch.changed == ([False, False, True, True, True, True], [True] * 6)
 
 
@@ -429,7 +437,7 @@ def test_adding_what_has_thawed_is_an_error(tmp_path):
         def finetune_function(self, module, epoch, optimizer):
             self.unfreeze_and_add_param_group(module.net[0], optimizer)
 
-    module = Regression({**PLAIN, "apply": "backward"})
+    module = Regression()
     with pytest.raises(ArgumentError, match="groups are fixed once attached"):
         trainer_of(tmp_path, callbacks=[Adding()]).fit(module, loader())
     assert "training_step" not in vars(module)

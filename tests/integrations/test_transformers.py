@@ -401,8 +401,7 @@ def test_what_a_subclass_would_optimize_is_trained_at_its_rates_and_decays(tmp_p
     after = weights(trainer.model) + weights(trainer.head)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     groups = unwrap(trainer.optimizer).param_groups
-    # A kind's share is in the rate, or beside it.
-    rates = [group["lr"] * group.get("lr_scale", 1.0) for group in groups]
+    rates = [group["lr"] * group["lr_scale"] for group in groups]
     found = {
         name: (rate, group["weight_decay"]) for rate, group in zip(rates, groups, strict=True) for name in group["param_names"]
     }
