@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradlr
-from gradlr import ArgumentError, AttachError, GradlrWarning
+from gradlr import ArgumentError, AttachError
 from gradlr.integrations.accelerate import attach, clip_grad_norm_, unwrap
 from gradlr.rules import LowRankPolar
 
