@@ -82,7 +82,7 @@ class Pending:
 
     def sketched(self, record: ParamRecord, gradient: GradientOperator) -> GradientOperator:
         """A step's first gradient in the bases that suit it, or as it is where nothing smaller would serve."""
-        if not record.rule.has_rank or isinstance(gradient, Sketched) or _is_small(record, gradient):
+        if not record.rule.has_rank or isinstance(gradient, Sketched) or (isinstance(gradient, Dense) and is_small(record)):
             return without_activations(gradient)
         sketch = record.rule.sketch(gradient, self.store.read(record), self.store.context(record))
         sketch.whole = as_dense(gradient) if record.observer is not None else None
@@ -143,13 +143,16 @@ class Pending:
             shown.pop()
 
 
-def _is_small(record: ParamRecord, gradient: GradientOperator) -> bool:
+def is_small(record: ParamRecord) -> bool:
+    """Whether a matrix has no more entries than its sketch has numbers, so that the gradient waits as it is.
+
+    Asked of the whole matrix, wherever its parts lie: any number of processes make the same update.
+    """
     if len(record.plan.shape) < 2:  # whatever its rule says of ranks
         return True
-    # A sketch has two bases and two products: r columns on the right, r + k on the left. Of a shard, what would wait here.
-    layout = record.plan.layout
-    m, n = (-(-size // axis.parts) for axis, size in zip((layout.rows, layout.columns), record.plan.shape[-2:], strict=True))
-    return isinstance(gradient, Dense) and (2 * record.rank + record.momentum_rank) * (m + n) >= m * n
+    # A sketch has two bases and two products: r columns on the right, r + k on the left.
+    m, n = record.plan.shape[-2:]
+    return (2 * record.rank + record.momentum_rank) * (m + n) >= m * n
 
 
 def without_activations(gradient: GradientOperator) -> GradientOperator:

@@ -21,6 +21,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.functional import cross_entropy
 
 import gradlr
+from gradlr.attach import DEFAULT_LR, DEFAULT_RANK
 from gradlr.gradient import Dense
 
 # Rounding of float64, grown over a few steps of orthogonalized updates.
@@ -171,6 +172,19 @@ def fsdp_at_step_equals_one_process(rank, size):
     with forms_seen() as seen:
         compare_with_one_process(rank, size, apply="step", max_grad_norm=0.5)
     assert seen == {"Sketched"}
+
+
+@check(2, 4, slow=4)
+def a_gradient_waits_in_the_form_of_one_process(rank, size):
+    """Also where the part here is smaller than a sketch, and the whole is not: there was a residual then, and none in one process.
+
+    The second is how `attach` is called without options, at a rank that makes all of them small.
+    """
+    kind = partial(Net, 32, 64)
+    for forms, options in (({"Sketched"}, {"rank": 8}), ({"Dense"}, {"rank": DEFAULT_RANK, "lr": DEFAULT_LR})):
+        with forms_seen() as seen:
+            compare_with_one_process(rank, size, kind=kind, apply="step", momentum_rank=0, agreement=CLOSE, **options)
+        assert seen == forms
 
 
 @check(2)
