@@ -153,8 +153,7 @@ class LossTracker:
         if self._in_flight is not None:
             self._collect()
         if self._step_count and not any(getattr(listener, "waiting", None) for listener in self._listeners):
-            self.progress = self._trend.add(self._step_sum / self._step_count)
-            self._step_sum, self._step_count = 0.0, 0
+            self.end_step()
         if isinstance(value, Tensor) and is_async(value):
             self._in_flight = AsyncScalar(value)
         else:
@@ -282,6 +281,12 @@ class LossTracker:
             self._latest, self.is_signed = value, self.is_signed or value < 0
             self._running_max = value if self._running_max is None else max(self._running_max, value)
             self._step_sum, self._step_count = self._step_sum + value, self._step_count + 1
+
+    def end_step(self) -> None:
+        """What was recorded since the last step's end belongs to one, which `progress` follows from here on."""
+        if self._step_count:
+            self.progress = self._trend.add(self._step_sum / self._step_count)
+            self._step_sum, self._step_count = 0.0, 0
 
     def watch_backward(self, number: int | None = None) -> bool:
         """Called inside a backward: it is open until it comes to its end, which no other backward's end may stand for.

@@ -70,7 +70,7 @@ class FittedBases(_HeldBases):
         basis = self._sound(record, is_training)
         return self._fit(record, covariance_matmul, is_training) if basis is None else basis
 
-    def both(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
+    def known(self, record: ParamRecord) -> Tensor:
         """Fitted bases are known to this process alone."""
         raise NotImplementedError("bases that are fitted to inputs are not the same in every process")
 
@@ -116,24 +116,19 @@ class SharedBases(_HeldBases):
         store: State of the parameters.
     """
 
-    @torch.no_grad()
     def right(self, record: ParamRecord, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
         """X of a one-sided layer."""
-        with full_precision(record.plan.parameter.device):
-            return self.both(record)[0]
+        return self.known(record)
 
-    def both(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
-        """X and L; L is None for a one-sided layer, whose X stays the very tensor that its input was projected on."""
-        store, plan = self._store, record.plan
-        if record.capture != "one_sided":
-            known, context = store.read(record), store.context(record)
-            right = right_basis(record, store)
-            return right, record.rule.left_basis(plan.shape, known, context, **compute_dtype_and_device(plan.parameter))
+    @torch.no_grad()
+    def known(self, record: ParamRecord) -> Tensor:
+        """The same: the very tensor that the layer's input was projected on."""
         basis = self.held(record)
         if basis is None:
-            basis = right_basis(record, store)
+            with full_precision(record.plan.parameter.device):
+                basis = right_basis(record, self._store)
             self._kept[record.index] = _Kept(weakref.ref(basis), None, True)
-        return basis, None
+        return basis
 
 
 def right_basis(record: ParamRecord, store: StateStore, *, covariance_matmul: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -138,19 +138,23 @@ class Communicator:
 
     def _missing_message(self) -> str:
         try:
-            missing = self._missing()
+            late, silent = self._missing()
         except RuntimeError:
             return "the group's store does not answer either, so the process that holds it (rank 0, or its launcher) is gone"
-        if not missing:
+        if len(silent) > 1:
+            steps = " and ".join(str(self._came_to(rank)) for rank in silent)
+            return f"{ranks_named(silent)} have not met this error, so one of them is missing (they last came to steps {steps})"
+        if not late + silent:
             return "all processes have reported this error"
-        return " and ".join(f"rank {rank} is missing (it last came to step {self._came_to(rank)})" for rank in missing)
+        return " and ".join(f"rank {rank} is missing (it last came to step {self._came_to(rank)})" for rank in late + silent)
 
-    def _missing(self) -> list[int]:
-        # Those who have not come; where all have, those who have not run into the error.
+    def _missing(self) -> tuple[list[int], list[int]]:
+        """Those who have not come; where all have, those who have not run into the error: some of these may wait for others."""
         self._store.set(self._key("lost at", self.rank), str(self.meetings))
         others = [rank for rank in range(self.size) if rank != self.rank]
-        late = self._waited_for(lambda: [rank for rank in others if self._came_to(rank) < self.meetings])
-        return late or self._waited_for(lambda: [rank for rank in others if not self._store.check([self._key("lost at", rank)])])
+        if late := self._waited_for(lambda: [rank for rank in others if self._came_to(rank) < self.meetings]):
+            return late, []
+        return [], self._waited_for(lambda: [rank for rank in others if not self._store.check([self._key("lost at", rank)])])
 
     @staticmethod
     def _waited_for(missing: Callable[[], list[int]]) -> list[int]:

@@ -1,6 +1,7 @@
 """Replicas: each process trains the whole model on its own batches, and `step()` exchanges what waits.
 
-One flat buffer of sketches, in the order of the parameters, is summed over all processes: r(m + n) numbers per matrix.
+One flat buffer, in the order of the parameters, is summed over all processes: of a matrix nr numbers, mr having gone before in
+backward (`first_round`).
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from ..engine.state_store import StateStore
 from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result, step_status
 from ..errors import ArgumentError, ParallelError
 from ..gradient import Dense, GradientOperator, RowSparse, Sketched
-from ..params.kinds import EMBEDDING
-from ..tensors import compute_dtype_and_device, widest
+from ..tensors import compute_dtype_and_device, device_traits, widest
 from .communicator import Communicator, ranks_named
 from .fingerprint import checksum, fingerprint, state_fingerprint
+from .first_round import FirstRound, Queued, form_of
 
 
 class Replicated(Sync):
@@ -35,13 +36,23 @@ class Replicated(Sync):
     tells_mean = True
     ranks_follow = "step"
     shares_bases = True
+    has_begun = False
 
     def __init__(self, comm: Communicator) -> None:
         self.comm: Communicator = comm
+        self._round = FirstRound(comm)
 
     def join(self, model: nn.Module, store: StateStore, options: Mapping[str, Any]) -> None:
         self.comm.assert_same_on_all_ranks(fingerprint(store, options))
         self.comm.broadcast(model)
+        self._round.join(model, store.records)
+
+    def begin(self) -> None:
+        self.has_begun = True
+        self.comm.begin_collective()
+
+    def end_backward(self, pending: Pending) -> None:
+        self._round.finish(pending)
 
     def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator:
         form = form_of(record)
@@ -49,9 +60,10 @@ class Replicated(Sync):
             return without_activations(gradient)
         if form == "entries":
             return as_dense(gradient)
-        right, left = pending.bases.both(record)
-        is_done = isinstance(gradient, Sketched) and gradient.right is right and gradient.left is left
-        return gradient if is_done else Sketched.of(gradient, right, left)
+        if form == "sketch":
+            return self._round.hold(record, gradient, pending)
+        right = pending.bases.known(record)
+        return gradient if isinstance(gradient, Sketched) and gradient.right is right else Sketched.of(gradient, right)
 
     def energy(self, record: ParamRecord, energy: Tensor | None, held: GradientOperator) -> Tensor:
         # The norm is not known before the exchange: a mark shows whether somebody clips or unscales here until then.
@@ -70,61 +82,76 @@ class Replicated(Sync):
     ) -> SyncResult:
         """Put the mean over all processes in the place of what waits; a process where nothing waits counts as zero.
 
-        One all-reduce of `2 + 2 · processes + parameters` numbers and the parameters' own; before it one of a byte per row where
-        there are embeddings. A parameter that no process has used waits nowhere afterwards; where one has NaN or an error, none
-        does.
+        One all-reduce of `2 + 2 · processes + parameters` numbers, where there are embeddings one of a byte per row, and one
+        of the parameters' own numbers. A parameter that no process has used waits nowhere afterwards; where one has NaN or an
+        error, none does.
 
         Raises:
             ParallelError: a process is missing or has failed, or the weights are no longer the same.
         """
+        try:
+            return self._exchange(pending, losses, skipped, has_failed=has_failed)
+        finally:
+            self._restart()
+
+    def _exchange(self, pending: Pending, losses: Sequence[float], skipped: SkippedSteps, *, has_failed: bool) -> SyncResult:
         status, own_reason = step_status(skipped, has_failed=has_failed)
-        self.comm.begin_collective()
-        records = pending.store.records
+        if not self.has_begun:  # without a gradient here
+            self.begin()
         if status != StepStatus.OK:
             pending.clear()
+        self._round.finish(pending)
+        records = pending.store.records
         watched = records[self.comm.meetings % len(records)]
-        touched = _touched_rows(self.comm, pending)
         header = _header(self.comm, pending, watched, losses, status)
-        shapes = {record.index: _shapes(record, touched) for record in records}
-        buffer = _packed(header, pending, touched, shapes)
-        sketched = {index: one for index, one in pending.gradients.items() if isinstance(one, Sketched)}
-        pending.clear()
-        self.comm.all_reduce(buffer)
-        result, has_any = _read_header(buffer[: len(header)].tolist(), self.comm.size, watched)
+        self.comm.all_reduce(header)
+        result, waiting = _read_header(header.tolist(), self.comm.size, watched)
         apply_sync_result(result, skipped, self.comm.rank, own_reason)
-        if not result.not_finite:
-            numbers = buffer[len(header) :].div_(self.comm.size)
-            self._unpack(pending, numbers, has_any, touched, shapes, sketched)
+        if result.not_finite:
+            pending.clear()
+        else:
+            self._round.repeat(pending, waiting)
+            self._take_mean(pending, waiting)
         return result
 
-    def _unpack(
-        self,
-        pending: Pending,
-        numbers: Tensor,
-        has_any: Sequence[float],
-        touched: Mapping[int, Tensor],
-        shapes: Mapping[int, list[tuple[int, ...]]],
-        sketched: Mapping[int, Sketched],
-    ) -> None:
-        """Let the mean wait, with its norm."""
-        records = pending.store.records
-        parts = numbers.split([sum(map(math.prod, shapes[record.index])) for record in records])
-        for record, own, has in zip(records, parts, has_any, strict=True):
-            if not has:
-                continue
+    def _take_mean(self, pending: Pending, waiting: Sequence[float]) -> None:
+        """Let the mean over all processes wait, with its norm."""
+        used = [record for record in pending.store.records if waiting[record.index]]
+        touched = _touched_rows(self.comm, pending, used)
+        shapes = [self._shapes(record, touched, is_sum=waiting[record.index] > self.comm.size) for record in used]
+        buffer = _packed(pending, used, touched, shapes)
+        projected = {index: one.right for index, one in pending.gradients.items() if isinstance(one, Sketched)}
+        pending.clear()
+        self.comm.all_reduce(buffer)
+        parts = buffer.div_(self.comm.size).split([sum(map(math.prod, sizes)) for sizes in shapes])
+        for record, own, sizes in zip(used, parts, shapes, strict=True):
             own = own.to(compute_dtype_and_device(record.plan.parameter)["dtype"])
-            sizes = shapes[record.index]
             tensors = [part.view(size) for part, size in zip(own.split([math.prod(size) for size in sizes]), sizes, strict=True)]
-            gradient = self._operator(record, tensors, touched, sketched, pending)
+            gradient = self._operator(record, tensors, touched, projected, pending)
             pending.gradients[record.index] = gradient
             pending.norm_proxy.record(record.index, gradient.squared_norm())
+
+    def _shapes(self, record: ParamRecord, touched: Mapping[int, Tensor], *, is_sum: bool) -> list[tuple[int, ...]]:
+        """Shapes of what a parameter has in the buffer."""
+        form, shape = form_of(record), tuple(record.plan.shape)
+        *batch, m, n = (1, 1, *shape)[-max(2, len(shape)) :]
+        if form == "entries":
+            return [shape]
+        if form == "rows":
+            return [(len(touched[record.index]), n)]
+        if form == "projection":
+            return [(*batch, m, record.rank)]
+        right, left, left_spans = self._round.directions[record.index]
+        # Where `Gᵀ L` tells all, `G X` has travelled before, and need not again.
+        image = [] if left_spans and not is_sum else [(*batch, m, right.shape[-1])]
+        return image if left is None else [*image, (*batch, n, left.shape[-1])]
 
     def _operator(
         self,
         record: ParamRecord,
         tensors: list[Tensor],
         touched: Mapping[int, Tensor],
-        sketched: Mapping[int, Sketched],
+        projected: Mapping[int, Tensor],
         pending: Pending,
     ) -> GradientOperator:
         form = form_of(record)
@@ -132,32 +159,27 @@ class Replicated(Sync):
             return RowSparse(touched[record.index], tensors[0], record.plan.shape[0])
         if form in ("rows", "entries"):
             return Dense(tensors[0], is_owned=True)
-        own = sketched.get(record.index)
-        right, left = pending.bases.both(record) if own is None else (own.right, own.left)
-        return Sketched(right, tensors[0], left, tensors[1] if form == "sketch" else None)
+        if form == "projection":
+            right = projected.get(record.index)
+            return Sketched(pending.bases.known(record) if right is None else right, tensors[0])
+        right, left, _ = self._round.directions[record.index]
+        if left is None or len(tensors) == 2:
+            return Sketched(right, tensors[0], left, tensors[1] if left is not None else None)
+        (seen,) = tensors
+        return Sketched(right, left @ (seen.mT @ right), left, seen, left_spans=True)
 
     def assert_same_state(self, store: StateStore, options: Mapping[str, Any]) -> None:
+        self._restart()
         self.comm.assert_same_on_all_ranks(state_fingerprint(store, options))
 
-
-def form_of(record: ParamRecord) -> str:
-    """How a parameter's gradient waits and travels: alike on every rank, whatever came there.
-
-    "entries" are all of them, "rows" those of an embedding that any rank has touched, "sketch" the two products r(m + n) in bases
-    that all ranks know, "projection" the one product rm of a one-sided layer.
-    """
-    shape = record.plan.shape
-    if not record.rule.has_rank:
-        return "rows" if record.plan.kind == EMBEDDING and len(shape) == 2 else "entries"
-    if record.capture == "one_sided":
-        return "projection"
-    m, n = shape[-2:]
-    return "entries" if record.rank * (m + n) >= m * n else "sketch"
+    def _restart(self) -> None:
+        self.has_begun = False
+        self._round.restart()
 
 
-def _touched_rows(comm: Communicator, pending: Pending) -> dict[int, Tensor]:
+def _touched_rows(comm: Communicator, pending: Pending, used: Sequence[ParamRecord]) -> dict[int, Tensor]:
     """Row numbers of each embedding that any process has a gradient of, ascending."""
-    tables = [record for record in pending.store.records if form_of(record) == "rows"]
+    tables = [record for record in used if form_of(record) == "rows"]
     if not tables:
         return {}
     counts = [record.plan.shape[0] for record in tables]
@@ -172,25 +194,33 @@ def _touched_rows(comm: Communicator, pending: Pending) -> dict[int, Tensor]:
     return {record.index: mask.nonzero().squeeze(-1) for record, mask in zip(tables, masks.split(counts), strict=True)}
 
 
-def _header(
-    comm: Communicator, pending: Pending, watched: ParamRecord, losses: Sequence[float], status: StepStatus
-) -> list[float]:
-    """What a process tells of itself, to be summed: mean loss, status, checksum of a parameter, and what waits."""
+def _header(comm: Communicator, pending: Pending, watched: ParamRecord, losses: Sequence[float], status: StepStatus) -> Tensor:
+    """What a process tells of itself, to be summed: mean loss, status, checksum of a parameter, and what waits.
+
+    A one where a gradient waits; more than all ones together where that is a sum of several.
+    """
     finite = [loss for loss in losses if math.isfinite(loss)]
-    own = [0.0] * (2 * comm.size)
-    own[comm.rank], own[comm.size + comm.rank] = float(status), float(checksum(watched.plan.parameter))
     loss = [sum(finite) / len(finite), 1.0] if finite else [0.0, 0.0]
-    return [*loss, *own, *(float(record.index in pending.gradients) for record in pending.store.records)]
+    own, waiting = [0.0] * (2 * comm.size), pending.gradients
+    own[comm.rank], own[comm.size + comm.rank] = float(status), float(checksum(watched.plan.parameter))
+    held = [waiting.get(record.index) for record in pending.store.records]
+    told = [0.0 if one is None else 1.0 + comm.size * _is_sum(one) for one in held]
+    device = watched.plan.parameter.device
+    return torch.tensor([*loss, *own, *told], dtype=device_traits(device).widest_float, device=device)
+
+
+def _is_sum(held: GradientOperator) -> bool:
+    """Whether a sketch is not, or will not be, in the directions of a single gradient."""
+    return held.is_sum if isinstance(held, Queued) else isinstance(held, Sketched) and not held.left_spans
 
 
 def _read_header(header: list[float], size: int, watched: ParamRecord) -> tuple[SyncResult, list[float]]:
-    """The sum of all headers: what was told, and which parameters any process has a gradient of.
+    """The sum of all headers: what was told, and what of each parameter waits anywhere.
 
     Raises:
         ParallelError: the watched parameter is not the same everywhere.
     """
-    loss, count = header[:2]
-    statuses, sums, has_any = header[2 : 2 + size], header[2 + size : 2 + 2 * size], header[2 + 2 * size :]
+    (loss, count), statuses, sums = header[:2], header[2 : 2 + size], header[2 + size : 2 + 2 * size]
     result = SyncResult(loss / count if count else None, *ranks_with_trouble(statuses))
     drifted = [rank for rank, one in enumerate(sums) if one != sums[0]]
     if drifted and not result.failed:
@@ -198,7 +228,7 @@ def _read_header(header: list[float], size: int, watched: ParamRecord) -> tuple[
             f"{watched.plan.name!r} has other weights on {ranks_named(drifted)} than on rank 0: the replicas have drifted apart. "
             "Load the same checkpoint on every rank, change weights on all ranks alike, and run them on the same hardware"
         )
-    return result, has_any
+    return result, header[2 + 2 * size :]
 
 
 def ranks_with_trouble(statuses: Sequence[float]) -> tuple[list[int], list[int]]:
@@ -208,31 +238,22 @@ def ranks_with_trouble(statuses: Sequence[float]) -> tuple[list[int], list[int]]
     return not_finite, failed
 
 
-def _shapes(record: ParamRecord, touched: Mapping[int, Tensor]) -> list[tuple[int, ...]]:
-    """Shapes of what a parameter has in the buffer."""
-    form, shape = form_of(record), tuple(record.plan.shape)
-    if form == "entries":
-        return [shape]
-    *batch, m, n = shape
-    if form == "rows":
-        return [(len(touched[record.index]), n)]
-    return [(*batch, side, record.rank) for side in ((m, n) if form == "sketch" else (m,))]
-
-
 def _packed(
-    header: list[float], pending: Pending, touched: Mapping[int, Tensor], shapes: Mapping[int, list[tuple[int, ...]]]
+    pending: Pending,
+    used: Sequence[ParamRecord],
+    touched: Mapping[int, Tensor],
+    shapes: Sequence[list[tuple[int, ...]]],
 ) -> Tensor:
-    """The buffer: the header, then what waits here; zeros where nothing does."""
-    records = pending.store.records
-    forms = [compute_dtype_and_device(record.plan.parameter) for record in records]
+    """The buffer: what waits here of each parameter, zeros where nothing does."""
+    forms = [compute_dtype_and_device(record.plan.parameter) for record in pending.store.records]
     dtype = max((form["dtype"] for form in forms), key=lambda dtype: dtype.itemsize)
-    count = sum(math.prod(shape) for record in records for shape in shapes[record.index])
-    buffer = torch.zeros(len(header) + count, dtype=dtype, device=forms[0]["device"])
-    buffer[: len(header)] = torch.tensor(header, dtype=dtype)
-    start = len(header)
-    for record in records:
+    buffer = torch.zeros(sum(math.prod(shape) for sizes in shapes for shape in sizes), dtype=dtype, device=forms[0]["device"])
+    start = 0
+    for record, sizes in zip(used, shapes, strict=True):
         parts = _parts(pending.gradients.get(record.index), touched.get(record.index))
-        for place, shape in enumerate(shapes[record.index]):
+        # Of a sketch the last ones, where the first need not travel.
+        parts = parts[-len(sizes) :]
+        for place, shape in enumerate(sizes):
             end = start + math.prod(shape)
             if parts:
                 buffer[start:end].view(shape).copy_(parts[place])

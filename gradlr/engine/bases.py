@@ -16,8 +16,8 @@ class Bases(Protocol):
     def right(self, record: ParamRecord, covariance_matmul: Callable[[Tensor], Tensor], *, is_training: bool) -> Tensor:
         """X, on which a one-sided layer projects its input in forward."""
 
-    def both(self, record: ParamRecord) -> tuple[Tensor, Tensor | None]:
-        """X and L of state and random numbers alone, the same in every process; L is None where only X is needed."""
+    def known(self, record: ParamRecord) -> Tensor:
+        """X of a one-sided layer, of state and random numbers alone: the same in every process."""
 
     def held(self, record: ParamRecord) -> Tensor | None:
         """X, while a graph or a sketch holds it, so that the rank may not change."""

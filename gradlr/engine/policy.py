@@ -191,6 +191,8 @@ class CommitPolicy:
         self.pending.clear()
         self.bases.forget_all()
         self.checks.forget()
+        if self.sync.ranks_follow == "step":
+            self.tracker.end_step()  # which others may not hear of from a loss of their own
 
 
 def require_use_for(written: Sequence[ParamRecord], policy: CommitPolicy) -> None:

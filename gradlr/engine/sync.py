@@ -78,7 +78,8 @@ class Sync:
         comm: Talks to them.
         tells_mean: Whether the tracker's ratio follows the mean loss of all processes, which this object tells it.
         ranks_follow: When ranks change: "loss", as one is shown, or "step", from what all processes know after it.
-        shares_bases: Whether gradients are sketched in bases that all processes know without exchanging them.
+        shares_bases: Whether replicas sketch in the same bases, and know no norm before they have exchanged the sketches.
+        has_begun: Whether the step under way needs no `begin`, or no longer.
         may_be_silent: Whether a backward may bring no gradient, as under FSDP2 with `set_requires_gradient_sync(False)`.
         norm_in_groups: Whether the parameter that shows the global norm is one of `param_groups` while gradients wait: what is
             done to it there counts for all of them, and not for one shard.
@@ -89,6 +90,7 @@ class Sync:
     tells_mean = False
     ranks_follow = "loss"
     shares_bases = False
+    has_begun = True
     may_be_silent = False
     norm_in_groups = True
     hooks_only = False
@@ -102,6 +104,12 @@ class Sync:
         if value is None or math.isfinite(value) or not tracker.is_current:
             return None
         return f"loss number {tracker.count} is {value}"
+
+    def begin(self) -> None:
+        """The first gradient of a step has come."""
+
+    def end_backward(self, pending: Pending) -> None:
+        """The first backward of a step has ended."""
 
     def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator:
         """The form in which a step's first gradient of a parameter waits; further ones are added with `add_`."""

@@ -189,7 +189,7 @@ class Rule:
         right = self.right_basis(gradient.shape, state, context, dtype=gradient.dtype, device=gradient.device)
         image = gradient @ right
         left = orthonormalize(image)
-        return Sketched(right, image, left, gradient.mT @ left)
+        return Sketched(right, image, left, gradient.mT @ left, left_spans=True)
 
     def right_basis(
         self,
@@ -216,19 +216,6 @@ class Rule:
         *batch, _, n = shape
         draw = context.gaussian((*batch, n, context.rank), torch.empty(0, dtype=dtype, device=device))
         return orthonormalize(draw if covariance_matmul is None else covariance_matmul(draw))
-
-    def left_basis(
-        self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """L, (..., m, r) with orthonormal columns: the other side of a sketch whose bases are known before the gradient.
-
-        Asked for after `right_basis`, of the same context, whose random numbers go on. Here random directions.
-
-        Args:
-            shape, state, context, dtype, device: As for `right_basis`.
-        """
-        like = torch.empty(0, dtype=dtype, device=device)
-        return orthonormalize(context.gaussian((*shape[:-1], context.rank), like))
 
     def columns_shape(self, shape: torch.Size, rank: int) -> tuple[int, ...]:
         """Shape of the random columns that an update of a parameter seen as (..., m, n) draws, where it draws any."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..gradient import Dense, GradientOperator, OuterProduct, Sketched
-from ..linalg import REPLICATED, Axis, Layout, normalize_columns, orthonormalize
+from ..linalg import Axis, Layout, normalize_columns, orthonormalize
 from ..linalg.normalize import frobenius_norm, spread_scales
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
@@ -88,13 +88,6 @@ class LowRankPolar(Rule):
         like, columns = torch.empty((*shape[:-2], shape[-1], 0), dtype=dtype, device=device), context.layout.columns
         factor = state.get("R", like)
         return orthonormalize(_directions(factor, context.rank, context, columns, covariance_matmul), axis=columns)
-
-    def left_basis(
-        self, shape: torch.Size, state: State, context: UpdateContext, *, dtype: torch.dtype, device: torch.device
-    ) -> Tensor:
-        """The momentum's own directions, and random ones beside them."""
-        factor = state.get("P", torch.empty((*shape[:-1], 0), dtype=dtype, device=device))
-        return orthonormalize(_directions(factor, context.rank, context, REPLICATED))
 
     def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own.

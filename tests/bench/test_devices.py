@@ -66,7 +66,7 @@ def bytes_of_sketches():
     matrices = sum(RANK * sum(p.shape) for p in named.values() if p.ndim == 2)
     vectors = sum(p.numel() for p in named.values() if p.ndim == 1)
     header = 2 + 2 * 2 + len(named) + len(tables)
-    return 4 * (header + matrices + vectors + sum(p.numel() for p in tables)) + sum(map(len, tables))
+    return 8 * header + 4 * (matrices + vectors + sum(p.numel() for p in tables)) + sum(map(len, tables))
 
 
 def test_what_a_ring_sends(report):
@@ -135,5 +135,6 @@ def test_a_contender_in_a_group_of_one_exchanges_sketches(group):
     with Traffic() as traffic:
         first, second = (quality.train(baseline("k4_r16_group"), 1e-3, seed=0, workload=tiny) for _ in range(2))
     assert first.loss == second.loss < tiny.evaluate(tiny.model(0, "cpu"))["loss"]
-    assert first.loss != quality.train(baseline("k4_r16_step"), 1e-3, seed=0, workload=tiny).loss
+    # Any number of processes take the steps of one.
+    assert first.loss == quality.train(baseline("k4_r16_step"), 1e-3, seed=0, workload=tiny).loss
     assert traffic.bytes()["all-reduce"] > 0

@@ -176,7 +176,7 @@ def fsdp_at_step_equals_one_process(rank, size):
 
 @check(2, 4, slow=4)
 def a_gradient_waits_in_the_form_of_one_process(rank, size):
-    """Also where the part here is smaller than a sketch, and the whole is not: there was a residual then, and none in one process.
+    """Also where the part here is smaller than a sketch, and the whole is not: a residual belongs to both or to none.
 
     The second is how `attach` is called without options, at a rank that makes all of them small.
     """

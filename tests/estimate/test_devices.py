@@ -51,12 +51,13 @@ def update_traffic(shape, rank, momentum_rank):
 
 
 def replica_traffic(gpus, parameters, matrices, vectors, table_numbers, table_rows):
-    """Bytes of a step's all-reduces with `process_group=`, in float32: the header (docs/devices.md), sketches, vectors and rows.
+    """Bytes of a step's all-reduces with `process_group=` (docs/devices.md): the header in float64, all else in float32.
 
-    Sketches of matrices (m, n, r) of m + n times r numbers, or the gradient where that is smaller; a byte for each table's row.
+    Sketches of matrices (m, n, r) of m + n times r numbers, or the gradient where the sketch and its bases are no smaller; a byte
+    for each table's row.
     """
-    sketches = sum(min(r * (m + n), m * n) for m, n, r in matrices)
-    return 4 * (2 + 2 * gpus + parameters + sketches + vectors + table_numbers) + table_rows
+    sketches = sum(m * n if 2 * r * (m + n) >= m * n else r * (m + n) for m, n, r in matrices)
+    return 8 * (2 + 2 * gpus + parameters) + 4 * (sketches + vectors + table_numbers) + table_rows
 
 
 def handed(one, operation, purpose="model"):
@@ -121,7 +122,7 @@ def test_state_of_a_shard_is_its_rows_and_all_columns():
 
 def test_replicas_of_gradlr_send_sketches_and_the_rows_that_tokens_touch():
     model, rank, gpus = llama(), 2, 2
-    one = found("gradlr", "dp", gpus, model, rank=rank, momentum_rank=2)
+    one = found("gradlr", "dp", gpus, model, rank=rank)
     matrices = [(*p.shape, rank) for block in model.model.layers for p in block.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     rows = gpus * IDS[0].numel() + 100  # every token of the batch another row, and all of the head
