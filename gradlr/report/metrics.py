@@ -19,7 +19,7 @@ from ..params.kinds import KINDS
 from ..rules import Update
 from ..tensors import widest
 
-# Squared singular values of unit columns below this share of the largest are rounding errors of float32, not directions.
+# Squared singular values of unit columns below this are rounding errors of float32, not directions.
 _SPAN_RTOL = 1e-10
 # Entries of a change that exist at one time where its norm is wanted: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
@@ -126,8 +126,12 @@ def captured_energy(gradient: GradientOperator, left: Tensor) -> Tensor:
     left = normalize_columns(left)
     image, left = widest(gradient.mT @ left), widest(left)
     gram = left.mT @ left
-    inverse = torch.linalg.pinv(torch.where(gram.isfinite(), gram, 0.0), rtol=_SPAN_RTOL, hermitian=True)
-    return (inverse * (image.mT @ image)).sum()
+    # A shift in the place of a pseudoinverse, whose decomposition would make the host wait. Where columns depend on each other,
+    # so do those of the image, which is zero then.
+    shift = max(_SPAN_RTOL, left.shape[-1] * torch.finfo(gram.dtype).eps)
+    shifted = torch.where(gram.isfinite(), gram, 0.0) + shift * torch.eye(left.shape[-1], dtype=gram.dtype, device=gram.device)
+    factor = torch.linalg.cholesky_ex(shifted).L
+    return torch.linalg.solve_triangular(factor, image.mT, upper=False).square().sum()
 
 
 def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tensor:

@@ -5,10 +5,11 @@ CPU tensors stand for a GPU's here (the fixture `asynchronous`). Most tests of t
 """
 
 import copy
+from contextlib import ExitStack
 
 import pytest
 import torch
-from models import attached, is_unchanged, loss_of, mlp, train, weights
+from models import Mixed, attached, is_unchanged, loss_of, mlp, train, weights
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -270,6 +271,25 @@ def test_what_a_dropped_batch_held_is_forgotten():
 # -- nothing waits -----------------------------------------------------------------------------------------------------------
 
 
+class _NothingIsAsked(TorchDispatchMode):
+    """Refuses operations that on CUDA ask the device themselves: for the size of their result, or whether they have succeeded."""
+
+    asking = (
+        "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "_coalesce", "_linalg_check_errors",
+        "_linalg_eigh", "linalg_eig", "_linalg_eigvals", "_linalg_svd", "linalg_lstsq",
+    )  # fmt: skip
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.partition("::")[2]
+        if name in self.asking or (name in ("index", "index_put_") and any(_is_mask(one) for one in args[1])):
+            raise AssertionError(f"aten::{name} makes the host wait for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index):
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
 @pytest.fixture
 def no_waiting(monkeypatch):
     """The host may read a tensor through `AsyncScalar` alone, and its own counts of steps."""
@@ -297,11 +317,14 @@ def no_waiting(monkeypatch):
     for name in ("read", "read_all"):
         monkeypatch.setattr(AsyncScalar, name, allowed(getattr(AsyncScalar, name)))
 
-    def forbid():
-        for name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy"):
-            monkeypatch.setattr(torch.Tensor, name, guarded(getattr(torch.Tensor, name)))
+    with ExitStack() as stack:
 
-    return forbid
+        def forbid():
+            for name in ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "numpy"):
+                monkeypatch.setattr(torch.Tensor, name, guarded(getattr(torch.Tensor, name)))
+            stack.enter_context(_NothingIsAsked())
+
+        yield forbid
 
 
 @pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
@@ -316,6 +339,40 @@ def test_nothing_between_loss_and_step_waits_for_the_device(options, capture, no
             tracker(model(x).square().mean()).backward()
         opt.step()
         opt.zero_grad()
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
+@pytest.mark.parametrize("rule", ["low_rank_polar", "multi_normalized", "polar"])
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_no_kind_of_parameter_waits(rule, capture, apply, no_waiting):
+    """Tables, dense and sparse, convolution, norm, head; in half precision."""
+    torch.manual_seed(0)
+    model = Mixed()
+    model.embedding = nn.Embedding(11, 8, sparse=capture == "hook")
+    model, tracker, opt = attached(model.bfloat16(), capture=capture, apply=apply, rule=rule, rank=2, weight_decay=0.1)
+    tokens = torch.arange(10).reshape(2, 5)
+    no_waiting()
+    for _ in range(2):
+        tracker(model(tokens).square().mean()).backward()
+        opt.step()
+
+
+@pytest.mark.parametrize("apply", ["backward", "step"])
+@pytest.mark.parametrize("capture", ["hook", "adaptor", "one_sided"])
+@pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
+def test_observing_waits_for_nothing(apply, capture, no_waiting):
+    """Until the numbers are read."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(50, 32), nn.Linear(32, 32), nn.Linear(32, 50, bias=False))
+    model, tracker, opt = attached(model, capture=capture, apply=apply)
+    tokens = torch.arange(8)
+    with opt.observe():
+        no_waiting()
+        for _ in range(2):
+            tracker(model(tokens).square().mean()).backward()
+            opt.step()
+    assert all(record.metrics.update_norm is not None for record in opt.records)
 
 
 def embedded():
