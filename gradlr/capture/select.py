@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from ..engine.record import ParamRecord
 from ..errors import ArgumentError, warn
 from ..layers import LayerOp, LinearOp, layer_op
 from ..layers.embedding import is_plain_embedding
+from ..tensors import device_traits
 from .layer_swap import CapturedLayer
 
 CAPTURES = ("hook", "adaptor", "one_sided", "auto")
+# What a multiplication in float32 costs in those of half precision, where these are faster: 400 to 50 TFLOP/s of an H100's
+# products of matrices, without TF32.
+_WIDE_PRICE = 8
 
 
 def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: str, *, is_immediate: bool) -> list[CapturedLayer]:
@@ -43,7 +48,7 @@ def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: s
     by_weight = {id(record.plan.parameter): record for record in records}
     uses = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     layers: list[CapturedLayer] = []
-    slow: list[ParamRecord] = []
+    slow: list[tuple[ParamRecord, CapturedLayer]] = []
     for module in model.modules():
         record = by_weight.get(id(module._parameters.get("weight")))
         layer = None if record is None else _layer(module, record, capture)
@@ -53,10 +58,10 @@ def captured_layers(model: nn.Module, records: Iterable[ParamRecord], capture: s
         is_alike = isinstance(layer.layer_op, LinearOp) and not record.rule.is_elementwise
         if layer.layer_op is not None and uses[id(layer.weight)] > 1 and (is_immediate or not is_alike):
             continue
-        if is_slower_than_hook(record, layer.is_one_sided):
+        if is_slower_than_hook(record, layer):
             if capture == "auto":
                 continue
-            slow.append(record)
+            slow.append((record, layer))
         layers.append(layer)
         record.capture = "rows" if layer.layer_op is None else "one_sided" if layer.is_one_sided else "adaptor"
     if slow:
@@ -79,22 +84,35 @@ def _suits(found: LayerOp, record: ParamRecord) -> bool:
     return not record.rule.is_elementwise or (record.rule.accepts_row_factors and isinstance(found, LinearOp))
 
 
-def work_per_token(record: ParamRecord, is_one_sided: bool) -> int:
-    """Multiplications a token that capture without a gradient takes: 2r(m + n), or r(m + 3n) with a power step on the inputs."""
+def work_per_token(record: ParamRecord, layer: CapturedLayer) -> int:
+    """Multiplications a token that capture without a gradient takes: 2r(m + n), or r(m + 3n) with a power step on the inputs.
+
+    Counted in those of the gradient's own product, which autograd makes in the weight's dtype.
+    """
     m, n = record.plan.shape[-2:]
-    return record.largest_rank * (m + 3 * n if is_one_sided else 2 * (m + n))
+    work = record.largest_rank * (m + 3 * n if layer.is_one_sided else 2 * (m + n))
+    return work * _WIDE_PRICE if _is_widened(record, layer) else work
 
 
-def is_slower_than_hook(record: ParamRecord, is_one_sided: bool) -> bool:
+def _is_widened(record: ParamRecord, layer: CapturedLayer) -> bool:
+    """Whether half precision is faster, and capture multiplies in float32 all the same: all but a Linear's bfloat16."""
+    weight = record.plan.parameter
+    is_taken = weight.dtype == torch.bfloat16 and isinstance(layer.layer_op, LinearOp) and not layer.is_one_sided
+    return record.is_narrow and device_traits(weight.device).has_half_products and not is_taken
+
+
+def is_slower_than_hook(record: ParamRecord, layer: CapturedLayer) -> bool:
     """Whether that is more than the gradient's own mn; the rules of embeddings take the gradient by factors at any price."""
     m, n = record.plan.shape[-2:]
-    return record.rule.has_rank and work_per_token(record, is_one_sided) > m * n
+    return record.rule.has_rank and work_per_token(record, layer) > m * n
 
 
-def _advice(slow: list[ParamRecord], capture: str) -> str:
-    record, is_one_sided = slow[0], capture == "one_sided"
+def _advice(slow: list[tuple[ParamRecord, CapturedLayer]], capture: str) -> str:
+    record, layer = slow[0]
     m, n = record.plan.shape[-2:]
-    work, formula = work_per_token(record, is_one_sided), "r(m + 3n)" if is_one_sided else "2r(m + n)"
+    work, formula = work_per_token(record, layer), "r(m + 3n)" if layer.is_one_sided else "2r(m + n)"
+    if _is_widened(record, layer):
+        formula = f"{_WIDE_PRICE} times {formula}, since they are in float32,"
     limit = max(1, m * n * record.largest_rank // work)
     return (
         f'capture="{capture}" costs more than hooks would for {len(slow)} of the layers: {record.plan.name!r} ({m} x {n}) with '

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import gradlr
+from gradlr import tensors
 from gradlr.apps.bench.memory import peak_bytes
 from gradlr.capture.layer_swap import SwappedLayer
 from gradlr.gradient import Dense, OuterProduct
@@ -156,6 +157,34 @@ def test_auto_takes_the_adaptor_where_it_costs_less():
     assert captures.pop("table.weight") == "rows"
     assert set(captures.values()) == {"hook"}
     assert "adaptor" in repr(opt)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "captures"),
+    [
+        (torch.float32, {"linear": "adaptor", "conv": "adaptor"}),
+        (torch.bfloat16, {"linear": "adaptor", "conv": "hook"}),  # a convolution's products are made in float32
+        (torch.float16, {"linear": "hook", "conv": "hook"}),  # and so are all of float16
+    ],
+)
+def test_auto_counts_what_precision_costs(monkeypatch, dtype, captures):
+    """Where products in half precision are faster, autograd makes the gradient with those."""
+    fast = tensors.DeviceTraits(is_async=True, widest_float=torch.float64, has_half_products=True)
+    for traits in (fast, fast._replace(has_half_products=False)):
+        monkeypatch.setitem(tensors._OVERRIDES, "cpu", traits)
+        model = nn.ModuleDict({"linear": nn.Linear(64, 64, bias=False), "conv": nn.Conv1d(64, 64, 1, bias=False)}).to(dtype)
+        _, tracker, opt = attached(model, capture="auto", rank=8)  # 2 · 8 · 128 < 64 · 64 < 8 times that
+        expected = captures if traits is fast else dict.fromkeys(captures, "adaptor")
+        assert {record.plan.name.removesuffix(".weight"): record.capture for record in opt.records} == expected
+
+
+def test_a_rank_that_precision_makes_slow_is_told(monkeypatch):
+    traits = tensors.DeviceTraits(is_async=True, widest_float=torch.float64, has_half_products=True)
+    monkeypatch.setitem(tensors._OVERRIDES, "cpu", traits)
+    with pytest.warns(
+        gradlr.GradlrWarning, match=r"takes 8 times 2r\(m \+ n\), since they are in float32, = 16,384 .*rank of 2 at"
+    ):
+        attached(nn.Conv1d(64, 64, 1).bfloat16(), capture="adaptor", rank=8)
 
 
 @pytest.mark.parametrize("capture", ["hook", "adaptor"])
