@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..layers import View
 from ..linalg import kernels, stochastic_round
+from ..linalg.normalize import widen
 from ..rules import Update
 from ..tensors import has_kernels, share_memory
 
@@ -106,6 +107,8 @@ def _masked(weight: Tensor, update: Update, decay: float, is_finite: Tensor) -> 
 
 def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
     """A block of rows at a time, so that what is widened or scaled on the way never has the size of the weight."""
+    if update.row_scale is not None and update.right is not None:
+        update = replace(update, right=widen(update.right))  # as the other factor is once it is scaled
     for rows in _row_blocks(weight):
         block, part = weight[rows], update.block(rows)
         if part.left is not None and part.row_scale is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..layers import LayerOp, LinearOp
 from ..linalg import UNSHARDED
 from ..linalg.normalize import squared_norm, widen
-from ..linalg.products import as_operand
+from ..linalg.products import as_operand, wide_matmul
 from ..tensors import is_async, widest
 from .operator import Dense, GradientOperator, all_entries_finite
 
@@ -32,6 +32,7 @@ class OuterProduct(GradientOperator):
 
     def __init__(self, delta: Tensor, x: Tensor, layer_op: LayerOp | None = None) -> None:
         self._delta, self._x, self._op = delta, x, layer_op or LinearOp()
+        self._takes = as_operand if isinstance(self._op, LinearOp) and delta.dtype == x.dtype else widen
         self.shape = torch.Size(self._op.sizes(delta, x))
         is_double = torch.float64 in (delta.dtype, x.dtype)
         self.dtype, self.device = torch.float64 if is_double else torch.float32, delta.device
@@ -57,8 +58,7 @@ class OuterProduct(GradientOperator):
 
     def _operands(self) -> tuple[Tensor, Tensor]:
         """δ and x as the products take them, in one dtype."""
-        takes = as_operand if isinstance(self._op, LinearOp) and self._delta.dtype == self._x.dtype else widen
-        return takes(self._delta), takes(self._x)
+        return self._takes(self._delta), self._takes(self._x)
 
     def is_finite(self) -> Tensor:
         return all_entries_finite(self._delta) & all_entries_finite(self._x)
@@ -76,10 +76,11 @@ class OuterProduct(GradientOperator):
 
     def row_energies(self) -> Tensor:
         """Squared lengths of the rows, (m, 1), of a Linear's gradient: a block of rows at a time, each made and dropped."""
-        delta, x = self._tokens()
-        x = widen(x)
+        (delta, x), takes = self._tokens(), self._takes
+        x = takes(x)
         blocks = delta.split(max(1, _BLOCK_NUMBERS // x.shape[-1]), dim=-1)
-        return torch.cat([torch.linalg.vector_norm(widen(block).mT @ x, dim=-1, keepdim=True) for block in blocks]) ** 2
+        rows = (wide_matmul(takes(block).mT, x) for block in blocks)
+        return torch.cat([torch.linalg.vector_norm(block, dim=-1, keepdim=True) for block in rows]) ** 2
 
     def tokens_where(self, is_cheaper: Callable[[int, int, int], bool]) -> tuple[Tensor, Tensor] | None:
         # Asked of the sizes first: in half precision the tokens are copied.
@@ -90,9 +91,9 @@ class OuterProduct(GradientOperator):
         return widen(delta), widen(x)
 
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
-        """The two factors of a Linear's gradient, and the scale."""
+        """The two factors of a Linear's gradient, bfloat16 where products take it, and the scale."""
         delta, x = self._tokens()
-        return {"left": delta.mT, "right": widen(x).mT, "row_scale": scale}
+        return {"left": delta.mT, "right": self._takes(x).mT, "row_scale": scale}
 
     def _tokens(self) -> tuple[Tensor, Tensor]:
         return self._delta.reshape(-1, self._delta.shape[-1]), self._x.reshape(-1, self._x.shape[-1])

@@ -185,6 +185,8 @@ def subtract(
 ) -> None:
     b, m, n = weight.shape
     is_narrow = weight.dtype == torch.bfloat16
+    # A bfloat16 is a tf32 number: nothing is rounded where both factors are in it.
+    is_half = left is not None and right is not None and left.dtype == right.dtype == torch.bfloat16
 
     def strides(part: Tensor | None) -> tuple[int, ...]:
         return (0, 0, 0) if part is None else part.stride()
@@ -198,5 +200,5 @@ def subtract(
         *weight.stride(), *strides(left), *strides(right), *strides(dense),
         HAS_PRODUCT=left is not None, HAS_ROW_SCALE=row_scale is not None, HAS_DENSE=dense is not None,
         HAS_ROWS=dense_rows is not None, HAS_COLUMNS=dense_columns is not None, HAS_CHECK=check is not None,
-        IS_NARROW=is_narrow, PRECISION="tf32" if is_narrow else "ieee", BLOCK=_BLOCK, INNER=_INNER,
+        IS_NARROW=is_narrow, PRECISION="tf32" if is_narrow or is_half else "ieee", BLOCK=_BLOCK, INNER=_INNER,
     )  # fmt: skip

@@ -112,7 +112,8 @@ class Update:
         """D itself, as a new tensor (..., m, n), or (t, n) of the rows that it holds: for those who look at it."""
         low_rank: Tensor | float = 0.0
         if self.left is not None and self.right is not None:
-            low_rank = (self.left if self.row_scale is None else self.left * self.row_scale) @ self.right.mT
+            left = self.left if self.row_scale is None else self.left * self.row_scale
+            low_rank = left @ self.right.mT.to(left.dtype)
         dense: Tensor | float = 0.0 if self.dense is None else self.dense
         for scale in (self.dense_rows, self.dense_columns):
             dense = dense if scale is None else dense * scale

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
+from gradlr import tensors
 from gradlr.gradient import Dense, OuterProduct, RowSparse, Sketched
 from gradlr.layers import layer_op
 from gradlr.params.kinds import plan_parameters
+from gradlr.rules import Update
 
 # name -> layer, shape of its input. Strides, dilations and paddings that leave a rest, kernels of one, and no tokens at all.
 LAYERS = {
@@ -163,6 +166,35 @@ def test_the_lengths_of_a_heads_rows_are_those_of_the_explicit_gradient(monkeypa
     delta, x = torch.randn(7, 9, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
     factored = OuterProduct(delta, x)
     torch.testing.assert_close(factored.row_energies(), factored.matrix.square().sum(1, keepdim=True))
+
+
+class _Products(TorchDispatchMode):
+    """Dtypes of the factors of all products that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::mm", "aten::addmm", "aten::bmm"):
+            self.dtypes |= {one.dtype for one in args[-2:]}
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_heads_gradient_is_made_in_half_precision_where_products_are_faster_so(monkeypatch):
+    """Twice: its rows' lengths, and the update. The second is a kernel's, which is given both factors as they are."""
+    traits = tensors.DeviceTraits(is_async=True, widest_float=torch.float64, has_half_products=True)
+    monkeypatch.setitem(tensors._OVERRIDES, "cpu", traits)
+    delta, x = torch.randn(7, 90).bfloat16(), torch.randn(7, 50).bfloat16()
+    head, dense = OuterProduct(delta, x), delta.double().mT @ x.double()
+    with _Products() as products:
+        energies = head.row_energies()
+    assert products.dtypes == {torch.bfloat16}
+    # Without wide sums each entry of a row is rounded once: to 2^-9 of it.
+    torch.testing.assert_close(energies.double(), dense.square().sum(1, keepdim=True), rtol=4e-3, atol=0)
+    parts = head.scaled_rows(energies.rsqrt())
+    assert parts["left"].dtype == parts["right"].dtype == torch.bfloat16
+    torch.testing.assert_close(Update(**parts).direction().double(), dense * energies.double().rsqrt(), rtol=1e-5, atol=1e-6)
 
 
 # -- what every operator can ------------------------------------------------------------------------------------------

@@ -97,6 +97,20 @@ def test_a_weight_is_written_as_in_the_plain_way(with_kernels, shape, parts, wei
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_in_half_precision_are_taken_as_they_are(with_kernels, dtype):
+    """As those of a head: scaled only once they are multiplied, since that would round them."""
+    weight = torch.randn(70, 40).to(dtype)
+    made = {"left": torch.randn(70, 9).bfloat16(), "right": torch.randn(40, 9).bfloat16(), "row_scale": torch.rand(70, 1)}
+    expected = weight.double() - 0.01 * Update(**made).direction().double()
+    plain = weight.clone()
+    for is_on, target in ((False, plain), (True, weight)):
+        with_kernels(is_on)
+        apply_update(target, AS_IT_IS, Update(**made), lr=0.01, weight_decay=0.0, generator=torch.Generator())
+        gap = 0 if dtype == torch.float32 else 2.0 ** (torch.frexp(expected).exponent - 8)
+        assert ((target.double() - expected).abs() <= 1.01 * gap + 1e-6).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("check", [float("nan"), float("inf"), -float("inf")])
 def test_nothing_is_written_where_the_check_is_not_finite(with_kernels, dtype, check):
     with_kernels()
