@@ -24,7 +24,7 @@ from .trained_set import all_groups, host_groups, module_to_train, require_all
 
 
 class _DropGradients(transformers.TrainerCallback):
-    # Trainer calls model.zero_grad(), which sees no sketches: those of a step that a scaler has left out would stay.
+    # Trainer calls model.zero_grad(): of a step that a scaler has left out, what waits outside of the model would stay.
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **trained: Any) -> None:
         unwrap(trained["optimizer"]).zero_grad()
 
