@@ -12,7 +12,7 @@ import torch
 
 from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError
-from . import counts, devices, estimate, figures, memory, quality, speed
+from . import counts, devices, estimate, figures, gpu, memory, quality, speed
 from .baselines import BASELINES, OWN_BASELINES, SPELLING, baseline, require_baselines
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -23,6 +23,7 @@ _HELP = {
     "memory": "peak memory above 100 MiB of parameters",
     "speed": "time of one step: of a Linear, or of a whole transformer",
     "counts": "what one update asks of a GPU: launches, bytes, waits and workspace, counted without one",
+    "gpu": "all there is to know of a GPU in a few minutes: tests, launches, time and memory of training steps",
     "crossover": "time of one Linear's step by rank: from where on hooks are faster",
     "devices": "several processes: time of one step and bytes that travel, beside DDP and FSDP2",
     "estimate": "the peak that `gradlr estimate` tells against the measured one",
@@ -36,6 +37,7 @@ _MODULES = {
     "memory": memory,
     "speed": speed,
     "counts": counts,
+    "gpu": gpu,
     "crossover": speed,
     "devices": devices,
     "estimate": estimate,
@@ -46,6 +48,7 @@ _NUMBERS: dict[str, dict[str, int | None]] = {
     "memory": {"tokens": 64, "rank": 16},
     "speed": {"tokens": 2048, "width": 1024, "depth": 2, "rank": 32, "rounds": 40, "threads": None},
     "counts": {"tokens": 2048, "rank": 64},
+    "gpu": {"minutes": 4},
     "crossover": {"tokens": 2048, "width": 1024, "rounds": 40, "threads": None},
     "devices": {"processes": 2, "threads": 1, "width": 512, "depth": 4, "tokens": 1024, "rank": 32, "rounds": 20},
     "estimate": {"threads": None},
@@ -67,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resumed = "file of runs, one a line: what it holds is not done again, and what is done is added to it"
     quality_parser.add_argument("--resume", type=Path, metavar="RUNS.jsonl", help=resumed)
     quality_parser.add_argument("--stored", action="store_true", help="run nothing: tell what the file of --resume holds")
-    speed_parser.add_argument("--model", choices=("linear", "transformer", "smollm2"), default="linear", help="what is trained")
+    models = "what is trained; small: 200 Linears of 16 × 16, of which the host's time is told beside Muon's"
+    speed_parser.add_argument("--model", choices=("linear", "small", "transformer", "smollm2"), default="linear", help=models)
     dtypes = ("float32", "bfloat16", "float16")
     speed_parser.add_argument("--dtype", choices=dtypes, default="float32", help="of weights and inputs")
     made["counts"].add_argument("--dtype", choices=dtypes, default="bfloat16", help="of weights and inputs")
@@ -83,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         made[name].add_argument("--peers", nargs="*", choices=list(PEERS), metavar="NAME", help=peers)
     for name in ("quality", "memory", "speed", "crossover", "estimate"):
         made[name].add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    made["gpu"].add_argument("--device", default="cuda", help="cuda (default), or cpu with tiny models, to see that it runs")
     for name in _MODULES:
         made[name].add_argument("--out", type=Path, help="write the report as JSON to this file")
     for name in _DRAWINGS:
@@ -128,6 +133,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return memory.measure(**numbers, device=arguments.device, peers=_peers(arguments))
     if bench == "crossover":
         return speed.measure_crossover(**numbers, device=arguments.device, ranks=tuple(arguments.ranks))
+    if bench == "gpu":
+        return gpu.measure(**numbers, device=arguments.device, out=arguments.out)
     if bench == "counts":
         return counts.measure(**numbers, dtype=arguments.dtype, shapes=arguments.shapes)
     if bench == "estimate":
@@ -138,6 +145,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.model == "smollm2":
         kept = {key: options[key] for key in ("tokens", "rounds", "device")}
         return speed.measure_language_model(**kept, peers=arguments.peers or ())
+    if arguments.model == "small":
+        return speed.measure_host(rounds=options["rounds"], device=arguments.device)
     del options["depth"]
     return speed.measure(**options)
 

@@ -9,7 +9,7 @@ forward and backward ask for themselves.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -258,14 +258,26 @@ def table(report: dict[str, Any]) -> str:
 def count(form: Form, subject: Subject) -> Counts:
     """What one parameter more asks for. The workspace is that of gradlr's own update of one; of others it is not told."""
     with FakeTensorMode(), like_a_gpu():
-        few, many = (_step(form, subject, layers) for layers in (_FEW, _FEW + 1))
-        plain_few, plain_many = (_step(None, subject, layers, form.forms_gradient) for layers in (_FEW, _FEW + 1))
+        return difference(form, subject)
+
+
+def difference(form: Form, subject: Subject, count_in: Callable[[], Any] | None = None, device: str = "cpu") -> Counts:
+    """The same without a mode around it: of what a device really does, where `count_in()` is a context that counts it.
+
+    Its attribute `counts` is set before. Without `count_in`, for tensors that hold no values, operations and memory are counted.
+    """
+    with torch.device(device):
+        few, many = (_step(form, subject, layers, count_in) for layers in (_FEW, _FEW + 1))
+        plain_few, plain_many = (_step(None, subject, layers, count_in, form.forms_gradient) for layers in (_FEW, _FEW + 1))
     return many.less(few).less(plain_many.less(plain_few))
 
 
-def _step(form: Form | None, subject: Subject, layers: int, forms_gradient: bool = True) -> Counts:
+def _step(
+    form: Form | None, subject: Subject, layers: int, count_in: Callable[[], Any] | None, forms_gradient: bool = True
+) -> Counts:
     """The backward and the step of the second step, when all state is there."""
-    model, x, memory, counter = _Side(subject.layer, layers), subject.inputs(), MemoryTracker(), Counter()
+    model, x, counter = _Side(subject.layer, layers), subject.inputs(), (count_in or Counter)()
+    memory = MemoryTracker() if count_in is None else None  # which answers for numbers that are not there
     weights = list(model.parameters())
     is_ours = form is not None and form.peer is None
     tracker: Any = LossTracker() if is_ours else lambda loss: loss
@@ -277,14 +289,16 @@ def _step(form: Form | None, subject: Subject, layers: int, forms_gradient: bool
         optimizer = form.peer(weights)
     else:
         optimizer = attach(model, tracker, lr=1e-3, **{"rank": subject.rank, **form.options})
-        optimizer.receive = _watched(optimizer.receive, memory, counter)
-    with memory:
+        if memory is not None:
+            optimizer.receive = _watched(optimizer.receive, memory, counter)
+            optimizer.step = _watched(optimizer.step, memory, counter)
+    with memory or nullcontext():
         for _ in range(2):
             loss, x.grad, counter.counts = tracker(model(x)), None, Counts(workspace=0 if is_ours else None)
             with counter:
                 loss.backward()
                 if optimizer is not None:
-                    (_watched(optimizer.step, memory, counter) if is_ours else optimizer.step)()
+                    optimizer.step()
             for weight in weights:
                 weight.grad = None
     if is_ours:

@@ -19,7 +19,7 @@ from .memory import adaptors
 from .peers import PEERS
 from .smollm2 import SmolLM2
 from .text import batches, documentation
-from .train_steps import Baseline, TrainStep, adamw, forward_backward, fused_adamw, gradlr, muon, sgd
+from .train_steps import Baseline, TrainStep, adamw, forward_backward, fused_adamw, gradlr, muon, ordinary, sgd
 from .transformer import ByteTransformer, language_model_loss
 
 Windows = list[tuple[Tensor, Tensor]]
@@ -110,6 +110,58 @@ def measure_transformer(
     return {"environment": environment(device), "workload": {**workload, "dtype": dtype}, "results": results}
 
 
+class _Small(nn.Module):
+    """Layers side by side, so small that their arithmetic is next to nothing."""
+
+    def __init__(self, layers: int, size: int = 16) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(size, size, bias=False) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([layer(x).square().sum() for layer in self.layers]).sum()
+
+
+def _only_muon(model: nn.Module, lr: float) -> TrainStep:
+    return ordinary(torch.optim.Muon(model.parameters(), lr=lr, weight_decay=0.0))
+
+
+def host_methods() -> list[Baseline]:
+    """Whose host time is told; it is that of a step above the first's, as a ratio to the second's, which torch 2.9 brought."""
+    bare = rules.LowRankPolar(residual=0)
+    return [
+        Baseline("plain", "forward + backward", forward_backward),
+        Baseline("muon", "Muon", _only_muon),
+        Baseline("adamw", "AdamW (fused)", fused_adamw),
+        Baseline("hook", "gradlr", gradlr()),
+        Baseline("hook_r4", "gradlr, rank 4", gradlr(rank=4)),
+        Baseline("hook_r4_no_residual", "gradlr, rank 4, no residual", gradlr(rank=4, rule=bare)),
+        Baseline("adaptor_r4", 'gradlr, rank 4, capture="adaptor"', gradlr(rank=4, capture="adaptor")),
+        Baseline("step_r4", 'gradlr, rank 4, apply="step"', gradlr(rank=4, apply="step")),
+    ]
+
+
+def measure_host(*, layers: int = 200, rounds: int = 15, device: str = "cpu") -> dict[str, Any]:
+    """Median microseconds of the host's time that the update of one 16 × 16 matrix takes, and its ratio to Muon's.
+
+    What is left of an update without arithmetic is what a fast GPU would wait for. The processor's time is taken, so that what
+    else the machine does counts little.
+    """
+    baselines, x = host_methods(), torch.randn(8, 16, device=device)
+    steps = []
+    for baseline in baselines:
+        torch.manual_seed(0)
+        model = _Small(layers).to(device)
+        steps.append(partial(baseline.make(model, _RATE).step, partial(model, x)))
+    times = interleaved(steps, rounds, device, of_host=True)
+    medians = [statistics.median(row[index] - row[0] for row in times) / layers for index in range(len(baselines))]
+    results = [
+        {"name": baseline.name, "label": baseline.label, "us": round(1e6 * one, 1), "ratio": round(one / medians[1], 2)}
+        for baseline, one in list(zip(baselines, medians, strict=True))[1:]
+    ]
+    workload = {"model": "small", "layers": layers, "rounds": rounds}
+    return {"environment": environment(device), "workload": workload, "results": results}
+
+
 def language_model_methods() -> list[Baseline]:
     """What is timed on SmolLM2; the first is the reference."""
     bare = rules.LowRankPolar(residual=0)
@@ -187,9 +239,14 @@ def interleaved(
     *,
     meet: Callable[[], Any] = lambda: None,
     warmup: int = 3,
+    of_host: bool = False,
 ) -> list[list[float]]:
-    """Seconds of each step in every round; each round runs all of them once, in an order of its own, and calls `meet` before."""
+    """Seconds of each step in every round; each round runs all of them once, in an order of its own, and calls `meet` before.
+
+    Those of the host's processor alone, which does not wait for the device, where asked for.
+    """
     finish = partial(torch.cuda.synchronize, device) if torch.device(device).type == "cuda" else lambda: None
+    clock, end = (time.process_time, lambda: None) if of_host else (time.perf_counter, finish)
     for step in [*steps] * warmup:
         step()
     shuffle, times = random.Random(0), []
@@ -198,10 +255,10 @@ def interleaved(
         for index in shuffle.sample(range(len(steps)), len(steps)):
             meet()
             finish()
-            start = time.perf_counter()
+            start = clock()
             steps[index]()
-            finish()
-            measured[index] = time.perf_counter() - start
+            end()
+            measured[index] = clock() - start
         times.append(measured)
     return times
 
@@ -219,6 +276,10 @@ def timed_rows(baselines: Sequence[Any], times: list[list[float]]) -> list[dict[
 def table(report: dict[str, Any]) -> str:
     """The report as a Markdown table."""
     rows = report["results"]
+    if "us" in rows[0]:
+        return markdown(
+            ("update", "host, μs", "to Muon's"), ((row["label"], f"{row['us']:.1f}", f"{row['ratio']:.2f}") for row in rows)
+        )
     if "rank" not in rows[0]:
         return markdown(("step", "ms", "ratio"), ((row["label"], f"{row['ms']:.1f}", f"{row['ratio']:.3f}") for row in rows))
     names = {"hook": "hook", "adaptor": "adaptor", "adaptor_step": 'adaptor, `apply="step"`', "one_sided": "one_sided"}
