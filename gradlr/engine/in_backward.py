@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ..gradient import GradientOperator
@@ -27,7 +29,7 @@ class InBackward(CommitPolicy):
             prepared.check = torch.where(is_bad, torch.nan, torch.zeros_like(prepared.check))
         if is_async(prepared.check):
             self.checks.read_later(record, prepared.check)
-        elif not prepared.check.isfinite():
+        elif not math.isfinite(prepared.check):
             raise self.checks.not_finite(record)
         self.committer.commit(prepared)
 

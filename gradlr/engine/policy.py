@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Container, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from .record import ParamRecord
 from .skipped_steps import SkippedSteps
 from .state_store import StateStore
 from .sync import Sync
+
+_NO_AUTOCAST = nullcontext()
 
 
 class CommitPolicy:
@@ -123,7 +126,9 @@ class CommitPolicy:
             self.checks.on_gradient(record)
             if self._bad_backward is not None:
                 self._leave_out_bad_backward()
-            with torch.autocast(gradient.device.type, enabled=False):  # the rule computes in float32 or wider
+            kind = gradient.device.type
+            # The rule computes in float32 or wider; the context costs more than many an operation.
+            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NO_AUTOCAST:
                 self._take(record, gradient)
         except GradlrError:
             self.reset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -38,7 +39,7 @@ class SkippedSteps:
         if is_async(is_finite):
             (self._checks if is_finite.is_floating_point() else self._flags).append(is_finite)
             return True
-        if is_finite.isfinite() if is_finite.is_floating_point() else is_finite:
+        if math.isfinite(is_finite) if is_finite.is_floating_point() else is_finite:
             return True
         self.reason = self.reason or reason()
         return False

@@ -61,7 +61,7 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = Fals
     # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one. A quotient with
     # a wide divisor is wide.
     x = x if is_scaled else x / axis.column_peaks(x).to(wide).clamp_(min=tiny)
-    least = torch.tensor(tiny, dtype=wide, device="cpu")
+    least = torch.scalar_tensor(tiny, dtype=wide, device="cpu")
     for least_shift in _SHIFTS[wide]:
         shift = least_shift * growth
         products = x.mT @ x if axis.is_whole else axis.inner(x, x)

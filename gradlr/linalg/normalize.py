@@ -49,7 +49,8 @@ def frobenius_norm(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
     if not axis.is_whole:
         norm = axis.all_reduce_sum(norm.square_()).sqrt_()
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return norm.to(wide).clamp_(min=torch.finfo(wide).tiny)
+    # Never zero, in one operation with the cast: of what is larger the smallest normal number changes nothing.
+    return torch.add(norm, torch.finfo(wide).tiny, out=torch.empty(norm.shape, dtype=wide, device=norm.device))
 
 
 def normalize_columns(x: Tensor, axis: Axis = REPLICATED) -> Tensor:
@@ -128,13 +129,13 @@ def normalizing_scales(
             lengths = squares @ columns if number else squares.sum(dim=-1, keepdim=True)
             lengths = lengths if whole else layout.columns.all_reduce_sum(lengths)
             # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.
-            found.append(torch.where(lengths >= tiny, lengths.reciprocal(), 0.0))
+            found.append(torch.threshold(lengths, tiny, torch.inf).reciprocal_())
             sums.append(squares.mT @ found[-1])
             if number == 0:
                 energies.append(lengths.sum(dim=-2, keepdim=True))
         total = reduce(torch.add, sums)
         total = total if whole else layout.rows.all_reduce_sum(total)
-        columns = torch.where(total >= tiny, total.reciprocal(), 0.0)
+        columns = torch.threshold(total, tiny, torch.inf).reciprocal_()
         rows = found[0] if len(found) == 1 else torch.cat(found, dim=-2)
     energy = reduce(torch.add, energies)
     return rows, columns, energy if whole else layout.rows.all_reduce_sum(energy)
@@ -168,7 +169,7 @@ def spread_scales(
     unit = norm.reciprocal()
     rows, columns, energy = normalizing_scales(x, unit, layout)
     # Columns are of unit length or zero.
-    count = layout.columns.all_reduce_sum((columns > 0).sum(dim=(-2, -1), keepdim=True).to(norm.dtype))
+    count = layout.columns.all_reduce_sum(columns.sign().sum(dim=(-2, -1), keepdim=True))
     factor = torch.where(energy > threshold, size * count.clamp(min=1).rsqrt(), 0.0)
     return rows.sqrt_().mul_(unit * factor), columns.sqrt_().mT
 
@@ -197,7 +198,7 @@ def alternate(
     tiny, columns = torch.finfo(first.dtype).tiny, first
     for number in range(passes):
         rows = row_energies(columns) if number else first
-        rows = torch.where(rows >= tiny, rows.reciprocal(), 0.0)
+        rows = torch.threshold(rows, tiny, torch.inf).reciprocal_()
         columns = column_energies(rows)
-        columns = torch.where(columns >= tiny, columns.reciprocal(), 0.0)
+        columns = torch.threshold(columns, tiny, torch.inf).reciprocal_()
     return rows, columns

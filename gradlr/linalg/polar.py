@@ -62,19 +62,35 @@ def newton_schulz_by_gram(
         only if all of it is.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    norm = frobenius_norm(x, axis)
+    norm, r = frobenius_norm(x, axis), x.shape[-1]
     x, batch = x / norm, x.shape[:-2]
     # A product that adds: of one matrix, or of a batch with one axis.
     x, add = (x, torch.addmm) if x.ndim == 2 else (x.reshape(-1, *x.shape[-2:]), torch.baddbmm)
-    products = x.mT @ x if axis.is_whole else axis.inner(x, x)
-    # X ← X p(XᵀX) turns P = XᵀX into p P p, and all of these commute; p = a + q, so that what is multiplied is added.
-    q = add(products, products, products, beta=b, alpha=c)
-    factor = torch.add(q, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device), alpha=a)
+    # X ← X p(XᵀX) turns P = XᵀX into p P p, and all of these commute: with the product F of all p so far, and S = F P₀, P is F S.
+    # F and S lie in one matrix, so that one product is a step of both; p = a + q, so that what is multiplied is added.
+    both = _identity_and_gram(x, axis)
+    products = both[..., r:, :]
+    factor = both[..., :r, :]
     for _ in range(steps - 1):
-        half = add(products, products, q, beta=a)
-        products = add(half, half, q, beta=a)
         q = add(products, products, products, beta=b, alpha=c)
-        factor = add(factor, factor, q, beta=a)
-    found = x @ factor * size if isinstance(size, Tensor) else add(factor[..., :1, :], x, factor, beta=0, alpha=size)
+        both = add(both, both, q, beta=a)
+        factor, scaled = both.chunk(2, dim=-2)
+        products = factor @ scaled
+    q = add(products, products, products, beta=b, alpha=c)
+    last = 1.0 if isinstance(size, Tensor) else size
+    factor = add(factor, factor, q, beta=a * last, alpha=last)
+    found = x @ factor
+    found = found * size if isinstance(size, Tensor) else found
     # What is not finite anywhere in x is in every entry of its powers.
     return (found if x.ndim == 2 else found.unflatten(0, batch)), norm, factor[..., 0, 0]
+
+
+def _identity_and_gram(x: Tensor, axis: Axis) -> Tensor:
+    """The identity, and below it XᵀX: (..., 2r, r)."""
+    r = x.shape[-1]
+    if x.ndim == 2 and axis.is_whole:
+        both = torch.eye(2 * r, r, dtype=x.dtype, device=x.device)
+        both[r:].addmm_(x.mT, x)
+        return both
+    products = x.mT @ x if axis.is_whole else axis.inner(x, x)
+    return torch.cat([torch.eye(r, dtype=x.dtype, device=x.device).expand_as(products), products], dim=-2)

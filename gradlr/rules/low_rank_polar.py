@@ -14,6 +14,7 @@ from ..linalg import Axis, Layout, normalize_columns, orthonormalize
 from ..linalg.normalize import frobenius_norm, spread_scales
 from ..linalg.polar import newton_schulz_by_gram
 from ..linalg.token_space import normalization_is_cheaper, token_energy, token_scales
+from ..tensors import device_traits
 from .base import Rule, State, Update, UpdateContext, fit_columns, require_number, update_scale
 
 # A residual shorter than this share of what the basis sees is rounding errors, not a direction: where the gradient has fewer
@@ -111,7 +112,9 @@ class LowRankPolar(Rule):
         whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
         known: Dense | tuple[Tensor, Tensor] | None = None  # what a residual can be made of, where there is to be one
         if self.residual > 0 and context.rank < min(whole[-2:]) and isinstance(gradient, Dense | OuterProduct):
-            known = gradient if isinstance(gradient, Dense) else gradient.tokens_where(normalization_is_cheaper)
+            # Where kernels read a matrix, launches cost more than it does: a gradient in token space is some 190 of them.
+            if not isinstance(gradient, Dense) and not device_traits(gradient.device).has_kernels:
+                known = gradient.tokens_where(normalization_is_cheaper)
             if known is None:
                 # The rest would need it anyway, of this layer alone and for as long as its update takes.
                 gradient = known = gradient.formed()

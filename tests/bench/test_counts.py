@@ -17,12 +17,13 @@ MIB = 2**20
 @pytest.mark.parametrize(
     ("form", "subject", "most"),
     [
-        ("hook", SQUARE, 54),
-        ("hook_no_residual", SQUARE, 45),
-        ("adaptor", SQUARE, 55),
-        ("adaptor_no_residual", SQUARE, 47),
-        ("step", SQUARE, 77),
-        ("hook", LARGE, 54),
+        ("hook", SQUARE, 49),
+        ("hook_no_residual", SQUARE, 40),
+        ("adaptor", SQUARE, 50),
+        ("adaptor_no_residual", SQUARE, 42),
+        ("step", SQUARE, 72),
+        ("hook", LARGE, 49),
+        ("adaptor", Subject("matrix", (4096, 4096), tokens=256), 50),
         ("hook", Subject("vector", (4096,)), 7),
         ("hook", TABLE, 13),
     ],
@@ -56,7 +57,7 @@ def test_launches_of_a_step_of_llama_7b():
     launches = sum(times * count(FORMS["hook"], Subject("matrix", shape)).launches for shape, times in shapes.items())
     launches += 65 * count(FORMS["hook"], Subject("vector", (h,))).launches
     launches += count(FORMS["hook"], Subject("embedding", (v, h))).launches
-    assert launches < 13_000
+    assert launches < 12_000
 
 
 def test_a_view_is_no_launch_and_what_is_written_in_place_counts_twice():

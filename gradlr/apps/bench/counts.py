@@ -26,7 +26,10 @@ from .environment import environment, markdown
 from .memory import MIB
 
 # What makes no kernel run: memory without numbers in it, and constants that the host keeps.
-_SILENT = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "lift_fresh", "resize_", "set_"}
+_SILENT = {
+    *("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"),
+    *("lift_fresh", "scalar_tensor", "resize_", "set_"),
+}
 _FEW = 2  # layers that are there already
 
 
