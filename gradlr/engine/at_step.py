@@ -10,6 +10,7 @@ import torch
 
 from ..errors import LossError, ParallelError
 from ..gradient import GradientOperator
+from ..gradient.batch import stacked
 from ..tensors import full_precision, is_async
 from .commit import Prepared
 from .policy import CommitPolicy, require_use_for
@@ -119,10 +120,14 @@ class AtStep(CommitPolicy):
             return []
         pending.scale(factor)
         prepared: list[Prepared] = []
-        for record in pending.records():
-            gradient = pending.pop(record)
-            prepared.append(self.committer.compute(record, gradient))
-            self.skipped.look(prepared[-1].check, partial(self.checks.bad_gradient_message, record))
+        for records in pending.batches():
+            if len(records) == 1 or self.committer.compiled is not None:
+                made = [self.committer.compute(record, pending.pop(record)) for record in records]
+            else:
+                made = self.committer.compute_batch(records, stacked([pending.pop(record) for record in records]))
+            for one in made:
+                self.skipped.look(one.check, partial(self.checks.bad_gradient_message, one.record))
+            prepared += made
         if not self.skipped.reason:
             self.grad_norm = norm
         return prepared

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -106,6 +108,32 @@ class Committer:
         if record.observer is not None and kept is not None:
             prepared.metrics = record.observer.measure_gradient(record, kept, update, context.step)
         return prepared
+
+    def compute_batch(self, records: Sequence[ParamRecord], gradient: GradientOperator) -> list[Prepared]:
+        """The same of several parameters of one shape, rule and step, as one update of a batch: as many operations as of one.
+
+        Args:
+            records: The parameters, of a rule that `is_batched`.
+            gradient: Theirs, stacked.
+        """
+        rule, states = records[0].rule, [self.store.read(record) for record in records]
+        state = {key: torch.stack([one[key] for one in states]) for key in states[0]}
+        members = tuple(partial(self.store.context, record) for record in records)
+        context = replace(members[0](), generator=None, members=members)
+        update, new_state = checked(rule, rule.update(gradient, state, context), gradient.shape)
+        parts = update.named_parts()
+        check = parts.pop("check", None)
+        is_own = check is not None and check.shape == (len(records),)
+        checks = check.unbind() if is_own and check is not None else [check_of(update, new_state)] * len(records)
+        return [
+            # State is kept: not as a view, with which all of the batch's would be.
+            Prepared(
+                record, context, checks[place],
+                Update(**{key: part[place] for key, part in parts.items()}),
+                {key: value[place].clone() for key, value in new_state.items()},
+            )
+            for place, record in enumerate(records)
+        ]  # fmt: skip
 
     def commit(self, prepared: Prepared) -> None:
         """Write an update and its state, on an asynchronous device only where its check is finite. The only place that does."""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Protocol
 
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, OuterProduct, RowSparse, Sketched
+from ..gradient.batch import batch_key, batch_numbers
 from ..tensors import AsyncScalar, compute_dtype_and_device, is_async
 from .bases import Bases
 from .grad_norm import GradClipper, GradNormProxy
 from .record import ParamRecord
 from .skipped_steps import SkippedSteps
 from .state_store import StateStore
+
+# Numbers of gradients or sketches that are copied into one batch: 32 MiB in float32.
+_BATCH_NUMBERS = 2**23
 
 
 class Holder(Protocol):
@@ -55,6 +60,28 @@ class Pending:
     def records(self) -> list[ParamRecord]:
         """The parameters that have a gradient here, in their order."""
         return [record for record in self.store.records if record.index in self.gradients]
+
+    def batches(self) -> list[list[ParamRecord]]:
+        """The same, those together whose updates can be made as one."""
+        alike: dict[Hashable, list[ParamRecord]] = {}
+        for record in self.records():
+            rule, shape = record.rule, self.gradients[record.index].shape
+            is_alone = not rule.is_batched or len(shape) > 2 or record.observer is not None or not record.plan.layout.is_whole
+            key = (id(rule), shape, record.rank, record.momentum_rank, record.group_index)
+            alike.setdefault(record.index if is_alone else key, []).append(record)
+        return [batch for records in alike.values() for batch in ([records] if len(records) == 1 else self._split(records))]
+
+    def _split(self, records: list[ParamRecord]) -> list[list[ParamRecord]]:
+        """By the form of the gradient and the number of the step, so few at a time that their copies stay small."""
+        alike: dict[Hashable, list[ParamRecord]] = {}
+        for record in records:
+            key = batch_key(self.gradients[record.index])
+            alike.setdefault(record.index if key is None else (key, int(self.store.of(record)["step"])), []).append(record)
+        found = []
+        for same in alike.values():
+            size = max(1, _BATCH_NUMBERS // batch_numbers(self.gradients[same[0].index]))
+            found += [same[start : start + size] for start in range(0, len(same), size)]
+        return found
 
     def add(self, record: ParamRecord, gradient: GradientOperator) -> None:
         """Add a gradient to what waits for its parameter."""

@@ -20,6 +20,6 @@ def wide_matmul(x: Tensor, y: Tensor) -> Tensor:
     if x.dtype != torch.bfloat16 and y.dtype != torch.bfloat16:
         return x @ y
     x, y = x.to(torch.bfloat16), y.to(torch.bfloat16)
-    if x.ndim == y.ndim == 2 and device_traits(x.device).has_wide_sums:
-        return torch.mm(x, y, out_dtype=torch.float32)
+    if x.ndim == y.ndim <= 3 and device_traits(x.device).has_wide_sums:
+        return (torch.mm if x.ndim == 2 else torch.bmm)(x, y, out_dtype=torch.float32)
     return (x @ y).float()

@@ -27,6 +27,7 @@ class Adam(Rule):
     is_elementwise = True
     has_rank = False
     carries_nonfinite = True
+    is_batched = True
     supports_sharding = True
 
     def __init__(self, *, beta2: float = 0.999, eps: float = 1e-8) -> None:

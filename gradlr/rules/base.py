@@ -34,6 +34,7 @@ class UpdateContext:
         active: r as a 0-dim tensor, where `rank` is the largest there will be and columns beyond r are zero; None where it is r.
         layout: Which block of the matrices this process works on, where others hold the rest. Only rules with `supports_sharding`
             see another than the whole.
+        members: Of a batch of several parameters, what makes the context of each: it draws as each would alone.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class UpdateContext:
     columns: Tensor | None = None
     active: Tensor | None = None
     layout: Layout = UNSHARDED
+    members: tuple[Callable[[], UpdateContext], ...] = ()
 
     def gaussian(self, shape: Sequence[int], like: Tensor, *, axis: Axis = REPLICATED) -> Tensor:
         """Gaussian columns of unit expected length: entries N(0, 1 / rows), in the dtype and on the device of `like`.
@@ -56,6 +58,8 @@ class UpdateContext:
         """
         if self.columns is not None:
             return self.columns
+        if self.members:
+            return torch.stack([member().gaussian(shape[1:], like, axis=axis) for member in self.members])
         batch, is_whole = self.layout.batch, axis.is_whole and self.layout.batch.is_whole
         if not is_whole:
             *matrices, rows, columns = shape
@@ -135,6 +139,8 @@ class Rule:
             masks of single weights need that.
         carries_nonfinite: Whether NaN and infinity anywhere in the gradient always show in the update, or in its `check`: then
             nobody looks at the gradient before, and `update` may be handed one that is not finite.
+        is_batched: Whether several parameters of one shape may come as one, with an axis more in front, as `opt.step()` hands
+            them over: the rule treats them apart, and draws by `context.gaussian` only.
         pads_rank: Whether columns of zeros among the random ones lower the rank, so that one compiled graph serves all ranks.
         supports_sharding: Whether the rule follows `UpdateContext.layout`, so that several processes may each hold a block of the
             parameter. Elementwise rules need nothing for that.
@@ -148,6 +154,7 @@ class Rule:
     accepts_row_factors = False
     keeps_zeros = False
     carries_nonfinite = False
+    is_batched = False
     pads_rank = False
     supports_sharding = False
     state_sharding: ClassVar[Mapping[str, str]] = {}

@@ -51,6 +51,7 @@ class LowRankPolar(Rule):
 
     name = "low_rank_polar"
     carries_nonfinite = True
+    is_batched = True
     pads_rank = True
     supports_sharding = True
     state_sharding: ClassVar = {"P": "rows", "R": "columns"}
