@@ -39,7 +39,7 @@ class GradNormProxy:
         # Rows, which what clips each row by itself (timm's adaptive clipping) treats unlike each other.
         self._shares = torch.tensor(_SHARES, dtype=dtype, device=device).unsqueeze(-1)
         self.parameter = nn.Parameter(torch.zeros_like(self._shares), requires_grad=False)
-        self._norm = torch.zeros((), dtype=dtype, device=device)
+        self._norm = widest(torch.zeros((), dtype=dtype, device=device))
         self._version = 0
         self._energies: dict[int, Tensor] = {}
         self._total: Tensor | None = None
@@ -47,9 +47,13 @@ class GradNormProxy:
     def record(self, key: int, energy: Tensor) -> None:
         """A gradient has come: the squared norm of all that waits for parameter number `key`, 0-dim float64."""
         known = self._energies.get(key)
-        change = energy if known is None else energy - known
         self._energies[key] = energy
-        self._total = change if self._total is None else self._total + change
+        if self._total is None:
+            self._total = energy
+        elif known is None:
+            self._total = self._total + energy
+        else:  # rounding may leave a difference of equal numbers below zero
+            self._total = (self._total + (energy - known)).clamp_(min=0)
         self._show(self._total)
 
     def forget(self, key: int) -> None:
@@ -62,8 +66,8 @@ class GradNormProxy:
             self._show(self._total)
 
     def _show(self, total: Tensor) -> None:
-        # Rounding may leave a difference of equal numbers below zero.
-        self._norm = total.clamp(min=0).sqrt().to(self._shares.dtype)
+        # In the dtype of the shares: one of a single number decides nothing.
+        self._norm = total.sqrt()
         self.parameter.grad = self._norm * self._shares
         self._version = self.parameter.grad._version
 

@@ -17,8 +17,8 @@ from .record import ParamRecord
 from .skipped_steps import SkippedSteps
 from .state_store import StateStore
 
-# Numbers of gradients or sketches that are copied into one batch: 32 MiB in float32.
-_BATCH_NUMBERS = 2**23
+# Numbers of gradients or sketches that are copied into one batch: 24 MiB in float32.
+_BATCH_NUMBERS = 6 * 2**20
 
 
 class Holder(Protocol):
