@@ -120,7 +120,10 @@ class Committer:
         state = {key: torch.stack([one[key] for one in states]) for key in states[0]}
         members = tuple(partial(self.store.context, record) for record in records)
         context = replace(members[0](), generator=None, members=members)
-        update, new_state = checked(rule, rule.update(gradient, state, context), gradient.shape)
+        try:
+            update, new_state = checked(rule, rule.update(gradient, state, context), gradient.shape)
+        except torch.linalg.LinAlgError:  # as above; the step is left out whole
+            return [_not_finite(record, context, old, gradient) for record, old in zip(records, states, strict=True)]
         parts = update.named_parts()
         check = parts.pop("check", None)
         is_own = check is not None and check.shape == (len(records),)

@@ -17,8 +17,8 @@ from .record import ParamRecord
 from .skipped_steps import SkippedSteps
 from .state_store import StateStore
 
-# Numbers of gradients or sketches that are copied into one batch: 24 MiB in float32.
-_BATCH_NUMBERS = 6 * 2**20
+# Numbers that are copied into one batch: half as many as a gradient has, for which backward had room, but 4 to 24 MiB in float32.
+_BATCH_NUMBERS = 2**20, 6 * 2**20
 
 
 class Holder(Protocol):
@@ -77,9 +77,10 @@ class Pending:
         for record in records:
             key = batch_key(self.gradients[record.index])
             alike.setdefault(record.index if key is None else (key, int(self.store.of(record)["step"])), []).append(record)
-        found = []
+        found, (least, most) = [], _BATCH_NUMBERS
         for same in alike.values():
-            size = max(1, _BATCH_NUMBERS // batch_numbers(self.gradients[same[0].index]))
+            gradient = self.gradients[same[0].index]
+            size = max(1, min(max(gradient.shape.numel() // 2, least), most) // batch_numbers(gradient))
             found += [same[start : start + size] for start in range(0, len(same), size)]
         return found
 

@@ -99,7 +99,7 @@ def test_a_batch_is_no_larger_than_its_bound(monkeypatch):
     monkeypatch.setattr(
         pending.Pending, "batches", lambda waiting: sizes.append([len(one) for one in real(waiting)]) or real(waiting)
     )
-    monkeypatch.setattr(pending, "_BATCH_NUMBERS", 2 * (3 + 3) * 2 * WIDTH)
+    monkeypatch.setattr(pending, "_BATCH_NUMBERS", (2 * (3 + 3) * 2 * WIDTH,) * 2)
     trained(steps=1)
     assert sorted(sizes[0]) == [1, 1, 1, 1, 2, 10]  # matrices of two others' shapes, a bias, two of three, the third, and vectors
 
