@@ -213,3 +213,20 @@ def test_errors_say_what_to_do(arguments, message):
     model, options = (*arguments, {})[:2]
     with pytest.raises(ArgumentError, match=message):
         estimate(model, **options)
+
+
+def test_on_a_gpu_half_precision_stays_so():
+    """A gradient that waits is not widened there, and the write of a weight needs no copy of a part of it."""
+    make = {
+        "method": "gradlr_step",
+        "dtype": torch.bfloat16,
+        "inputs": (torch.zeros(64, 512, dtype=torch.bfloat16),),
+        "rank": 200,
+    }
+    model = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 512, bias=False))
+    cpu, cuda = (estimate(model, device=device, **make) for device in ("cpu", "cuda"))
+    one = 2 * 512 * 512  # as backward makes it
+    assert cuda.gradients == 2 * one and cpu.gradients == 2 * (2 * one) + one
+    assert cuda.peak < cpu.peak and cuda.weights == cpu.weights
+    with pytest.raises(ArgumentError, match="device='tpu': use 'cpu' or 'cuda'"):
+        estimate(model, device="tpu", **make)

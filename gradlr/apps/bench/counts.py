@@ -8,8 +8,8 @@ forward and backward ask for themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -19,9 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ... import attach, rules, tensors
+from ... import attach, rules
 from ...tracker import LossTracker
 from ..estimate.memory_tracker import MemoryTracker
+from ..estimate.stubs import like_a_gpu
 from .environment import environment, markdown
 from .memory import MIB
 
@@ -103,18 +104,6 @@ def _written(function: Any, args: tuple, made: list[Tensor], given: list[Tensor]
         return [leaf for leaf in changed if isinstance(leaf, Tensor)] or made
     known = {one.untyped_storage()._cdata for one in given}
     return [one for one in made if one.untyped_storage()._cdata not in known]
-
-
-@contextmanager
-def like_a_gpu() -> Iterator[None]:
-    """CPU tensors are treated as a GPU's meanwhile: the host asks them for nothing, and products are made as there."""
-    before = dict(tensors._OVERRIDES)
-    tensors._OVERRIDES["cpu"] = tensors._TRAITS["cuda"]._replace(has_wide_sums=True, has_kernels=True)
-    try:
-        yield
-    finally:
-        tensors._OVERRIDES.clear()
-        tensors._OVERRIDES.update(before)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="tokens of one sequence (default 2048, or the model's context)")
     parser.add_argument("--batch-size", type=int, default=1, help="sequences of a step (default 1)")
     parser.add_argument("--dtype", choices=list(_DTYPES), help="of the weights (default: the model's own)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on which the update's ways are (default cpu)")
     parser.add_argument("--rank", type=int, help="of all methods that have one (default: each one's own)")
     parser.add_argument("--momentum-rank", type=int, help="of gradlr (default 0, no momentum)")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block in backward")
@@ -47,8 +48,8 @@ def run(arguments: argparse.Namespace) -> None:
     options = {} if arguments.momentum_rank is None else {"momentum_rank": arguments.momentum_rank}
     estimates = estimate_all(
         arguments.model, _methods(arguments), rank=arguments.rank, dtype=_DTYPES.get(arguments.dtype), tokens=arguments.tokens,
-        batch_size=arguments.batch_size, checkpointing=arguments.checkpointing, gpus=arguments.gpus, shard=arguments.shard,
-        reshard=not arguments.no_reshard, **options,
+        device=arguments.device, batch_size=arguments.batch_size, checkpointing=arguments.checkpointing, gpus=arguments.gpus,
+        shard=arguments.shard, reshard=not arguments.no_reshard, **options,
     )  # fmt: skip
     if arguments.json:
         limit = arguments.limit

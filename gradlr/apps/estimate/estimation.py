@@ -125,6 +125,7 @@ def estimate(
     method: str = "gradlr",
     rank: Any = None,
     dtype: torch.dtype | None = None,
+    device: str = "cpu",
     batch_size: int = 1,
     tokens: int | None = None,
     checkpointing: bool = False,
@@ -146,6 +147,8 @@ def estimate(
         method: One of `gradlr.apps.estimate.METHODS`: adamw, adamw8bit, lora, gradlr, gradlr_step, ...
         rank: For gradlr what `attach` takes; for LoRA an int, 8. Each one's own default where None.
         dtype: Of the weights; the model's own where None.
+        device: "cpu", or "cuda", on which gradlr goes other ways: half precision stays so in its products, kernels take the place
+            of copies, and nothing is asked of the device.
         batch_size: Sequences of a step.
         tokens: Tokens of one sequence; 2,048, or the model's context where that is shorter, where None.
         checkpointing: Recompute each block in backward (`torch.utils.checkpoint`, non-reentrant).
@@ -166,11 +169,15 @@ def estimate(
         ArgumentError: a name or option is unknown or out of range, the model cannot be fed without `inputs`, or the method or
             model cannot be sharded so.
     """
+    if device not in ("cpu", "cuda"):
+        raise ArgumentError(f"device={device!r}: use 'cpu' or 'cuda'")
     devices = Devices(gpus, shard, reshard)
     chosen = _method(method, rank, options, shard)
     subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
     with fake_process_group(devices) as mesh:
-        tracker, count = simulate(subject, chosen, rank, options, checkpointing=checkpointing, devices=devices, mesh=mesh)
+        tracker, count = simulate(
+            subject, chosen, rank, options, device=device, checkpointing=checkpointing, devices=devices, mesh=mesh
+        )  # fmt: skip
     return Estimate(
         subject.name, chosen.name, chosen.label, count, **(tracker.largest | {STATE: tracker.held[STATE]}), peak=tracker.peak,
         peak_stage=tracker.peak_stage, at_peak=dict(tracker.at_peak), tokens=subject.tokens, batch_size=batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,17 +19,25 @@ from .devices import BUCKET_BYTES, DP, FSDP, Devices, gradient_buckets, shard_mo
 from .memory_tracker import ACTIVATIONS, EXCHANGE, MODEL, WEIGHTS, MemoryTracker
 from .methods import GradlrTraining, Method, Training
 from .replay import tensors_of
-from .stubs import stub_collectives, stub_internals
+from .stubs import like_a_gpu, stub_collectives, stub_internals
 from .subject import Subject, fake_copy
 
 
 def simulate(
-    subject: Subject, method: Method, rank: Any, options: dict[str, Any], *, checkpointing: bool, devices: Devices, mesh: Any
+    subject: Subject,
+    method: Method,
+    rank: Any,
+    options: dict[str, Any],
+    *,
+    device: str,
+    checkpointing: bool,
+    devices: Devices,
+    mesh: Any,
 ) -> tuple[MemoryTracker, int]:
     """Steps until nothing new is kept.
 
     Args:
-        subject, method, rank, options, checkpointing: As for `estimate`.
+        subject, method, rank, options, device, checkpointing: As for `estimate`.
         devices, mesh: As `fake_process_group` takes and yields them.
 
     Returns:
@@ -39,7 +48,8 @@ def simulate(
     if checkpointing:
         # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
         checkpoint_blocks(model, preserve_rng_state=False)
-    with warnings.catch_warnings(), mode, tracker, stub_internals(tracker):
+    ways = like_a_gpu() if device == "cuda" else nullcontext()
+    with warnings.catch_warnings(), mode, tracker, stub_internals(tracker), ways:
         # What attach has to say about speed and guesses, it says at the real attach; and so does FSDP2.
         warnings.simplefilter("ignore", GradlrWarning)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import tensors
 from ...distributed.communicator import Communicator
 from .memory_tracker import MemoryTracker
 
@@ -28,6 +29,18 @@ def replaced(owner: Any, **others: Callable[..., Any]) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(owner, name, original)
+
+
+@contextmanager
+def like_a_gpu() -> Iterator[None]:
+    """CPU tensors are treated as a GPU's meanwhile: the host asks them for nothing, and products are made as there."""
+    before = dict(tensors._OVERRIDES)
+    tensors._OVERRIDES["cpu"] = tensors._TRAITS["cuda"]._replace(has_wide_sums=True, has_kernels=True)
+    try:
+        yield
+    finally:
+        tensors._OVERRIDES.clear()
+        tensors._OVERRIDES.update(before)
 
 
 @contextmanager
