@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import linalg, rules
 from .attach import attach
+from .capture.linear_cross_entropy import linear_cross_entropy
 from .errors import (
     ArgumentError,
     AttachError,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from .apps.find_lr import LrRange, find_lr
     from .apps.lora import LoraLayer, LoraReport, export_lora
     from .checkpoint.file import load, save
+    from .integrations.chunked_head import chunk_head_
 
 # Loaded when first asked for: `import gradlr` is what every training run waits for, and needs none of them.
 _ON_FIRST_USE = {
@@ -35,6 +37,7 @@ _ON_FIRST_USE = {
     "LoraLayer": "apps.lora",
     "LoraReport": "apps.lora",
     "LrRange": "apps.find_lr",
+    "chunk_head_": "integrations.chunked_head",
     "estimate": "apps.estimate",
     "estimate_all": "apps.estimate",
     "export_lora": "apps.lora",
@@ -68,12 +71,14 @@ __all__ = [
     "RankSchedule",
     "ShapeError",
     "attach",
+    "chunk_head_",
     "decide_rank",
     "estimate",
     "estimate_all",
     "export_lora",
     "find_lr",
     "linalg",
+    "linear_cross_entropy",
     "load",
     "rules",
     "save",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradlr
-from gradlr.apps.bench import counts, devices, estimate, memory, quality, speed
+from gradlr.apps.bench import counts, devices, estimate, head, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -84,6 +84,7 @@ TABLES = {
     "memory": (BENCHMARKS, memory),
     "speed": (BENCHMARKS, speed),
     "memory-512": (CAPTURE, memory),
+    "head": (CAPTURE, head),
     "speed-transformer-1024": (CAPTURE, speed),
     "speed-transformer-512": (CAPTURE, speed),
     "crossover": (CAPTURE, speed),

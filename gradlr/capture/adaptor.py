@@ -75,14 +75,14 @@ class _WithoutWeightGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, delta):
-        (kept, weight), basis = _saved(ctx), ctx.basis
+        (kept, weight), basis = saved_tensors(ctx), ctx.basis
         layer_op = ctx.layer_op
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         # The input's gradient first: with updates in backward, the weight is another one after `receive`.
         x_gradient = layer_op.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
         bias_gradient = layer_op.bias_gradient(delta) if needs_bias else None
         weight_gradient = None
-        destination = _destination(ctx.owner(), ctx.how)
+        destination = destination_of(ctx.owner(), ctx.how)
         if destination == "returned" and basis is not None:
             raise _input_not_kept(weight.shape)
         if destination == "returned":
@@ -113,13 +113,13 @@ class _EmbeddingByRows(torch.autograd.Function):
         rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
         if ctx.padding_index is not None:
             values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
-        if _destination(ctx.owner(), ctx.how) == "returned":
+        if destination_of(ctx.owner(), ctx.how) == "returned":
             return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None, None
         gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
         return None, gradient, None, None, None
 
 
-def _destination(weight: Tensor, how: TakenWeight) -> str:
+def destination_of(weight: Tensor, how: TakenWeight) -> str:
     """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
     if not weight.requires_grad:  # frozen since the forward
         return "nowhere"
@@ -135,7 +135,8 @@ def _destination(weight: Tensor, how: TakenWeight) -> str:
     return "optimizer" if is_ours else "returned"
 
 
-def _saved(ctx) -> tuple[Tensor, ...]:
+def saved_tensors(ctx) -> tuple[Tensor, ...]:
+    """What a forward has saved; a BackwardError that tells what to do where it was changed since."""
     try:
         return ctx.saved_tensors
     except RuntimeError as error:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..gradient import RowsOnDemand
 from ..layers import View
 from ..linalg import kernels, stochastic_round
 from ..linalg.normalize import widen
@@ -62,6 +63,7 @@ def apply_update(
 def _suits_kernel(weight: Tensor, update: Update) -> bool:
     return (
         update.rows is None
+        and not isinstance(update.left, RowsOnDemand)
         and 0 < weight.numel() < kernels.MOST_NUMBERS
         and all(part.dtype in (torch.float32, torch.bfloat16) for part in update.parts())
     )
@@ -77,8 +79,8 @@ def _subtract_by_kernel(
 ) -> None:
     seed = 0 if generator is None else generator.initial_seed() % 2**31
 
-    def matrices(part: Tensor | None) -> Tensor | None:
-        return None if part is None else _batched(part)
+    def matrices(part: Tensor | RowsOnDemand | None) -> Tensor | None:
+        return _batched(part) if isinstance(part, Tensor) else None
 
     def vectors(part: Tensor | None) -> Tensor | None:
         return None if part is None else _batched(part).flatten(1)
@@ -98,20 +100,24 @@ def _batched(part: Tensor) -> Tensor:
 def _masked(weight: Tensor, update: Update, decay: float, is_finite: Tensor) -> tuple[Update, float | Tensor]:
     """The update and the factor on the weight, or zeros and one where the flag says so, without asking the host which."""
     parts = {key: getattr(update, key) for key in ("left", "right", "row_scale", "dense_rows", "dense_columns")}
-    kept = {key: None if value is None else torch.where(is_finite, value, 0.0) for key, value in parts.items()}
+    kept = {key: None if value is None else _where(is_finite, value) for key, value in parts.items()}
     if update.dense is not None:
         update.dense.masked_fill_(~is_finite, 0.0)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return replace(update, **kept), decay if decay == 1 else 1 - (1 - decay) * is_finite.to(wide)
 
 
+def _where(is_finite: Tensor, part: Tensor | RowsOnDemand) -> Any:
+    return part.where(is_finite) if isinstance(part, RowsOnDemand) else torch.where(is_finite, part, 0.0)
+
+
 def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None) -> None:
     """A block of rows at a time, so that what is widened or scaled on the way never has the size of the weight."""
     if update.row_scale is not None and update.right is not None:
         update = replace(update, right=widen(update.right))  # as the other factor is once it is scaled
-    for rows in _row_blocks(weight):
+    for rows in _row_blocks(weight, 0 if update.left is None else update.left.shape[-1]):
         block, part = weight[rows], update.block(rows)
-        if part.left is not None and part.row_scale is not None:
+        if isinstance(part.left, Tensor) and part.row_scale is not None:
             part.left = part.left * part.row_scale
         wide = block.float() if weight.dtype in _NARROW else block
         _subtract(wide, part, lr, decay)
@@ -119,10 +125,14 @@ def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | T
             block.copy_(stochastic_round(wide, weight.dtype, generator=generator))
 
 
-def _row_blocks(weight: Tensor) -> list[tuple[Any, ...]]:
-    if weight.ndim < 2 or weight.numel() <= _BLOCK_NUMBERS:
+def _row_blocks(weight: Tensor, rank: int) -> list[tuple[Any, ...]]:
+    """Blocks in which neither the weight nor the left factor of an update has many numbers."""
+    if weight.ndim < 2 or not weight.numel():
         return [(...,)]
-    size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // weight.numel())
+    numbers = weight.numel() * max(1, rank / weight.shape[-1])
+    if numbers <= _BLOCK_NUMBERS:
+        return [(...,)]
+    size = max(1, int(_BLOCK_NUMBERS * weight.shape[-2] / numbers))
     return [(..., slice(start, start + size), slice(None)) for start in range(0, weight.shape[-2], size)]
 
 
@@ -151,7 +161,7 @@ def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) 
     if isinstance(decay, Tensor):
         weight.mul_(decay)
         decay = 1.0
-    if left is not None and right is not None:
+    if isinstance(left, Tensor) and right is not None:
         _add_product(weight, left, right, decay, -lr)
     elif decay != 1:
         weight.mul_(decay)

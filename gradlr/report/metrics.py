@@ -71,7 +71,7 @@ class Observer:
         is_projected, energy = isinstance(kept, Sketched), kept.squared_norm()
         rank = None if KINDS[record.plan.kind].is_vector else mean_stable_rank(kept)
         left = None if not record.rule.has_rank or is_projected else update.left
-        share = None if left is None else captured_energy(kept, left) / energy
+        share = captured_energy(kept, left) / energy if isinstance(left, Tensor) else None
         return UpdateMetrics(step, is_projected, energy.sqrt(), rank, share)
 
     def measure_update(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..gradient import GradientOperator, Sketched
+from ..gradient import GradientOperator, RowsOnDemand, Sketched
 from ..linalg import REPLICATED, UNSHARDED, Axis, Layout, orthonormalize
 
 State = dict[str, Tensor]
@@ -76,7 +76,7 @@ class Update:
     `D = diag(row_scale) left rightᵀ + diag(dense_rows) dense diag(dense_columns)`.
 
     Attributes:
-        left: (..., m, r), or None where there is no low-rank part.
+        left: (..., m, r), or None where there is no low-rank part; a `RowsOnDemand` is made a block of rows at a time.
         right: (..., n, r), with `left`.
         row_scale: (..., m, 1), with `left`; None for ones.
         dense: The parameter's view (..., m, n), in any floating dtype, or None; the optimizer may overwrite it.
@@ -87,7 +87,7 @@ class Update:
             the optimizer look at everything.
     """
 
-    left: Tensor | None = None
+    left: Tensor | RowsOnDemand | None = None
     right: Tensor | None = None
     dense: Tensor | None = None
     row_scale: Tensor | None = None
@@ -97,9 +97,9 @@ class Update:
     check: Tensor | None = None
 
     def parts(self) -> list[Tensor]:
-        """The tensors that make up the direction."""
+        """The tensors that make up the direction, but for what is made on demand."""
         parts = (self.left, self.right, self.row_scale, self.dense, self.dense_rows, self.dense_columns)
-        return [part for part in parts if part is not None]
+        return [part for part in parts if isinstance(part, Tensor)]
 
     def named_parts(self) -> dict[str, Tensor]:
         """All tensors by name, with which the same update can be made."""
@@ -116,7 +116,8 @@ class Update:
         """D itself, as a new tensor (..., m, n), or (t, n) of the rows that it holds: for those who look at it."""
         low_rank: Tensor | float = 0.0
         if self.left is not None and self.right is not None:
-            left = self.left if self.row_scale is None else self.left * self.row_scale
+            left = self.left[...]
+            left = left if self.row_scale is None else left * self.row_scale
             low_rank = left @ self.right.mT.to(left.dtype)
         dense: Tensor | float = 0.0 if self.dense is None else self.dense
         for scale in (self.dense_rows, self.dense_columns):

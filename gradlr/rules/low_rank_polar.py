@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..gradient import Dense, GradientOperator, OuterProduct, Sketched
+from ..gradient import Dense, GradientOperator, Sketched
 from ..linalg import Axis, Layout, normalize_columns, orthonormalize
 from ..linalg.normalize import frobenius_norm, spread_scales
 from ..linalg.polar import newton_schulz_by_gram
@@ -112,7 +112,7 @@ class LowRankPolar(Rule):
         layout, rows, columns = context.layout, context.layout.rows, context.layout.columns
         whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
         known: Dense | tuple[Tensor, Tensor] | None = None  # what a residual can be made of, where there is to be one
-        if self.residual > 0 and context.rank < min(whole[-2:]) and isinstance(gradient, Dense | OuterProduct):
+        if self.residual > 0 and context.rank < min(whole[-2:]) and not isinstance(gradient, Sketched):
             # Where kernels read a matrix, launches cost more than it does: a gradient in token space is some 190 of them.
             if not isinstance(gradient, Dense) and not device_traits(gradient.device).has_kernels:
                 known = gradient.tokens_where(normalization_is_cheaper)
@@ -236,7 +236,7 @@ def _with_residual(
     is_there = energy > _RESIDUAL_RTOL[x.dtype] ** 2
     factor = torch.where(is_there, size * (columns > 0).sum().clamp(min=1).to(x.dtype).rsqrt(), 0.0)
     known_left, known_right = update.left, update.right
-    if known_left is not None and known_right is not None:
+    if isinstance(known_left, Tensor) and known_right is not None:
         update.left = torch.cat([known_left, delta.mT * (rows * factor)], dim=-1)
         update.right = torch.cat([known_right, (x * columns.mT).mT], dim=-1)
     return update

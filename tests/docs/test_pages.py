@@ -13,8 +13,11 @@ import gradlr
 ROOT = Path(gradlr.__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = {str(path.relative_to(DOCS)): path.read_text(encoding="utf-8") for path in sorted(DOCS.rglob("*.md"))}
-# The function has the name of its module, by which the reference finds it.
-ENTRIES = {"gradlr.attach.attach": "gradlr.attach"}
+# The functions have the names of their modules, by which the reference finds them.
+ENTRIES = {
+    "gradlr.attach.attach": "gradlr.attach",
+    "gradlr.capture.linear_cross_entropy.linear_cross_entropy": "gradlr.linear_cross_entropy",
+}
 # Pages of their own.
 MODULES = {"gradlr.linalg", "gradlr.rules"}
 INTEGRATIONS = ("accelerate", "lightning", "transformers")

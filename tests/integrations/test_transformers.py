@@ -517,3 +517,14 @@ def test_where_it_has_changed_weights_before_it_broke_that_is_told(tmp_path):
     with pytest.warns(GradlrWarning, match="the backward of loss number 1 did not come to its end.* were updated before it"):
         trainer.train()
     assert trainer.sizes == (8, 7, 7, 7, 7)
+
+
+def test_without_logits_trainer_accumulates_evaluates_and_logs_the_same(tmp_path):
+    runs = []
+    for is_chunked in (False, True):
+        model = gradlr.chunk_head_(llama()) if is_chunked else llama()
+        arguments = {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+        trainer = trainer_of(tmp_path, model, eval_data=texts(8), options={"capture": "adaptor", "rank": 2}, **arguments)
+        trainer.train()
+        runs.append(logged(trainer, "loss") + logged(trainer, "eval_loss"))
+    assert len(runs[1]) == 6 and runs[1] == pytest.approx(runs[0], rel=1e-4)
