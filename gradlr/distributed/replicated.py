@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from ..engine.state_store import StateStore
 from ..engine.sync import StepStatus, Sync, SyncResult, apply_sync_result, step_status
 from ..errors import ArgumentError, ParallelError
 from ..gradient import Dense, GradientOperator, RowSparse, Sketched
-from ..tensors import compute_dtype_and_device, device_traits, widest
+from ..tensors import compute_dtype_and_device, device_traits, full_precision, widest
+from ..tracker import LossTracker
 from .communicator import Communicator, ranks_named
 from .fingerprint import checksum, fingerprint, state_fingerprint
 from .first_round import FirstRound, Queued, form_of
@@ -47,12 +49,21 @@ class Replicated(Sync):
         self.comm.broadcast(model)
         self._round.join(model, store.records)
 
-    def begin(self) -> None:
+    def begin(self, tracker: LossTracker, pending: Pending) -> None:
+        self._begin()
+        if torch._C._current_graph_task_id() != -1:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._end_backward, tracker, pending))
+
+    def _begin(self) -> None:
         self.has_begun = True
         self.comm.begin_collective()
 
-    def end_backward(self, pending: Pending) -> None:
-        self._round.finish(pending)
+    @torch.no_grad()
+    def _end_backward(self, tracker: LossTracker, pending: Pending) -> None:
+        # Reentrant checkpointing runs backwards inside of one; the outer one goes on then, and brings more.
+        if not tracker.open_backwards:
+            with full_precision(pending.norm_proxy.parameter.device):
+                self._round.finish(pending)
 
     def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator:
         form = form_of(record)
@@ -97,7 +108,7 @@ class Replicated(Sync):
     def _exchange(self, pending: Pending, losses: Sequence[float], skipped: SkippedSteps, *, has_failed: bool) -> SyncResult:
         status, own_reason = step_status(skipped, has_failed=has_failed)
         if not self.has_begun:  # without a gradient here
-            self.begin()
+            self._begin()
         if status != StepStatus.OK:
             pending.clear()
         self._round.finish(pending)

@@ -11,7 +11,7 @@ import torch
 from ..errors import LossError, ParallelError
 from ..gradient import GradientOperator
 from ..gradient.batch import stacked
-from ..tensors import full_precision, is_async
+from ..tensors import is_async
 from .commit import Prepared
 from .policy import CommitPolicy, require_use_for
 from .record import ParamRecord
@@ -24,25 +24,12 @@ class AtStep(CommitPolicy):
 
     def _take(self, record: ParamRecord, gradient: GradientOperator) -> None:
         if not self.sync.has_begun:
-            self._begin()
+            self.sync.begin(self.tracker, self.pending)
         if is_async(self.pending.norm_proxy.parameter):
             self._is_norm_looked_at = False  # on the device the norm of all tells it, once a step
         else:
             self.skipped.look(gradient.is_finite(), lambda: self.checks.bad_gradient_message(record))
         self.pending.add(record, gradient)
-
-    def _begin(self) -> None:
-        """The first gradient of a step: replicas hear of the end of its backward."""
-        self.sync.begin()
-        if torch._C._current_graph_task_id() != -1:
-            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-
-    @torch.no_grad()
-    def _end_backward(self) -> None:
-        # Reentrant checkpointing runs backwards inside of one; the outer one goes on then, and brings more.
-        if not self.tracker.open_backwards:
-            with full_precision(self.pending.norm_proxy.parameter.device):
-                self.sync.end_backward(self.pending)
 
     def _look_at_norm(self) -> None:
         energy = self.pending.norm_proxy.energy

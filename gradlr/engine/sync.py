@@ -105,11 +105,8 @@ class Sync:
             return None
         return f"loss number {tracker.count} is {value}"
 
-    def begin(self) -> None:
+    def begin(self, tracker: LossTracker, pending: Pending) -> None:
         """The first gradient of a step has come."""
-
-    def end_backward(self, pending: Pending) -> None:
-        """The first backward of a step has ended."""
 
     def hold(self, record: ParamRecord, gradient: GradientOperator, pending: Pending) -> GradientOperator:
         """The form in which a step's first gradient of a parameter waits; further ones are added with `add_`."""

@@ -169,7 +169,8 @@ def spread_scales(
     unit = norm.reciprocal()
     rows, columns, energy = normalizing_scales(x, unit, layout)
     # Columns are of unit length or zero.
-    count = layout.columns.all_reduce_sum(columns.sign().sum(dim=(-2, -1), keepdim=True))
+    count = columns.sign().sum(dim=(-2, -1), keepdim=True)
+    count = count if layout.is_whole else layout.columns.all_reduce_sum(count)
     factor = torch.where(energy > threshold, size * count.clamp(min=1).rsqrt(), 0.0)
     return rows.sqrt_().mul_(unit * factor), columns.sqrt_().mT
 
