@@ -20,6 +20,7 @@ from .errors import (
     ParallelError,
     ShapeError,
 )
+from .layers.quantize import dequantize_, float_state_dict, quantize_
 from .optimizer import GradLR
 from .ranks import ByLoss, ByProgress, Fixed, RankInputs, RankSchedule, decide_rank
 from .tracker import LossTracker
@@ -73,13 +74,16 @@ __all__ = [
     "attach",
     "chunk_head_",
     "decide_rank",
+    "dequantize_",
     "estimate",
     "estimate_all",
     "export_lora",
     "find_lr",
+    "float_state_dict",
     "linalg",
     "linear_cross_entropy",
     "load",
+    "quantize_",
     "rules",
     "save",
 ]

@@ -15,6 +15,7 @@ from .engine.attached_parameters import COMPILED_WHOLE, is_compiled_whole, requi
 from .engine.compiled_updates import CompiledUpdates
 from .engine.grad_norm import GradClipper
 from .errors import ArgumentError, warn
+from .linalg.int8 import Int8Weight
 from .optimizer import GradLR
 from .params.groups import parameter_groups
 from .params.kinds import guesses_message, plan_parameters
@@ -123,6 +124,10 @@ def attach(
         release_abandoned(model)
         plans = plan_parameters(model)
         require_trainable(model, plans)
+        if sync.shares_bases and any(isinstance(plan.parameter, Int8Weight) for plan in plans):
+            raise ArgumentError(
+                "process_group= and int8 weights: these are trained in one process so far. Leave one of the two out"
+            )
         if is_compiled_whole(model):
             warn(COMPILED_WHOLE)
         members = parameter_groups(

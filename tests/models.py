@@ -85,6 +85,15 @@ def gpt2():
     return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
 
 
+def llama_like():
+    """transformers' Llama, of one block."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=None))
+
+
 def checkpointing_switch(model):
     """What turns a transformers model's own checkpointing on: it has another name since transformers 5.23."""
     return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradlr
-from gradlr.apps.bench import counts, devices, estimate, head, memory, quality, speed
+from gradlr.apps.bench import counts, devices, estimate, head, int8, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -82,6 +82,7 @@ TABLES = {
     "speed-smollm2": (CAPTURE, speed),
     "estimate": (MEMORY, estimate),
     "memory": (BENCHMARKS, memory),
+    "int8": (MEMORY, int8),
     "speed": (BENCHMARKS, speed),
     "memory-512": (CAPTURE, memory),
     "head": (CAPTURE, head),

@@ -11,12 +11,15 @@ from torch import Tensor
 from ..gradient import RowsOnDemand
 from ..layers import View
 from ..linalg import kernels, stochastic_round
+from ..linalg.int8 import Int8Weight, subtracted
 from ..linalg.normalize import widen
 from ..rules import Update
 from ..tensors import has_kernels, share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
+# The same of int8 codes, which are widened three times over: or a part of a larger weight, so that no GPU is asked too often.
+_CODE_NUMBERS = 2**15
 _NARROW = (torch.bfloat16, torch.float16)
 
 
@@ -44,7 +47,9 @@ def apply_update(
     """
     decay = 1 - lr * weight_decay
     weight = parameter if view.pattern is None else view.of(parameter)
-    if has_kernels(weight) and _suits_kernel(weight, update):
+    if isinstance(weight, Int8Weight):
+        _write_codes(weight, update, lr, decay, generator, check)
+    elif has_kernels(weight) and _suits_kernel(weight, update):
         _subtract_by_kernel(weight, update, lr, decay, generator, check)
     else:
         factor: float | Tensor = decay
@@ -115,25 +120,65 @@ def _write_in_blocks(weight: Tensor, update: Update, lr: float, decay: float | T
     """A block of rows at a time, so that what is widened or scaled on the way never has the size of the weight."""
     if update.row_scale is not None and update.right is not None:
         update = replace(update, right=widen(update.right))  # as the other factor is once it is scaled
-    for rows in _row_blocks(weight, 0 if update.left is None else update.left.shape[-1]):
-        block, part = weight[rows], update.block(rows)
-        if isinstance(part.left, Tensor) and part.row_scale is not None:
-            part.left = part.left * part.row_scale
+    for rows in _row_blocks(weight, update, _BLOCK_NUMBERS):
+        block, part = weight[rows], _scaled_block(update, rows)
         wide = block.float() if weight.dtype in _NARROW else block
         _subtract(wide, part, lr, decay)
         if wide is not block:
             block.copy_(stochastic_round(wide, weight.dtype, generator=generator))
 
 
-def _row_blocks(weight: Tensor, rank: int) -> list[tuple[Any, ...]]:
-    """Blocks in which neither the weight nor the left factor of an update has many numbers."""
+def _scaled_block(update: Update, rows: tuple[Any, ...]) -> Update:
+    part = update.block(rows)
+    if isinstance(part.left, Tensor) and part.row_scale is not None:
+        part.left = part.left * part.row_scale
+    return part
+
+
+def _row_blocks(weight: Tensor, update: Update, most: int) -> list[tuple[Any, ...]]:
+    """Blocks in which neither the weight nor the left factor of an update has more numbers than that."""
     if weight.ndim < 2 or not weight.numel():
         return [(...,)]
+    rank = 0 if update.left is None else update.left.shape[-1]
     numbers = weight.numel() * max(1, rank / weight.shape[-1])
-    if numbers <= _BLOCK_NUMBERS:
+    if numbers <= most:
         return [(...,)]
-    size = max(1, int(_BLOCK_NUMBERS * weight.shape[-2] / numbers))
+    size = max(1, int(most * weight.shape[-2] / numbers))
     return [(..., slice(start, start + size), slice(None)) for start in range(0, weight.shape[-2], size)]
+
+
+def _write_codes(
+    weight: Int8Weight, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None, check: Tensor | None
+) -> None:
+    """Into int8 codes, in their own unit, a block of rows at a time."""
+    if check is not None:
+        update, decay = _masked(weight, update, float(decay), check.isfinite())
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if update.rows is None or isinstance(decay, Tensor) or decay != 1:
+        parts = update if update.rows is None else Update()
+        parts = parts if parts.right is None else replace(parts, right=parts.right.to(wide))
+        for rows in _row_blocks(weight.codes, parts, max(_CODE_NUMBERS, weight.numel() // 32)):
+            codes, scales = weight.codes[rows], weight.scales[rows]
+            change, part = torch.zeros(codes.shape, dtype=wide, device=codes.device), _scaled_block(parts, rows)
+            part.left = part.left.to(wide) if isinstance(part.left, Tensor) else None
+            _subtract(change, part, -lr, 1.0)
+            new_codes, new_scales = subtracted(codes, scales, change, weight.group, decay=decay, generator=generator)
+            codes.copy_(new_codes)
+            scales.copy_(new_scales)
+    if update.rows is not None and update.dense is not None and len(update.rows):
+        places, change = _places_of_equal(update.rows), update.dense.to(wide) * lr
+        codes, scales = weight.codes[update.rows], weight.scales[update.rows]
+        new_codes, new_scales = subtracted(codes, scales, change, weight.group, decay=1.0, generator=generator)
+        weight.codes.index_copy_(0, update.rows, new_codes[places])
+        weight.scales.index_copy_(0, update.rows, new_scales[places])
+    torch.autograd.graph.increment_version(weight)
+
+
+def _places_of_equal(rows: Tensor) -> Tensor:
+    """For each row number the place of its first: the first may come again with zeros in its values."""
+    # It is written with one and the same value each time.
+    is_again = rows.eq(rows[:1]).index_fill_(0, rows.new_zeros(1), False)
+    return torch.arange(len(rows), device=rows.device).masked_fill_(is_again, 0)
 
 
 def _write_rows(
@@ -150,10 +195,7 @@ def _write_rows(
         return
     wide = table[rows].float().add_(values, alpha=-lr)
     rounded = stochastic_round(wide, table.dtype, generator=generator)
-    # The first row may come again with zeros in `values`: it is written with one and the same value each time.
-    is_again = rows.eq(rows[:1]).index_fill_(0, rows.new_zeros(1), False)
-    places = torch.arange(len(rows), device=table.device).masked_fill_(is_again, 0)
-    table.index_copy_(0, rows, rounded[places])
+    table.index_copy_(0, rows, rounded[_places_of_equal(rows)])
 
 
 def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) -> None:

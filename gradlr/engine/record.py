@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
 from ..gradient import GradientOperator
+from ..linalg.int8 import Int8Weight
 from ..params.groups import ParameterGroup
 from ..params.kinds import ParameterPlan
 from ..ranks import RankInputs, RankSchedule, resolve_rank
@@ -66,7 +67,8 @@ class ParamRecord:
 
     def __post_init__(self) -> None:
         self.is_dtensor = is_sharded(self.plan.parameter)
-        self.is_narrow = self.plan.parameter.dtype in (torch.bfloat16, torch.float16)
+        is_half = self.plan.parameter.dtype in (torch.bfloat16, torch.float16)
+        self.is_narrow = is_half or isinstance(self.plan.parameter, Int8Weight)
 
     def follow_loss(self, tracker: LossTracker) -> None:
         """Set the rank to what the schedule gives for the losses so far.

@@ -61,7 +61,7 @@ def token_energy(delta: Tensor, x: Tensor) -> Tensor:
 def _energies(scaled: Tensor, tokens: Tensor, other: Tensor) -> Tensor:
     """δᵢᵀ K δᵢ of every column of `other`, with the Gram matrix K = scaled tokensᵀ: (columns, 1)."""
     gram = scaled @ tokens.mT
-    energies = (other * (gram @ other)).sum(dim=0)
+    energies = (gram @ other).mul_(other).sum(dim=0)
     # What is left where terms cancel is rounding: no length, and below zero as often as not. It is measured against the
     # column's own largest energy |δᵢ|² tr K, since a column that is small as a whole has a length like any other.
     rounding = torch.finfo(energies.dtype).eps * gram.trace() * other.square().sum(dim=0)

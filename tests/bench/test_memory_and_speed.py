@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from gradlr.apps.bench import head, memory, speed
+from gradlr.apps.bench import head, int8, memory, speed
 from gradlr.apps.cli import main
 
 WIDTH, DEPTH, TOKENS = 256, 4, 16
@@ -41,6 +41,7 @@ SMALL = {"width": 64, "tokens": 8}
 COMMANDS = {
     "memory": (["memory"], memory, "measure", SMALL | {"rank": 4, "depth": 2}),
     "head": (["head"], head, "measure", SMALL | {"vocabulary": 64, "rounds": 1}),
+    "int8": (["int8"], int8, "measure", SMALL | {"rank": 4, "depth": 2}),
     "linear": (["speed"], speed, "measure", SMALL | {"rank": 4, "rounds": 2}),
     "half precision": (["speed", "--dtype", "bfloat16"], speed, "measure", SMALL | {"rank": 4, "rounds": 2}),
     "transformer": (["speed", "--model", "transformer"], speed, "measure_transformer", SMALL | {"rank": 4, "rounds": 2}),

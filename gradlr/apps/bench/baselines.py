@@ -59,6 +59,9 @@ _FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "_tables16": ("embeddings at lr / 16", {"embedding_share": 1 / 16}),
     "_one_sided": ('capture="one_sided"', {"capture": "one_sided"}),
     "_adaptor": ('capture="adaptor"', {"capture": "adaptor"}),
+    "_int8": ("int8 weights", {"int8_group": 64}),
+    "_int8g32": ("int8 weights in groups of 32", {"int8_group": 32}),
+    "_int8g16": ("int8 weights in groups of 16", {"int8_group": 16}),
     "_group": ("process_group=", {"apply": "step", "in_group": True}),
     "_step": ('apply="step"', {"apply": "step"}),
 }

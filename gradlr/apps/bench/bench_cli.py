@@ -12,7 +12,7 @@ import torch
 
 from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError
-from . import counts, devices, estimate, figures, gpu, head, memory, quality, speed
+from . import counts, devices, estimate, figures, gpu, head, int8, memory, quality, speed
 from .baselines import BASELINES, OWN_BASELINES, SPELLING, baseline, require_baselines
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -22,6 +22,7 @@ _HELP = {
     "quality": "fine-tuning: validation loss at each optimizer's best learning rate",
     "memory": "peak memory above 100 MiB of parameters",
     "head": "an output head with logits and without: peak memory and time of a step",
+    "int8": "peak memory with int8 weights, these included",
     "speed": "time of one step: of a Linear, or of a whole transformer",
     "counts": "what one update asks of a GPU: launches, bytes, waits and workspace, counted without one",
     "gpu": "all there is to know of a GPU in a few minutes: tests, launches, time and memory of training steps",
@@ -37,6 +38,7 @@ _MODULES = {
     "quality": quality,
     "memory": memory,
     "head": head,
+    "int8": int8,
     "speed": speed,
     "counts": counts,
     "gpu": gpu,
@@ -49,6 +51,7 @@ _NUMBERS: dict[str, dict[str, int | None]] = {
     "quality": {"seeds": 3, "steps": None, "batch-size": None, "width": None, "jobs": os.cpu_count() or 1},
     "memory": {"tokens": 64, "rank": 16},
     "head": {"vocabulary": 32768, "width": 576, "tokens": 2048, "rounds": 3, "threads": None},
+    "int8": {"tokens": 64, "rank": 16},
     "speed": {"tokens": 2048, "width": 1024, "depth": 2, "rank": 32, "rounds": 40, "threads": None},
     "counts": {"tokens": 2048, "rank": 64},
     "gpu": {"minutes": 4},
@@ -88,7 +91,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     peers = f"other packages beside: any of {', '.join(PEERS)}; default: those installed, or none where baselines are named"
     for name in ("quality", "memory", "speed"):
         made[name].add_argument("--peers", nargs="*", choices=list(PEERS), metavar="NAME", help=peers)
-    for name in ("quality", "memory", "head", "speed", "crossover", "estimate"):
+    for name in ("quality", "memory", "head", "int8", "speed", "crossover", "estimate"):
         made[name].add_argument("--device", default="cpu", help="cpu (default) or cuda")
     made["gpu"].add_argument("--device", default="cuda", help="cuda (default), or cpu with tiny models, to see that it runs")
     for name in _MODULES:
@@ -134,8 +137,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return quality.measure(chosen(arguments), seeds, workload, **where, resume=arguments.resume)
     if bench == "memory":
         return memory.measure(**numbers, device=arguments.device, peers=_peers(arguments))
-    if bench == "head":
-        return head.measure(**numbers, device=arguments.device)
+    if bench in ("head", "int8"):
+        return _MODULES[bench].measure(**numbers, device=arguments.device)
     if bench == "crossover":
         return speed.measure_crossover(**numbers, device=arguments.device, ranks=tuple(arguments.ranks))
     if bench == "gpu":

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from ... import attach
 from ...errors import GradlrWarning
+from ...layers.quantize import quantize_
 from ...optimizer import GradLR
 from ...params.kinds import EMBEDDING, MATRIX, VECTOR, plan_parameters
 from ...tracker import LossTracker
@@ -184,17 +185,20 @@ def row_normalized(model: nn.Module, lr: float) -> TrainStep:
 
 
 def gradlr(
-    *, embedding_share: float | None = None, in_group: bool = False, **options: Any
+    *, embedding_share: float | None = None, in_group: bool = False, int8_group: int | None = None, **options: Any
 ) -> Callable[[nn.Module, float], TrainStep]:
     """gradlr with the given arguments of `attach`; its vectors and embeddings follow its one learning rate.
 
     Args:
         embedding_share: Rate of embeddings as a share of it; that of `attach` where None.
         in_group: With `process_group=` of all processes, or of this one alone where it belongs to no group.
+        int8_group: Of `quantize_`, which is called before; None to leave the weights.
         **options: Of `attach`.
     """
 
     def make(model: nn.Module, lr: float) -> TrainStep:
+        if int8_group is not None:
+            quantize_(model, group=int8_group)
         tracker, chosen = LossTracker(), dict(options)
         if embedding_share is not None:
             chosen["kinds"] = {"embedding": {"lr": lr * embedding_share}}
