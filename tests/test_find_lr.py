@@ -44,7 +44,7 @@ def trained(lr, steps=60):
 
 def test_the_rate_trains_better_than_one_far_below_and_one_far_above():
     found = find_lr(network(), digits(), loss_of, highest=1.0)
-    at_it, below, above = trained(found.lr), trained(found.lr / 30), trained(found.lr * 10)
+    at_it, below, above = trained(found.lr), trained(found.lr / 100), trained(found.lr * 10)
     assert at_it < below and at_it < above
 
 

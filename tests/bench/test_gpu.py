@@ -61,6 +61,7 @@ def test_all_of_it_runs(is_whole, quick, capsys, monkeypatch):
     assert all(row["label"] in printed for row in report["results"])
 
 
+@pytest.mark.slow
 def test_what_fails_or_has_no_time_left_is_told_in_its_place_and_the_rest_goes_on(quick, monkeypatch):
     monkeypatch.setattr(gpu, "TESTS", quick.parent / "nowhere")
     monkeypatch.setattr(gpu, "SUBJECTS", {"cpu": []})
@@ -71,7 +72,7 @@ def test_what_fails_or_has_no_time_left_is_told_in_its_place_and_the_rest_goes_o
     plain, slow = gpu.Baseline("plain", "plain", gpu.dropped), gpu.Baseline("slow", "slow", lambda model, lr: time.sleep(60))
     monkeypatch.setattr(gpu, "methods", lambda: [plain, gpu.Baseline("broken", "broken", broken), slow])
     real = gpu._Run.__init__
-    monkeypatch.setattr(gpu._Run, "__init__", lambda run, minutes, *rest: real(run, 4 / 60, *rest))
+    monkeypatch.setattr(gpu._Run, "__init__", lambda run, minutes, *rest: real(run, 20 / 60, *rest))
     report = run(quick)
     assert "is not there: run this in a checkout" in report["tests"]["error"]
     found = {(row["name"], row["tokens"]): row.get("error", "") for row in report["results"]}

@@ -99,7 +99,7 @@ def test_what_processes_exchange_is_counted(language, tmp_path):
     # Copies of single parts come and go while they are laid into the buffer and taken out of it. On a busy machine gloo's own
     # thread lets go of a step's buffer, an eighth of all, when the next step has begun. All rows of the embedding are counted,
     # a twelfth of all; here one of them is touched.
-    assert alone.total < 0.98 * measured and 0.85 * measured < found.total < 1.1 * measured
+    assert alone.total <= found.total and 0.9 * measured < found.total < 1.1 * measured
 
 
 def test_of_a_model_that_cannot_be_run_without_values_the_weights_are_counted(language, monkeypatch):

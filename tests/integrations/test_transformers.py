@@ -119,8 +119,8 @@ def test_four_micro_batches_are_one_batch(tmp_path):
         trainer.train()
         results.append((weights(trainer.model), logged(trainer, "loss")))
     # Sums in another order, in float32; the polar factor enlarges their rounding where singular values are small:
-    # 2e-7 was measured, of weights that move by 1e-2 a step.
-    assert_same(results[0][0], results[1][0], atol=1e-5)
+    # up to 470-fold. 1.3e-5 was measured, of weights that move by 1e-2 a step.
+    assert_same(results[0][0], results[1][0], atol=5e-5)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-5)
 
 
