@@ -14,8 +14,9 @@ from . import kernels
 from .axes import REPLICATED, UNSHARDED, Axis, Layout
 
 _PASSES = 3
-# Entries whose squares are made at one time on a CPU: half a megabyte in float32.
+# Entries whose squares are made at one time on a CPU: half a megabyte in float32, or a part of a larger matrix.
 _BLOCK_NUMBERS = 2**17
+_MOST_BLOCKS = 32
 
 
 def widen(x: Tensor) -> Tensor:
@@ -143,8 +144,9 @@ def normalizing_scales(
 
 def _row_blocks(x: Tensor, layout: Layout) -> Sequence[Tensor]:
     # One where each block would ask other processes, or where launches cost more than bytes.
-    is_one = x.numel() <= _BLOCK_NUMBERS or not layout.columns.is_whole or is_async(x) or torch.compiler.is_compiling()
-    return (x,) if is_one else x.split(max(1, _BLOCK_NUMBERS * x.shape[-2] // x.numel()), dim=-2)
+    size = max(_BLOCK_NUMBERS, x.numel() // _MOST_BLOCKS)
+    is_one = x.numel() <= size or not layout.columns.is_whole or is_async(x) or torch.compiler.is_compiling()
+    return (x,) if is_one else x.split(max(1, size * x.shape[-2] // x.numel()), dim=-2)
 
 
 def spread_scales(

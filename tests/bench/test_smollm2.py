@@ -88,7 +88,7 @@ needs_model = pytest.mark.skipif(
 
 
 @needs_model
-@pytest.mark.parametrize("name", ["smollm2", "smollm2-chat"])
+@pytest.mark.parametrize("name", ["smollm2", pytest.param("smollm2-chat", marks=pytest.mark.slow)])
 def test_its_cut_of_two_layers_trains(name):
     workload = WORKLOADS[name](steps=3, layers=2, length=48, validation_windows=4)
     before = workload.evaluate(workload.model(0, "cpu"))

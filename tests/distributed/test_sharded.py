@@ -28,7 +28,7 @@ def test_in_processes(reports_of, size, name):
     assert_passed(reports_of(size)[name], killed=1 if name == "a_killed_process_ends_the_others" else None)
 
 
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_documented_loops_run_under_torchrun(tmp_path, number):
     saved = run_documented_loop(number, tmp_path)
     assert len(saved["optimizer"]["gradlr"]["tracker"]["history"]) == 3

@@ -74,6 +74,7 @@ def test_no_graph_is_made_when_the_rank_the_rate_and_the_step_move(way):
     assert len(ranks) > 1 and backend.count == 3
 
 
+@pytest.mark.slow
 def test_more_shapes_than_the_compiler_recompiles_of_one_function():
     backend, updates = Backend(), None
     updates = CompiledUpdates(backend)
