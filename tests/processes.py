@@ -45,10 +45,11 @@ class Checks:
 
         return register
 
-    def parametrize(self, *sizes):
-        """The test gets each size and each check's name."""
+    def parametrize(self, *sizes, slow_above=None):
+        """The test gets each size and each check's name; what a smaller group runs as well is slow in groups above that size."""
         pairs = [(size, name) for size in sizes for name, own in self._sizes.items() if size in own]
-        cases = [pytest.param(*pair, marks=[pytest.mark.slow] if pair in self._slow else []) for pair in pairs]
+        slow = {(size, name) for size, name in pairs if slow_above is not None and size > slow_above >= min(self._sizes[name])}
+        cases = [pytest.param(*pair, marks=[pytest.mark.slow] if pair in {*slow, *self._slow} else []) for pair in pairs]
         return pytest.mark.parametrize(("size", "name"), cases)
 
 

@@ -26,7 +26,7 @@ def reports_of(request, tmp_path_factory):
     return start
 
 
-@check.parametrize(2, 4)
+@check.parametrize(2, 4, slow_above=2)
 def test_in_processes(reports_of, size, name):
     assert_passed(reports_of(size)[name], killed=1 if name == "a_killed_process_ends_the_others" else None)
 

@@ -181,7 +181,8 @@ def sharded(data, out, *options):
     return command(data, out, "--steps", "8", "--save-every", "2", "--shard", "fsdp", *options)
 
 
-@pytest.mark.parametrize("is_killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_killed", [False, True])
 def test_shards_train_what_one_process_does(data, tmp_path, is_killed):
     """`--shard fsdp`; where one of the processes is killed, torchrun starts both again."""
     out, alone = tmp_path / "out", tmp_path / "alone"
