@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import os
@@ -29,6 +30,7 @@ def peak_bytes(work: Callable[[], Any], device: torch.device | str = "cpu") -> i
 
     On the CPU from the profiler's memory events, one per allocation and release; on CUDA from the allocator's statistics.
     """
+    gc.collect()  # what was garbage before, and is freed meanwhile, would count as given back by the work
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
