@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_states import fresh_accelerate
 
 import gradlr
 
@@ -19,6 +19,7 @@ CODE = {
 }
 
 pytestmark = [
+    pytest.mark.usefixtures(fresh_accelerate.__name__),
     # torch's loader, asked for pinned memory by Trainer whether or not there is a device.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true but no accelerator is found"),
     # What the trainers themselves still call by its old name, and advice about loaders.
@@ -31,15 +32,6 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    forget_accelerate()
-    yield
-    forget_accelerate()
-
-
-def forget_accelerate():
-    # Precision and accumulation are one for the process.
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def run(title, **names):

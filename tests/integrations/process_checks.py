@@ -11,8 +11,9 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import FullyShardedDataParallelPlugin, GradientAccumulationPlugin
+from accelerate_states import forget_accelerate
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from models import checkpointing_switch
 from torch import distributed, nn
@@ -63,8 +64,7 @@ def launch(rank, size, *, is_gpu_like=False):
     """What torchrun sets; `is_gpu_like` lets accelerate take the way of GPUs, since it does not shard on the CPU."""
     for message in EXPECTED:
         warnings.filterwarnings("ignore", message)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+    forget_accelerate()
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "29511", "OMP_NUM_THREADS": "1"}

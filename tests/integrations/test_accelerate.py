@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_states import forget_accelerate, fresh_accelerate
 from models import mlp, regression
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -13,21 +13,10 @@ from gradlr import ArgumentError, AttachError
 from gradlr.integrations.accelerate import attach, clip_grad_norm_, unwrap
 from gradlr.rules import LowRankPolar
 
+pytestmark = pytest.mark.usefixtures(fresh_accelerate.__name__)
+
 PLAIN = {"lr": 1e-2, "rank": 4, "momentum_rank": 2, "rule": LowRankPolar(residual=0)}
 EXACT = {"lr": 1e-2, "rank": 1.0, "momentum_rank": 2}
-
-
-def forget_accelerate():
-    # Precision and accumulation are one for the process.
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    forget_accelerate()
-    yield
-    forget_accelerate()
 
 
 class Loop:

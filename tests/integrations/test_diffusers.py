@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate_states import forget_accelerate, fresh_accelerate
 
 pytest.importorskip("diffusers")
 
@@ -13,18 +13,7 @@ from diffusers.training_utils import EMAModel
 import gradlr
 from gradlr.integrations.accelerate import attach
 
-
-def forget_accelerate():
-    # Precision and accumulation are one for the process.
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate():
-    forget_accelerate()
-    yield
-    forget_accelerate()
+pytestmark = pytest.mark.usefixtures(fresh_accelerate.__name__)
 
 
 def dit(seed=0):
