@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 
 import torch
@@ -185,23 +185,3 @@ def _spread_scales_by_kernel(x: Tensor, norm: Tensor, size: float, threshold: fl
         rows, partial = kernels.normalize_pass(x, norm, partial.sum(1))
     of_rows, of_columns = kernels.scales(first, rows, partial.sum(1), norm, size, threshold)
     return of_rows.reshape(*batch, m, 1), of_columns.reshape(*batch, 1, n)
-
-
-def alternate(
-    row_energies: Callable[[Tensor], Tensor], column_energies: Callable[[Tensor], Tensor], first: Tensor, *, passes: int
-) -> tuple[Tensor, Tensor]:
-    """Squared scales of rows and columns after so many passes, zero where a row or column is.
-
-    Args:
-        row_energies: Squared lengths of the rows, (..., m, 1), under squared scales (..., n, 1) of the columns.
-        column_energies: The same of the columns under scales of the rows.
-        first: `row_energies` where all columns have a scale of one.
-        passes: How often each is found.
-    """
-    tiny, columns = torch.finfo(first.dtype).tiny, first
-    for number in range(passes):
-        rows = row_energies(columns) if number else first
-        rows = torch.threshold(rows, tiny, torch.inf).reciprocal_()
-        columns = column_energies(rows)
-        columns = torch.threshold(columns, tiny, torch.inf).reciprocal_()
-    return rows, columns

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .normalize import alternate
 from .polar import NEWTON_SCHULZ_COEFFICIENTS
 
 PASSES, STEPS = 3, 5
@@ -44,12 +43,13 @@ def token_scales(delta: Tensor, x: Tensor, *, passes: int = PASSES) -> tuple[Ten
     # Entries of ordinary size, so that squares neither overflow nor vanish.
     peaks = [part.abs().amax().clamp(min=torch.finfo(part.dtype).tiny) for part in (delta, x)]
     delta, x = delta / peaks[0], x / peaks[1]
-    rows, columns = alternate(
-        lambda scales: _energies(x * scales.mT, x, delta),
-        lambda scales: _energies(delta * scales.mT, delta, x),
-        _energies(x, x, delta),
-        passes=passes,
-    )
+    tiny, rows, columns = torch.finfo(x.dtype).tiny, x, x
+    for number in range(passes):
+        # Reciprocals of squared lengths, whose roots are taken once, at the end. What is subnormal counts as zero.
+        lengths = _energies(x * columns.mT if number else x, x, delta)
+        rows = torch.threshold(lengths, tiny, torch.inf).reciprocal_()
+        lengths = _energies(delta * rows.mT, delta, x)
+        columns = torch.threshold(lengths, tiny, torch.inf).reciprocal_()
     return rows.sqrt() / peaks[0] / peaks[1], columns.sqrt()
 
 
