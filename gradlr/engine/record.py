@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ArgumentError, ShapeError
 from ..gradient import GradientOperator
@@ -49,6 +49,7 @@ class ParamRecord:
         metrics: Those of the last update that was observed.
         is_dtensor: Whether the parameter is spread over the processes of a device mesh.
         is_narrow: Whether its weights are rounded stochastically.
+        is_plain: Whether the parameter is a tensor of torch's own class, all of which lies in this process.
     """
 
     index: int
@@ -68,6 +69,7 @@ class ParamRecord:
     def __post_init__(self) -> None:
         self.is_dtensor = is_sharded(self.plan.parameter)
         is_half = self.plan.parameter.dtype in (torch.bfloat16, torch.float16)
+        self.is_plain = type(self.plan.parameter) in (Tensor, nn.Parameter) and self.plan.layout.is_whole
         self.is_narrow = is_half or isinstance(self.plan.parameter, Int8Weight)
 
     def follow_loss(self, tracker: LossTracker) -> None:

@@ -60,3 +60,19 @@ def test_an_update_of_another_type_is_refused():
     model, tracker, _ = attached(nn.Linear(8, 6, bias=False), rule=Bare())
     with pytest.raises(gradlr.ArgumentError, match=r"update\(\) must return .*not Tensor"):
         tracker(model(torch.randn(4, 8)).sum()).backward()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum_rank": 2}, {"rule": "adam"}, {"rule": "multi_normalized"}, {"apply": "step"}], ids=str
+)
+def test_weights_and_state_may_be_written_to_after_an_update(options):
+    """Updates are made in inference mode; what users see is ordinary tensors, whose changes autograd counts."""
+    model, tracker, opt = attached(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 5)), rank=2, **options)
+    versions = [parameter._version for parameter in model.parameters()]
+    tracker(model(torch.randn(4, 8)).square().mean()).backward()
+    opt.step()
+    assert all(parameter._version > before for parameter, before in zip(model.parameters(), versions, strict=True))
+    for parameter in model.parameters():
+        for value in (parameter.detach(), *opt.state[parameter].values()):
+            value.mul_(1)
+    tracker(model(torch.randn(4, 8)).square().mean()).backward()
