@@ -156,8 +156,13 @@ class LowRankPolar(Rule):
             basis, seen = gradient.left, gradient.left_sketch
             if seen is not None and basis.shape[-1] == context.rank:
                 return basis, basis, seen
-        dtype = gradient.operand_dtype or gradient.dtype
-        like = torch.empty((*gradient.shape[:-2], gradient.shape[-1], 0), dtype=dtype, device=gradient.device)
+        dtype, (*batch, m, n) = gradient.operand_dtype or gradient.dtype, gradient.shape
+        if context.rank == m and context.active is None and context.layout.is_whole and not state:
+            # Where there are no more directions than r, every orthonormal basis of them makes the same update.
+            basis = torch.eye(m, dtype=gradient.dtype, device=gradient.device).expand(*batch, m, m)
+            operand = basis.to(dtype)
+            return basis, operand, gradient.rmatmul(operand)
+        like = torch.empty((*batch, n, 0), dtype=dtype, device=gradient.device)
         test = _directions(state.get("R", like), context.rank, context, columns)
         image = gradient.matmul(test)
         if state:

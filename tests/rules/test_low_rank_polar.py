@@ -170,6 +170,16 @@ def test_the_update_is_about_the_polar_factor_of_what_the_basis_sees(shape, rank
     assert values.min() > 0.65 and values.max() < 1.25
 
 
+@pytest.mark.parametrize("shape", [SHAPES["wide"], SHAPES["square"], (3, *SHAPES["wide"])], ids=str)
+def test_where_r_is_all_rows_the_update_is_the_polar_factor_of_the_gradient_and_nothing_is_drawn(shape):
+    gradient, told = torch.randn(shape, dtype=torch.float64), context(shape[-2], 0)
+    before = told.generator.get_state()
+    update, _ = LowRankPolar().update(Dense(gradient), {}, told)
+    expected = update_scale(gradient.shape, shape[-2]) * newton_schulz(gradient, dtype=torch.float64)
+    torch.testing.assert_close(update.direction(), expected, rtol=1e-5, atol=1e-5)  # the notebook's divides by norm + 1e-7
+    assert torch.equal(before, told.generator.get_state())
+
+
 def test_at_full_rank_with_full_momentum_it_is_muon_with_nesterov_momentum():
     rule, n, beta, lr = LowRankPolar(), 12, 0.9, 0.01
     gradients, weight = random_gradients((n, n), COUNT), torch.randn(n, n, dtype=torch.float64)
