@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from ..errors import BackwardError
 from ..gradient.factors import OuterProduct
@@ -82,7 +81,7 @@ class _WithoutWeightGradient(torch.autograd.Function):
         x_gradient = layer_op.input_gradient(delta, weight.to(delta.dtype), ctx.x_shape) if needs_x else None
         bias_gradient = layer_op.bias_gradient(delta) if needs_bias else None
         weight_gradient = None
-        destination = destination_of(ctx.owner(), ctx.how)
+        destination = destination_of(ctx)
         if destination == "returned" and basis is not None:
             raise _input_not_kept(weight.shape)
         if destination == "returned":
@@ -113,18 +112,22 @@ class _EmbeddingByRows(torch.autograd.Function):
         rows, values = ids.reshape(-1), delta.reshape(-1, delta.shape[-1])
         if ctx.padding_index is not None:
             values = values.masked_fill((rows == ctx.padding_index).unsqueeze(-1), 0)
-        if destination_of(ctx.owner(), ctx.how) == "returned":
+        if destination_of(ctx) == "returned":
             return None, values.new_zeros(ctx.shape).index_add(0, rows, values), None, None, None
         gradient = torch.sparse_coo_tensor(rows.unsqueeze(0), values, ctx.shape, check_invariants=False)
         return None, gradient, None, None, None
 
 
-def destination_of(weight: Tensor, how: TakenWeight) -> str:
-    """Where the weight's gradient is wanted: "optimizer", "returned" by this backward, or "nowhere"."""
-    if not weight.requires_grad:  # frozen since the forward
+def destination_of(ctx: Any) -> str:
+    """Where the gradient of the weight, a function's second input, is wanted.
+
+    "optimizer", "returned" by this backward, or "nowhere".
+    """
+    weight, how, (accumulation, _) = ctx.owner(), ctx.how, ctx.next_functions[1]
+    if not weight.requires_grad or accumulation is None:  # frozen since the forward, or thawed
         return "nowhere"
     try:
-        is_accumulated = torch._C._will_engine_execute_node(get_gradient_edge(weight).node)
+        is_accumulated = torch._C._will_engine_execute_node(accumulation)
     except RuntimeError:  # torch.autograd.grad(loss, weight)
         return "returned"
     if not is_accumulated:

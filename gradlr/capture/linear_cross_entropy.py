@@ -140,4 +140,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _destination(ctx: Any) -> str:
-    return "returned" if ctx.how is None else destination_of(ctx.owner(), ctx.how)
+    return "returned" if ctx.how is None else destination_of(ctx)
