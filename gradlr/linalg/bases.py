@@ -61,10 +61,10 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = Fals
     # Squares leave float32 where entries are above 1e18 or below 1e-19; after one pass all lengths are about one. A quotient with
     # a wide divisor is wide.
     x = x if is_scaled else x / axis.column_peaks(x).to(wide).clamp_(min=tiny)
-    least = torch.scalar_tensor(tiny, dtype=wide, device="cpu")
+    rows, least = x.mT, torch.scalar_tensor(tiny, dtype=wide, device="cpu")
     for least_shift in _SHIFTS[wide]:
         shift = least_shift * growth
-        products = x.mT @ x if axis.is_whole else axis.inner(x, x)
+        products = rows @ rows.mT if axis.is_whole else axis.inner(rows.mT, rows.mT)
         # The shift is relative: what comes of it is the same for columns of any length. A zero column stays zero.
         lengths = products.diagonal(dim1=-2, dim2=-1)
         if torch.compiler.is_compiling():  # which knows no `out=` of a view, and makes one kernel of two
@@ -73,8 +73,8 @@ def orthonormalize(x: Tensor, *, axis: Axis = REPLICATED, is_scaled: bool = Fals
             torch.add(least, lengths, alpha=1 + shift, out=lengths)
         # cholesky_ex, since cholesky asks the device whether it has succeeded.
         factor = torch.linalg.cholesky_ex(products).L
-        x = torch.linalg.solve_triangular(factor, x.mT, upper=False).mT
-    return x
+        rows = torch.linalg.solve_triangular(factor, rows, upper=False)
+    return rows.mT
 
 
 def svd_lowrank(

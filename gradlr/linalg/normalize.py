@@ -170,10 +170,10 @@ def spread_scales(
         return _spread_scales_by_kernel(x, norm, size, threshold)
     unit = norm.reciprocal()
     rows, columns, energy = normalizing_scales(x, unit, layout)
-    # Columns are of unit length or zero.
-    count = columns.sign().sum(dim=(-2, -1), keepdim=True)
+    # Columns are of unit length or zero: the norm of order 0 counts those that are not. Where none is, neither is there energy.
+    count = torch.linalg.vector_norm(columns, 0, dim=(-2, -1), keepdim=True)
     count = count if layout.is_whole else layout.columns.all_reduce_sum(count)
-    factor = torch.where(energy > threshold, size * count.clamp(min=1).rsqrt(), 0.0)
+    factor = torch.where(energy > threshold, size * count.rsqrt_(), 0.0)
     return rows.sqrt_().mul_(unit * factor), columns.sqrt_().mT
 
 

@@ -62,15 +62,14 @@ def newton_schulz_by_gram(
         only if all of it is.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
-    norm, r = frobenius_norm(x, axis), x.shape[-1]
+    norm = frobenius_norm(x, axis)
     x, batch = x / norm, x.shape[:-2]
     # A product that adds: of one matrix, or of a batch with one axis.
     x, add = (x, torch.addmm) if x.ndim == 2 else (x.reshape(-1, *x.shape[-2:]), torch.baddbmm)
     # X ← X p(XᵀX) turns P = XᵀX into p P p, and all of these commute: with the product F of all p so far, and S = F P₀, P is F S.
     # F and S lie in one matrix, so that one product is a step of both; p = a + q, so that what is multiplied is added.
     both = _identity_and_gram(x, axis)
-    products = both[..., r:, :]
-    factor = both[..., :r, :]
+    factor, products = both.chunk(2, dim=-2)
     for _ in range(steps - 1):
         q = add(products, products, products, beta=b, alpha=c)
         both = add(both, both, q, beta=a)
