@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -139,6 +141,35 @@ def mixed_seed(seed: int, index: int, step: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     return (z ^ (z >> 31)) >> 1
+
+
+# Kinds of devices that may round the factors of float32 products to ten bits, where their user has allowed TF32.
+TF32_DEVICES = {"cuda"}
+_MATMUL = torch.backends.cuda.matmul
+# Two switches, which torch refuses to hear of at once: since 2.9 what the newer says counts, and it leaves the older alone.
+_HAS_NEWER_SWITCH = hasattr(_MATMUL, "fp32_precision")
+
+
+def allows_tf32() -> bool:
+    """Whether the user has allowed TF32 in products of matrices, by whichever of torch's switches."""
+    return _MATMUL.fp32_precision == "tf32" if _HAS_NEWER_SWITCH else _MATMUL.allow_tf32
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Products of float32 are such meanwhile, and afterwards as the user wants them."""
+    if _HAS_NEWER_SWITCH:
+        allowed, _MATMUL.fp32_precision = _MATMUL.fp32_precision, "ieee"
+    else:
+        allowed = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if _HAS_NEWER_SWITCH:
+            _MATMUL.fp32_precision = allowed
+        else:
+            torch.set_float32_matmul_precision(allowed)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 
 import torch
 
+from .. import tensors
 from ..errors import LossError, ParallelError
 from ..gradient import GradientOperator
 from ..gradient.batch import stacked
 from ..tensors import is_async
 from .commit import Prepared
-from .policy import CommitPolicy, require_use_for
+from .policy import CommitPolicy, in_float32, require_use_for
 from .record import ParamRecord
 
 
@@ -39,7 +40,8 @@ class AtStep(CommitPolicy):
 
     def step(self) -> None:
         """Write all that waits, or nothing: all is prepared before the first weight is written."""
-        with torch.autocast(self.pending.norm_proxy.parameter.device.type, enabled=False):  # rules compute in float32 or wider
+        kind = self.pending.norm_proxy.parameter.device.type
+        with in_float32(kind) if kind in tensors.TF32_DEVICES or torch.is_autocast_enabled(kind) else nullcontext():
             self._exchange()
             if self.pending.gradients or self.skipped.reason:
                 self._commit_all()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Container, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
 
+from .. import tensors
 from ..errors import BackwardError, GradlrError, warn
 from ..gradient import GradientOperator
 from ..params.groups import require_rates
@@ -23,7 +24,24 @@ from .skipped_steps import SkippedSteps
 from .state_store import StateStore
 from .sync import Sync
 
-_NO_AUTOCAST = nullcontext()
+_AS_IT_IS = nullcontext()
+
+
+def in_float32(kind: str) -> AbstractContextManager[None]:
+    """Where rules compute on such a device: in float32 or wider, whatever autocast and TF32 do for the model.
+
+    Gram matrices in TF32 lose what is below a fiftieth of the largest singular value. Of a gradient of few directions rounding
+    errors are left, which the residual would spread over all others.
+    """
+    is_tf32 = kind in tensors.TF32_DEVICES and tensors.allows_tf32()
+    # A context costs more than many an operation.
+    return _in_float32(kind) if is_tf32 or torch.is_autocast_enabled(kind) else _AS_IT_IS
+
+
+@contextmanager
+def _in_float32(kind: str) -> Iterator[None]:
+    with tensors.without_tf32(), torch.autocast(kind, enabled=False):
+        yield
 
 
 class CommitPolicy:
@@ -127,8 +145,7 @@ class CommitPolicy:
             if self._bad_backward is not None:
                 self._leave_out_bad_backward()
             kind = gradient.device.type
-            # The rule computes in float32 or wider; the context costs more than many an operation.
-            with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NO_AUTOCAST:
+            with in_float32(kind) if kind in tensors.TF32_DEVICES or torch.is_autocast_enabled(kind) else _AS_IT_IS:
                 self._take(record, gradient)
         except GradlrError:
             self.reset()
