@@ -124,17 +124,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         destination = _destination(ctx) if needs_weight else "nowhere"
         with full_precision(x.device):
             gradient = HeadGradient(Logits(x, weight, bias), labels, log_sums, scale * loss_gradient)
-            form, measure = (
-                torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if destination == "returned" else None,
-                False,
-            )
-            if destination == "optimizer":
-                receiver = ctx.how.living_receiver()
-                measure = receiver.store.by_id[id(ctx.owner())].rule.accepts_row_factors
+            form = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if destination == "returned" else None
             # The input's gradient first: with updates in backward, the weight is another one after `receive`.
-            of_x, of_bias = gradient.others(needs_x=needs_x, needs_bias=needs_bias, form=form, measure=measure)
+            of_x, of_bias = gradient.others(needs_x=needs_x, needs_bias=needs_bias, form=form)
             if destination == "optimizer":
-                receiver.receive(ctx.owner(), gradient)
+                ctx.how.living_receiver().receive(ctx.owner(), gradient)
         x_gradient = None if of_x is None else of_x.to(x.dtype)
         return x_gradient, form, of_bias, None, None, None, None, None
 

@@ -18,6 +18,8 @@ from ..tensors import has_kernels, share_memory
 
 # Entries of a weight that are widened, or of a product that is scaled, at one time: 4 MiB in float32.
 _BLOCK_NUMBERS = 2**20
+# The same where a kernel writes them: fewer launches, 32 MiB.
+_KERNEL_NUMBERS = 2**23
 # The same of int8 codes, which are widened three times over: or a part of a larger weight, so that no GPU is asked too often.
 _CODE_NUMBERS = 2**15
 _NARROW = (torch.bfloat16, torch.float16)
@@ -39,7 +41,7 @@ def apply_update(
         parameter: W, any floating dtype; bfloat16 and float16 are updated in float32 and rounded stochastically, since updates
             far below half a unit in the last place vanish under rounding to nearest.
         view: How W becomes the update's (..., m, n).
-        update: The direction; its `dense` part is overwritten.
+        update: The direction; its `dense` part is overwritten. What is made on demand is made once.
         lr: η.
         weight_decay: λ, decoupled.
         generator: Random numbers for the rounding, on W's device; None where nothing is rounded.
@@ -51,13 +53,16 @@ def apply_update(
         _write_codes(weight, update, lr, decay, generator, check)
     elif has_kernels(weight) and _suits_kernel(weight, update):
         _subtract_by_kernel(weight, update, lr, decay, generator, check)
+    elif isinstance(update.dense, RowsOnDemand) and has_kernels(weight):
+        for number, rows in enumerate(_row_blocks(weight, update, _KERNEL_NUMBERS)):
+            _subtract_by_kernel(weight[rows], update.block(rows), lr, decay, generator, check, number)
     else:
         factor: float | Tensor = decay
         if check is not None:
             update, factor = _masked(weight, update, decay, check.isfinite())
-        if update.rows is not None and update.dense is not None:
+        if update.rows is not None and isinstance(update.dense, Tensor):
             _write_rows(weight, update.rows, update.dense, lr, factor, generator)
-        elif weight.dtype in _NARROW or update.row_scale is not None:
+        elif weight.dtype in _NARROW or update.row_scale is not None or isinstance(update.dense, RowsOnDemand):
             _write_in_blocks(weight, update, lr, factor, generator)
         else:
             _subtract(weight, update, lr, factor)
@@ -69,6 +74,7 @@ def _suits_kernel(weight: Tensor, update: Update) -> bool:
     return (
         update.rows is None
         and not isinstance(update.left, RowsOnDemand)
+        and not isinstance(update.dense, RowsOnDemand)
         and 0 < weight.numel() < kernels.MOST_NUMBERS
         and all(part.dtype in (torch.float32, torch.bfloat16) for part in update.parts())
     )
@@ -81,8 +87,9 @@ def _subtract_by_kernel(
     decay: float,
     generator: torch.Generator | None,
     check: Tensor | None,
+    number: int = 0,
 ) -> None:
-    seed = 0 if generator is None else generator.initial_seed() % 2**31
+    seed = 0 if generator is None else (generator.initial_seed() + number) % 2**31  # of each block its own
 
     def matrices(part: Tensor | RowsOnDemand | None) -> Tensor | None:
         return _batched(part) if isinstance(part, Tensor) else None
@@ -106,10 +113,17 @@ def _masked(weight: Tensor, update: Update, decay: float, is_finite: Tensor) -> 
     """The update and the factor on the weight, or zeros and one where the flag says so, without asking the host which."""
     parts = {key: getattr(update, key) for key in ("left", "right", "row_scale", "dense_rows", "dense_columns")}
     kept = {key: None if value is None else _where(is_finite, value) for key, value in parts.items()}
-    if update.dense is not None:
+    if isinstance(update.dense, RowsOnDemand):
+        kept |= {"dense": _scaled_rows(update.dense, update.dense_rows).where(is_finite), "dense_rows": None}
+    elif update.dense is not None:
         update.dense.masked_fill_(~is_finite, 0.0)
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     return replace(update, **kept), decay if decay == 1 else 1 - (1 - decay) * is_finite.to(wide)
+
+
+def _scaled_rows(dense: RowsOnDemand, scale: Tensor | None) -> RowsOnDemand:
+    # Read once the rows are made, which may fill it.
+    return dense if scale is None else dense.mapped(lambda rows, block: block.mul_(scale[rows]))
 
 
 def _where(is_finite: Tensor, part: Tensor | RowsOnDemand) -> Any:
@@ -136,10 +150,11 @@ def _scaled_block(update: Update, rows: tuple[Any, ...]) -> Update:
 
 
 def _row_blocks(weight: Tensor, update: Update, most: int) -> list[tuple[Any, ...]]:
-    """Blocks in which neither the weight nor the left factor of an update has more numbers than that."""
+    """Blocks in which neither the weight nor what an update has on its left, or makes on demand, has more numbers than that."""
     if weight.ndim < 2 or not weight.numel():
         return [(...,)]
     rank = 0 if update.left is None else update.left.shape[-1]
+    rank = max(rank, update.dense.row_numbers) if isinstance(update.dense, RowsOnDemand) else rank
     numbers = weight.numel() * max(1, rank / weight.shape[-1])
     if numbers <= most:
         return [(...,)]
@@ -165,7 +180,7 @@ def _write_codes(
             new_codes, new_scales = subtracted(codes, scales, change, weight.group, decay=decay, generator=generator)
             codes.copy_(new_codes)
             scales.copy_(new_scales)
-    if update.rows is not None and update.dense is not None and len(update.rows):
+    if update.rows is not None and isinstance(update.dense, Tensor) and len(update.rows):
         places, change = _places_of_equal(update.rows), update.dense.to(wide) * lr
         codes, scales = weight.codes[update.rows], weight.scales[update.rows]
         new_codes, new_scales = subtracted(codes, scales, change, weight.group, decay=1.0, generator=generator)
@@ -207,7 +222,7 @@ def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) 
         _add_product(weight, left, right, decay, -lr)
     elif decay != 1:
         weight.mul_(decay)
-    if dense is None:
+    if not isinstance(dense, Tensor):
         return
     if update.dense_rows is not None:
         # In place where no wider numbers come of it; rounding errors of a narrow dense part are its rule's affair.

@@ -149,19 +149,23 @@ class Committer:
         """Write an update and its state, on an asynchronous device only where its check is finite. The only place that does."""
         record, update = prepared.record, prepared.update
         parameter, group = record.plan.parameter, self.store.groups[record.group_index]
-        new_state, generator = self.store.narrowed(record, prepared.new_state, prepared.context.step)
         # Of all kinds the same number stands in "lr", which schedulers may set; what a kind takes of it is a factor of its own.
         lr, decay = float(group["lr"]) * group["lr_scale"], float(group["weight_decay"])
         check = prepared.check if is_async(prepared.check) else None
-        if check is not None and new_state:
-            # Two operations; isfinite is four.
-            new_state = keep_where(check.abs() < torch.inf, new_state, self.store.of(record))
         if record.observer is not None and prepared.metrics is not None:
             matrix = record.plan.view.of(parameter)
             record.metrics = record.observer.measure_update(prepared.metrics, matrix, update, lr=lr, weight_decay=decay)
-        weight = local(parameter) if record.is_dtensor else parameter
+        weight, step = local(parameter) if record.is_dtensor else parameter, prepared.context.step
+        generator = self.store.rounding(record, step) if record.is_narrow else None
         with torch.inference_mode() if record.is_plain else _AS_IT_IS:
             self.writer(weight, record.plan.view, update, lr=lr, weight_decay=decay, generator=generator, check=check)
+        # After the write, on whose way a state may have been completed.
+        new_state = prepared.new_state
+        if self.store.dtype != torch.float32:
+            new_state = self.store.narrowed(record, new_state, step, generator)
+        if check is not None and new_state:
+            # Two operations; isfinite is four.
+            new_state = keep_where(check.abs() < torch.inf, new_state, self.store.of(record))
         self.store.write(record, new_state)
         self.bases.forget(record)
         self.changed.append(record.plan.name)

@@ -100,25 +100,30 @@ class StateStore:
         """The device has left the last update out."""
         self.of(record)["step"].sub_(1).clamp_(min=0)  # it may have been cleared since
 
-    def narrowed(self, record: ParamRecord, entries: State, step: int) -> tuple[State, torch.Generator | None]:
-        """Entries in the dtype in which they are kept, and the random numbers that a narrow weight is to be rounded with.
+    def rounding(self, record: ParamRecord, step: int) -> torch.Generator:
+        """The random numbers that a narrow weight is to be rounded with: a stream of its own.
+
+        In `step()` the rules of other parameters have drawn since.
+        """
+        number = record.plan.layout.number
+        seed = mixed_seed(self.seed, number, 0) if number else self.seed
+        return self.random.at(record.plan.parameter.device, seed, record.index, -step)
+
+    def narrowed(self, record: ParamRecord, entries: State, step: int, generator: torch.Generator | None) -> State:
+        """Entries in the narrow dtype in which they are kept, rounded by the random numbers that the weight's rounding has left.
 
         Where a parameter is sharded, what several processes hold alike is rounded alike, so that their bases stay the same: by
         random numbers that depend on the part which an entry is, not on the process.
         """
-        layout, device = record.plan.layout, record.plan.parameter.device
-        if self.dtype == torch.float32 and not record.is_narrow:  # nothing is rounded
-            return entries, None
-        if self.dtype != torch.float32 and not layout.is_whole:
-            for place, (key, value) in enumerate(list(entries.items()), 1):
-                seed = self.seed
-                for number in (*self.sync.shard_of(record, key, value), place):
-                    seed = mixed_seed(seed, number, 0)
-                entries = entries | self._narrow({key: value}, self.random.at(device, seed, record.index, -step))
-        # A stream of its own: in step() the rules of other parameters have drawn since.
-        seed = mixed_seed(self.seed, layout.number, 0) if layout.number else self.seed
-        generator = self.random.at(device, seed, record.index, -step)
-        return self._narrow(entries, generator), generator
+        if record.plan.layout.is_whole:
+            return self._narrow(entries, generator or self.rounding(record, step))
+        for place, (key, value) in enumerate(list(entries.items()), 1):
+            seed = self.seed
+            for number in (*self.sync.shard_of(record, key, value), place):
+                seed = mixed_seed(seed, number, 0)
+            random = self.random.at(record.plan.parameter.device, seed, record.index, -step)
+            entries = entries | self._narrow({key: value}, random)
+        return entries
 
     def _narrow(self, entries: State, generator: torch.Generator | None = None) -> State:
         if self.dtype == torch.float32:

@@ -13,6 +13,7 @@ from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand, wide_matmul
 from ..tensors import is_async, widest
 from .operator import Dense, GradientOperator, all_entries_finite
+from .rows_on_demand import RowsOnDemand
 
 # Rows of G that exist at one time where their lengths are wanted: 16 MiB in float32.
 _BLOCK_NUMBERS = 2**22
@@ -81,6 +82,14 @@ class OuterProduct(GradientOperator):
         blocks = delta.split(max(1, _BLOCK_NUMBERS // x.shape[-1]), dim=-1)
         rows = (wide_matmul(takes(block).mT, x) for block in blocks)
         return torch.cat([torch.linalg.vector_norm(block, dim=-1, keepdim=True) for block in rows]) ** 2
+
+    def rows_on_demand(self) -> tuple[RowsOnDemand, Tensor] | None:
+        if not isinstance(self._op, LinearOp):
+            return None
+        (delta, x), takes = self._tokens(), self._takes
+        bound = (squared_norm(delta) * squared_norm(x)).to(self.dtype)
+        x = takes(x)
+        return RowsOnDemand(lambda rows: wide_matmul(takes(delta[:, rows]).mT, x), self.shape), bound
 
     def tokens_where(self, is_cheaper: Callable[[int, int, int], bool]) -> tuple[Tensor, Tensor] | None:
         # Asked of the sizes first: in half precision the tokens are copied.

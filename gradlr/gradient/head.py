@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..linalg.normalize import widen
+from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand, wide_matmul
 from ..tensors import widest
 from .operator import GradientOperator, all_entries_finite
+from .rows_on_demand import RowsOnDemand
 
 # Logits that exist at one time: 8 MiB in float32.
 _BLOCK_NUMBERS = 2**21
-
-
-class RowsOnDemand:
-    """A matrix (m, r) that is made where it is read, a few rows at a time: the left factor of an `Update`.
-
-    Args:
-        make: Makes the rows of a slice, as a new tensor.
-        shape: (m, r).
-    """
-
-    def __init__(self, make: Callable[[slice], Tensor], shape: Sequence[int]) -> None:
-        self._make, self.shape = make, torch.Size(shape)
-
-    def __getitem__(self, index: Any) -> Tensor:
-        """Whole rows: of a slice before the last axis, as in `[..., 2:4, :]`, or all of them, `[...]`."""
-        index = index if isinstance(index, tuple) else (index,)
-        return self._make(index[-2] if len(index) > 1 else slice(0, self.shape[0]))
-
-    def where(self, flag: Tensor) -> RowsOnDemand:
-        """The same, zeros where the 0-dim flag is False."""
-        return RowsOnDemand(lambda rows: torch.where(flag, self._make(rows), 0.0), self.shape)
 
 
 class Logits:
@@ -99,7 +79,6 @@ class HeadGradient(GradientOperator):
         self.shape = torch.Size((logits.shape[1], logits.x.shape[1]))
         self.dtype, self.device = log_sums.dtype, log_sums.device
         self.operand_dtype = logits.x.dtype
-        self._energies: Tensor | None = None
 
     def delta(self, rows: slice) -> Tensor:
         """δ of a block of the vocabulary, (T, rows), a new tensor."""
@@ -108,32 +87,23 @@ class HeadGradient(GradientOperator):
         delta.scatter_add_(1, places, -is_here.to(delta.dtype).unsqueeze(1))
         return delta.mul_(self._scale.unsqueeze(1))
 
-    def others(
-        self, *, needs_x: bool, needs_bias: bool, form: Tensor | None, measure: bool
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def others(self, *, needs_x: bool, needs_bias: bool, form: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """δ W, (T, d), and the sum of δ over tokens, (V,), float32 or wider, where they are needed, in one pass over δ.
 
         Args:
             needs_x, needs_bias: Which of the two.
             form: Where G is to be written on the way, (V, d), any floating dtype.
-            measure: Whether the lengths of G's rows are taken on the way, for `row_energies`.
         """
         x_gradient = torch.zeros(self._logits.x.shape, dtype=self.dtype, device=self.device) if needs_x else None
-        sums, energies = [], []
+        sums = []
         for rows in self._logits.blocks():
             delta = self.delta(rows)
             if x_gradient is not None:
                 self._add_input_gradient(x_gradient, delta, rows)
             if needs_bias:
                 sums.append(delta.sum(0))
-            if form is None and not measure:
-                continue
-            block = wide_matmul(delta.mT, self._logits.x)
             if form is not None:
-                form[rows] = block
-            if measure:
-                energies.append(torch.linalg.vector_norm(block, dim=-1, keepdim=True) ** 2)
-        self._energies = torch.cat(energies) if measure else None
+                form[rows] = wide_matmul(delta.mT, self._logits.x)
         return x_gradient, torch.cat(sums) if needs_bias else None
 
     def _add_input_gradient(self, total: Tensor, delta: Tensor, rows: slice) -> None:
@@ -147,7 +117,7 @@ class HeadGradient(GradientOperator):
     def matrix(self) -> Tensor:
         """G itself, (V, d)."""
         matrix = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        self.others(needs_x=False, needs_bias=False, form=matrix, measure=False)
+        self.others(needs_x=False, needs_bias=False, form=matrix)
         return matrix
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -160,14 +130,22 @@ class HeadGradient(GradientOperator):
             known += wide_matmul(self.delta(rows), y[rows])
         return wide_matmul(self._logits.x.mT, known)
 
+    def _rows(self, rows: slice) -> Tensor:
+        return wide_matmul(self.delta(rows).mT, self._logits.x)
+
+    def rows_on_demand(self) -> tuple[RowsOnDemand, Tensor]:
+        # A row of softmax less one of the unit matrix is no longer than √2.
+        bound = (2 * squared_norm(self._scale) * squared_norm(self._logits.x)).to(self.dtype)
+        rows = RowsOnDemand(self._rows, self.shape, max(self._logits.x.shape))
+        return rows, torch.where(self.is_finite(), bound, torch.nan)
+
     def is_finite(self) -> Tensor:
         # What is not finite in W or b shows in the sums.
         return all_entries_finite(self._logits.x) & all_entries_finite(self._log_sums) & all_entries_finite(self._scale)
 
     def row_energies(self) -> Tensor:
-        if self._energies is None:
-            self.others(needs_x=False, needs_bias=False, form=None, measure=True)
-        return cast(Tensor, self._energies)
+        lengths = [torch.linalg.vector_norm(self._rows(rows), dim=-1, keepdim=True) for rows in self._logits.blocks()]
+        return torch.cat(lengths) ** 2
 
     def squared_norm(self) -> Tensor:
         return widest(self.row_energies()).sum()

@@ -12,6 +12,7 @@ from ..linalg import UNSHARDED, Layout
 from ..linalg.normalize import squared_norm
 from ..linalg.products import as_operand, wide_matmul
 from ..tensors import is_async, widest
+from .rows_on_demand import RowsOnDemand
 
 
 class GradientOperator:
@@ -61,6 +62,13 @@ class GradientOperator:
     def scaled_rows(self, scale: Tensor) -> dict[str, Tensor]:
         """`diag(scale) G` as the parts of an update; the operator is spent afterwards. `scale`: (..., m, 1)."""
         return {"dense": self.matrix * scale}
+
+    def rows_on_demand(self) -> tuple[RowsOnDemand, Tensor] | None:
+        """G, of which a few rows exist at one time, and a 0-dim number of its dtype that no row's squared length exceeds.
+
+        None where the rows are there already, or cannot be made one by one.
+        """
+        return None
 
     def formed(self) -> Dense:
         """The gradient with its entries in memory, which may be overwritten; those in half precision may stay so."""

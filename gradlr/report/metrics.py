@@ -136,13 +136,13 @@ def captured_energy(gradient: GradientOperator, left: Tensor) -> Tensor:
 
 def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tensor:
     """‖direction + λ W‖², Frobenius, summed over a batch, 0-dim float64, for a weight W (..., m, n) or a vector."""
-    if update.rows is not None and update.dense is not None:
+    if update.rows is not None and isinstance(update.dense, Tensor):
         # The other rows change by decay alone. A row may come twice, the second time with zeros, which add nothing here.
         overlap = widest(torch.linalg.vecdot(weight[update.rows].to(update.dense.dtype), update.dense)).sum()
         return (squared_norm(update.dense) + 2 * decay * overlap + decay**2 * squared_norm(weight)).clamp(min=0)
     # A block of rows at a time, so that the change of a large weight never exists as a whole.
     weight, energies = torch.atleast_2d(weight), [widest(weight.new_zeros(()))]
-    update = replace(update, dense=None if update.dense is None else torch.atleast_2d(update.dense))
+    update = replace(update, dense=torch.atleast_2d(update.dense) if isinstance(update.dense, Tensor) else update.dense)
     size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // max(1, weight.numel()))
     for start in range(0, weight.shape[-2], size):
         rows = (..., slice(start, start + size), slice(None))

@@ -79,7 +79,9 @@ class Update:
         left: (..., m, r), or None where there is no low-rank part; a `RowsOnDemand` is made a block of rows at a time.
         right: (..., n, r), with `left`.
         row_scale: (..., m, 1), with `left`; None for ones.
-        dense: The parameter's view (..., m, n), in any floating dtype, or None; the optimizer may overwrite it.
+        dense: The parameter's view (..., m, n), in any floating dtype, or None; the optimizer may overwrite it. A `RowsOnDemand`,
+            new tensors of float32 or wider, is made a block of rows at a time, before the new state is kept: entries of that one
+            and of `dense_rows` may be written on the way, the same each time. It comes with a `check`.
         dense_rows: (..., m, 1), with `dense`; None for ones.
         dense_columns: (..., 1, n), likewise.
         rows: Row numbers (t,), int64, where `dense` holds only those rows, (t, n); as in `gradlr.gradient.RowSparse`.
@@ -89,7 +91,7 @@ class Update:
 
     left: Tensor | RowsOnDemand | None = None
     right: Tensor | None = None
-    dense: Tensor | None = None
+    dense: Tensor | RowsOnDemand | None = None
     row_scale: Tensor | None = None
     dense_rows: Tensor | None = None
     dense_columns: Tensor | None = None
@@ -119,7 +121,7 @@ class Update:
             left = self.left[...]
             left = left if self.row_scale is None else left * self.row_scale
             low_rank = left @ self.right.mT.to(left.dtype)
-        dense: Tensor | float = 0.0 if self.dense is None else self.dense
+        dense: Any = 0.0 if self.dense is None else self.dense[...]
         for scale in (self.dense_rows, self.dense_columns):
             dense = dense if scale is None else dense * scale
         return torch.as_tensor(low_rank + dense)

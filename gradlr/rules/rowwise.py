@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..errors import ShapeError
 from ..gradient import GradientOperator
@@ -46,8 +47,25 @@ class RowwiseRMSprop(Rule):
 
     def update(self, gradient: GradientOperator, state: State, context: UpdateContext) -> tuple[Update, State]:
         columns = context.layout.columns.size(gradient.shape[-1])
+
         # A row that was not looked up has a gradient of zero, which counts: one correction by the step holds for all rows.
-        square = torch.lerp(gradient.row_energies() / columns, state["square"], self.beta2)
-        root = (square / (1 - self.beta2**context.step)).sqrt_().add_(self.eps)
-        # Where the squares of a row are finite, so is the row.
-        return Update(**gradient.scaled_rows(root.reciprocal_()), check=square.sum()), {"square": square}
+        correction = 1 - self.beta2**context.step
+
+        def moments(energies: Tensor, before: Tensor, square: Tensor | None = None) -> tuple[Tensor, Tensor]:
+            square = torch.lerp(energies / columns, before, self.beta2, out=square)
+            return square, (square / correction).sqrt_().add_(self.eps).reciprocal_()
+
+        on_demand = None if torch.compiler.is_compiling() else gradient.rows_on_demand()  # a graph returns tensors
+        if on_demand is None:
+            square, scale = moments(gradient.row_energies(), state["square"])
+            # Where the squares of a row are finite, so is the row.
+            return Update(**gradient.scaled_rows(scale), check=square.sum()), {"square": square}
+        # A row is made once: as it is written, it is measured, and its second moment and scale are kept.
+        (made, bound), square, scale = on_demand, torch.empty_like(state["square"]), torch.empty_like(state["square"])
+
+        def measured(rows: slice, block: Tensor) -> Tensor:
+            energies = torch.linalg.vector_norm(block, dim=-1, keepdim=True) ** 2
+            _, scale[rows] = moments(energies, state["square"][rows], square[rows])
+            return block
+
+        return Update(dense=made.mapped(measured), dense_rows=scale, check=bound), {"square": square}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from gradlr.__main__ import main
-from gradlr.apps.bench.counts import FORMS, Counter, Subject, count
+from gradlr.apps.bench.counts import FORMS, Counter, Form, Subject, count
 
 SQUARE, LARGE = Subject("matrix", (512, 512)), Subject("matrix", (4096, 4096))
 TALL, TABLE = Subject("matrix", (4096, 11008)), Subject("embedding", (128_000, 4096))
@@ -49,6 +49,15 @@ def test_bytes_of_one_update(form, subject, most):
 )
 def test_memory_of_one_update_beside_gradient_and_state(form, subject, most):
     assert count(FORMS[form], subject).workspace <= most * MIB
+
+
+@pytest.mark.parametrize(("capture", "launches", "most"), [("hook", 13, 4), ("adaptor", 704, 34)])
+def test_a_head_of_its_own(capture, launches, most):
+    """Of kind "embedding": under adaptors its gradient is made and written in 63 blocks, each once."""
+    options = {"capture": capture, "groups": [{"match": "*", "kind": "embedding"}]}
+    found = count(Form("head", "", options, forms_gradient=capture == "hook"), Subject("matrix", TABLE.shape))
+    assert 0 < found.launches <= launches and found.waits == 0, found.calls
+    assert found.workspace <= most * MIB and found.calls.get("mm", 0) in (0, 63)
 
 
 def test_launches_of_a_step_of_llama_7b():

@@ -5,6 +5,7 @@ import torch
 from models import attached
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (the usual name)
+from torch.utils.flop_counter import FlopCounterMode
 
 import gradlr
 from gradlr import ArgumentError, LossTracker, NonFiniteError, ShapeError, linear_cross_entropy
@@ -87,15 +88,18 @@ def test_the_operator_against_its_matrix():
     rows = torch.rand(VOCABULARY, 1, dtype=x.dtype)
     update = gradlr.rules.Update(**gradient.scaled_rows(rows))
     part = (..., slice(3, 7), slice(None))
+    made, bound = gradient.rows_on_demand()
+    assert matrix.square().sum(1).max() <= bound < torch.inf
     for found, expected in [
         (gradient.matrix, matrix), (gradient.formed().matrix, matrix), (gradient @ right, matrix @ right),
         (gradient.mT @ left, matrix.mT @ left), (gradient.row_energies(), matrix.square().sum(1, keepdim=True)),
         (gradient.squared_norm(), matrix.square().sum()), (gradient.scaled(torch.tensor(3.0)).matrix, 3 * matrix),
-        (update.direction(), rows * matrix), (update.block(part).direction(), (rows * matrix)[3:7]),
+        (update.direction(), rows * matrix), (made[part], matrix[3:7]), (update.block(part).direction(), (rows * matrix)[3:7]),
     ]:  # fmt: skip
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
     assert isinstance(update.left, RowsOnDemand) and gradient.is_finite()
-    assert not HeadGradient(logits, labels, log_sums, scale / 0).is_finite()
+    spoilt = HeadGradient(logits, labels, log_sums, scale / 0)
+    assert not spoilt.is_finite() and not spoilt.rows_on_demand()[1].isfinite()
 
 
 class Tokens(nn.Module):
@@ -177,6 +181,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
     with pytest.raises(NonFiniteError):  # where the device runs behind the host, at the next loss
         [tracker(loss * 1).backward(), tracker(loss.detach())]
     assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize(("chunked", "products"), [(False, 2), (True, 4)])
+def test_a_heads_gradient_is_computed_once(chunked, products):
+    """Its logits a second time in backward and a third as it is written, where there are none; and the input's gradient."""
+    hidden, model, labels = torch.randn(12, WIDTH, requires_grad=True), nn.Linear(WIDTH, VOCABULARY), torch.arange(12)
+    _, tracker, _opt = attached(model, capture="adaptor", kinds={}, **AS_HEAD)
+    loss = linear_cross_entropy(hidden, model, labels) if chunked else F.cross_entropy(model(hidden), labels)
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.addmm_: lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    ) as counter:
+        tracker(loss).backward()
+    assert counter.get_total_flops() == products * 2 * 12 * WIDTH * VOCABULARY
 
 
 def test_changed_between_forward_and_backward_is_an_error():

@@ -227,3 +227,19 @@ def test_what_may_wait_can_be_scaled(name):
     operator = operators()[name]
     expected = 0.25 * operator.matrix
     torch.testing.assert_close(operator.scaled(torch.tensor(0.25, dtype=torch.float64)).matrix, expected)
+
+
+@pytest.mark.parametrize("name", ["linear", "linear_vector", "linear_3d", "linear_no_tokens", "transformers"])
+def test_rows_made_on_demand_are_those_of_the_matrix_and_none_exceeds_the_bound(name):
+    make, shape = LAYERS[name]
+    layer, x = make().double(), torch.randn(shape, dtype=torch.float64)
+    gradient = OuterProduct(torch.randn(*shape[:-1], 4, dtype=torch.float64), x, layer_op(layer))
+    rows, bound = gradient.rows_on_demand()
+    torch.testing.assert_close(rows[...], gradient.matrix)
+    torch.testing.assert_close(rows[..., 1:3, :], gradient.matrix[1:3])
+    doubled = rows.mapped(lambda place, block: 2 * block + place.start)
+    torch.testing.assert_close(doubled[..., 1:3, :], 2 * gradient.matrix[1:3] + 1)
+    assert gradient.matrix.square().sum(-1).max() <= bound * (1 + 1e-12)
+    if len(gradient.factors() or ()) and x.numel():
+        x.view(-1)[0] = torch.inf
+        assert not gradient.rows_on_demand()[1].isfinite()

@@ -10,6 +10,7 @@ from models import attached, mlp
 
 from gradlr import tensors
 from gradlr.engine.apply_update import apply_update
+from gradlr.gradient import RowsOnDemand
 from gradlr.layers import AS_IT_IS
 from gradlr.linalg import kernels, normalize
 from gradlr.linalg.normalize import frobenius_norm, spread_scales
@@ -233,3 +234,27 @@ def test_they_compile_to_machine_code_of_two_generations_of_gpus(tmp_path):
 def test_no_kernel_is_asked_for_where_there_is_none(monkeypatch):
     monkeypatch.setattr(normalize.kernels, "normalize_pass", lambda *_: pytest.fail("a kernel on a CPU"))
     spread_scales(torch.randn(4, 5), torch.ones(1, 1), 1.0, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_on_demand_are_written_as_in_the_plain_way(with_kernels, dtype, monkeypatch):
+    """A block of rows to a kernel, with random numbers of its own."""
+    monkeypatch.setattr("gradlr.engine.apply_update._KERNEL_NUMBERS", 64 * 33)
+    weight, rows = torch.zeros(150, 33, dtype=dtype), torch.randn(150, 33)
+    rows[64:128] = rows[:64]
+    asked = []
+
+    def make(place):
+        asked.append(place)
+        return rows[place].clone()
+
+    with_kernels()
+    update = Update(dense=RowsOnDemand(make, rows.shape))
+    apply_update(weight, AS_IT_IS, update, lr=0.5, weight_decay=0.0, generator=torch.Generator())
+    assert [place.start for place in asked] == [0, 64, 128]
+    gap = 0 if dtype == torch.float32 else 2.0 ** (torch.frexp(0.5 * rows).exponent - 8)
+    assert ((weight + 0.5 * rows).abs() <= 1.01 * gap + 1e-6).all()
+    assert torch.equal(weight[:64], weight[64:128]) == (dtype == torch.float32)
+    before = weight.clone()
+    apply_update(weight, AS_IT_IS, update, lr=0.5, weight_decay=0.5, generator=torch.Generator(), check=torch.tensor(torch.nan))
+    assert torch.equal(weight, before)
