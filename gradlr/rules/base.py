@@ -182,6 +182,8 @@ class Rule:
             state: What `init` or the last `update` returned; not modified.
             context: Of this update.
 
+        Called in `torch.inference_mode` where there is no state.
+
         Returns:
             The update, in the state's dtype, and the new state with the same keys.
         """
