@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -155,21 +155,41 @@ def allows_tf32() -> bool:
     return _MATMUL.fp32_precision == "tf32" if _HAS_NEWER_SWITCH else _MATMUL.allow_tf32
 
 
+# What the user has allowed, while it is off.
+_suspended: str | None = None
+
+
 @contextmanager
 def without_tf32() -> Iterator[None]:
     """Products of float32 are such meanwhile, and afterwards as the user wants them."""
+    global _suspended
+    _suspended = _MATMUL.fp32_precision if _HAS_NEWER_SWITCH else torch.get_float32_matmul_precision()
+    try:
+        with _precision("ieee" if _HAS_NEWER_SWITCH else "highest"):
+            yield
+    finally:
+        _suspended = None
+
+
+def like_the_model() -> AbstractContextManager[None]:
+    """Within `without_tf32`, for what the model's own backward would have computed: as the user wants products."""
+    return nullcontext() if _suspended is None else _precision(_suspended)
+
+
+@contextmanager
+def _precision(name: str) -> Iterator[None]:
     if _HAS_NEWER_SWITCH:
-        allowed, _MATMUL.fp32_precision = _MATMUL.fp32_precision, "ieee"
+        before, _MATMUL.fp32_precision = _MATMUL.fp32_precision, name
     else:
-        allowed = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(name)
     try:
         yield
     finally:
         if _HAS_NEWER_SWITCH:
-            _MATMUL.fp32_precision = allowed
+            _MATMUL.fp32_precision = before
         else:
-            torch.set_float32_matmul_precision(allowed)
+            torch.set_float32_matmul_precision(before)
 
 
 def full_precision(device: torch.device) -> torch.autocast:

@@ -11,7 +11,7 @@ from ..layers import LayerOp, LinearOp
 from ..linalg import UNSHARDED
 from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand, wide_matmul
-from ..tensors import is_async, widest
+from ..tensors import is_async, like_the_model, widest
 from .operator import Dense, GradientOperator, all_entries_finite
 from .rows_on_demand import RowsOnDemand
 
@@ -51,7 +51,8 @@ class OuterProduct(GradientOperator):
         return self._op.rmatmul(delta, known, y.to(delta.dtype))
 
     def formed(self) -> Dense:
-        return Dense(self._op.gradient(*self._operands()), is_owned=True, layout=UNSHARDED)
+        with like_the_model():
+            return Dense(self._op.gradient(*self._operands()), is_owned=True, layout=UNSHARDED)
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """δ and x of a Linear that stores (fan_out, fan_in), from which the same operator can be made; None of other layers."""
@@ -89,7 +90,12 @@ class OuterProduct(GradientOperator):
         (delta, x), takes = self._tokens(), self._takes
         bound = (squared_norm(delta) * squared_norm(x)).to(self.dtype)
         x = takes(x)
-        return RowsOnDemand(lambda rows: wide_matmul(takes(delta[:, rows]).mT, x), self.shape), bound
+
+        def make(rows: slice) -> Tensor:
+            with like_the_model():
+                return wide_matmul(takes(delta[:, rows]).mT, x)
+
+        return RowsOnDemand(make, self.shape), bound
 
     def tokens_where(self, is_cheaper: Callable[[int, int, int], bool]) -> tuple[Tensor, Tensor] | None:
         # Asked of the sizes first: in half precision the tokens are copied.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand, wide_matmul
-from ..tensors import widest
+from ..tensors import like_the_model, widest
 from .operator import GradientOperator, all_entries_finite
 from .rows_on_demand import RowsOnDemand
 
@@ -131,7 +131,8 @@ class HeadGradient(GradientOperator):
         return wide_matmul(self._logits.x.mT, known)
 
     def _rows(self, rows: slice) -> Tensor:
-        return wide_matmul(self.delta(rows).mT, self._logits.x)
+        with like_the_model():
+            return wide_matmul(self.delta(rows).mT, self._logits.x)
 
     def rows_on_demand(self) -> tuple[RowsOnDemand, Tensor]:
         # A row of softmax less one of the unit matrix is no longer than √2.

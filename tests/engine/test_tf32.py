@@ -13,7 +13,10 @@ from gradlr.rules import LowRankPolar, UpdateContext
 
 MATMUL = torch.backends.cuda.matmul
 # What a product multiplies, by its place among the arguments.
-FACTORS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "baddbmm": (1, 2), "linalg_solve_triangular": (0, 1)}
+FACTORS = {
+    **dict.fromkeys(("mm", "bmm", "matmul", "linalg_solve_triangular"), (0, 1)),
+    **dict.fromkeys(("addmm", "addmm_", "baddbmm", "baddbmm_"), (1, 2)),
+}
 
 
 class Tf32(TorchDispatchMode):
@@ -95,13 +98,15 @@ def test_tf32_is_off_in_an_update_and_as_before_after_it_and_after_an_error(tf32
     assert rule.allowed is False and switches() == before and tensors.allows_tf32()
 
 
-def test_no_product_of_an_update_is_made_in_tf32(tf32):
-    """Those of the model's own forward and backward are."""
+@pytest.mark.parametrize("kind", ["matrix", "embedding"])
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_no_product_of_an_update_is_made_in_tf32(tf32, capture, kind):
+    """Those of the model's own forward and backward are, and so is a gradient that is formed in their place."""
 
     def trained(mode):
         torch.manual_seed(0)
         model, tracker = nn.Linear(40, 30, bias=False), gradlr.LossTracker()
-        opt = gradlr.attach(model, tracker, rank=4)
+        opt = gradlr.attach(model, tracker, rank=4, capture=capture, groups=[{"match": "*", "kind": kind}])
         with mode:
             loss = tracker(model(torch.randn(8, 40)).square().mean())
             forward = mode.count
