@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ def apply_update(
     weight_decay: float,
     generator: torch.Generator | None,
     check: Tensor | None = None,
+    is_mirrored: bool = False,
 ) -> None:
     """`W ← (1 − ηλ) W − η D` with the direction D of an `Update`, in place: one kernel on a GPU with Triton.
 
@@ -46,11 +48,12 @@ def apply_update(
         weight_decay: λ, decoupled.
         generator: Random numbers for the rounding, on W's device; None where nothing is rounded.
         check: 0-dim number that only the device knows: W stays as it is where it is not finite. None where all is well.
+        is_mirrored: Whether int8 codes are rounded by 1 − θ in the place of each random number θ.
     """
     decay = 1 - lr * weight_decay
     weight = parameter if view.pattern is None else view.of(parameter)
     if isinstance(weight, Int8Weight):
-        _write_codes(weight, update, lr, decay, generator, check)
+        _write_codes(weight, update, lr, decay, generator, check, is_mirrored)
     elif has_kernels(weight) and _suits_kernel(weight, update):
         _subtract_by_kernel(weight, update, lr, decay, generator, check)
     elif isinstance(update.dense, RowsOnDemand) and has_kernels(weight):
@@ -163,12 +166,19 @@ def _row_blocks(weight: Tensor, update: Update, most: int) -> list[tuple[Any, ..
 
 
 def _write_codes(
-    weight: Int8Weight, update: Update, lr: float, decay: float | Tensor, generator: torch.Generator | None, check: Tensor | None
+    weight: Int8Weight,
+    update: Update,
+    lr: float,
+    decay: float | Tensor,
+    generator: torch.Generator | None,
+    check: Tensor | None,
+    is_mirrored: bool,
 ) -> None:
     """Into int8 codes, in their own unit, a block of rows at a time."""
     if check is not None:
         update, decay = _masked(weight, update, float(decay), check.isfinite())
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    direction, write = weight.direction.to(wide), partial(subtracted, generator=generator, is_mirrored=is_mirrored)
     if update.rows is None or isinstance(decay, Tensor) or decay != 1:
         parts = update if update.rows is None else Update()
         parts = parts if parts.right is None else replace(parts, right=parts.right.to(wide))
@@ -177,15 +187,17 @@ def _write_codes(
             change, part = torch.zeros(codes.shape, dtype=wide, device=codes.device), _scaled_block(parts, rows)
             part.left = part.left.to(wide) if isinstance(part.left, Tensor) else None
             _subtract(change, part, -lr, 1.0)
-            new_codes, new_scales = subtracted(codes, scales, change, weight.group, decay=decay, generator=generator)
+            new_codes, new_scales, error = write(codes, scales, change, weight.group, decay=decay)
             codes.copy_(new_codes)
             scales.copy_(new_scales)
+            weight.correction[rows].mul_(decay).sub_(error @ direction)
     if update.rows is not None and isinstance(update.dense, Tensor) and len(update.rows):
         places, change = _places_of_equal(update.rows), update.dense.to(wide) * lr
         codes, scales = weight.codes[update.rows], weight.scales[update.rows]
-        new_codes, new_scales = subtracted(codes, scales, change, weight.group, decay=1.0, generator=generator)
-        weight.codes.index_copy_(0, update.rows, new_codes[places])
-        weight.scales.index_copy_(0, update.rows, new_scales[places])
+        new_codes, new_scales, error = write(codes, scales, change, weight.group, decay=1.0)
+        correction = weight.correction[update.rows].sub_(error @ direction)
+        for old, new in ((weight.codes, new_codes), (weight.scales, new_scales), (weight.correction, correction)):
+            old.index_copy_(0, update.rows, new[places])
     torch.autograd.graph.increment_version(weight)
 
 

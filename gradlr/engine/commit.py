@@ -41,6 +41,7 @@ class Writer(Protocol):
         weight_decay: float,
         generator: torch.Generator | None,
         check: Tensor | None,
+        is_mirrored: bool,
     ) -> None: ...
 
 
@@ -157,8 +158,9 @@ class Committer:
             record.metrics = record.observer.measure_update(prepared.metrics, matrix, update, lr=lr, weight_decay=decay)
         weight, step = local(parameter) if record.is_dtensor else parameter, prepared.context.step
         generator = self.store.rounding(record, step) if record.is_narrow else None
+        options: dict[str, Any] = {"lr": lr, "weight_decay": decay, "generator": generator, "check": check}
         with torch.inference_mode() if record.is_plain else _AS_IT_IS:
-            self.writer(weight, record.plan.view, update, lr=lr, weight_decay=decay, generator=generator, check=check)
+            self.writer(weight, record.plan.view, update, **options, is_mirrored=step % 2 == 0)
         # After the write, on whose way a state may have been completed.
         new_state = prepared.new_state
         if self.store.dtype != torch.float32:

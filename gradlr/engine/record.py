@@ -48,6 +48,7 @@ class ParamRecord:
         observer: Wants the numbers of the next updates; None where nobody does.
         metrics: Those of the last update that was observed.
         is_dtensor: Whether the parameter is spread over the processes of a device mesh.
+        is_int8: Whether its weights are int8 codes.
         is_narrow: Whether its weights are rounded stochastically.
         is_plain: Whether the parameter is a tensor of torch's own class, all of which lies in this process.
     """
@@ -70,7 +71,8 @@ class ParamRecord:
         self.is_dtensor = is_sharded(self.plan.parameter)
         is_half = self.plan.parameter.dtype in (torch.bfloat16, torch.float16)
         self.is_plain = type(self.plan.parameter) in (Tensor, nn.Parameter) and self.plan.layout.is_whole
-        self.is_narrow = is_half or isinstance(self.plan.parameter, Int8Weight)
+        self.is_int8 = isinstance(self.plan.parameter, Int8Weight)
+        self.is_narrow = is_half or self.is_int8
 
     def follow_loss(self, tracker: LossTracker) -> None:
         """Set the rank to what the schedule gives for the losses so far.

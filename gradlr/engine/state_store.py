@@ -103,9 +103,10 @@ class StateStore:
     def rounding(self, record: ParamRecord, step: int) -> torch.Generator:
         """The random numbers that a narrow weight is to be rounded with: a stream of its own.
 
-        In `step()` the rules of other parameters have drawn since.
+        In `step()` the rules of other parameters have drawn since. For int8 codes two steps have the same, since the second
+        takes them mirrored.
         """
-        number = record.plan.layout.number
+        number, step = record.plan.layout.number, step + step % 2 if record.is_int8 else step
         seed = mixed_seed(self.seed, number, 0) if number else self.seed
         return self.random.at(record.plan.parameter.device, seed, record.index, -step)
 

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, AttachError
-from ..linalg.int8 import Int8Weight
+from ..linalg.int8 import PARTS, Int8Weight
 from ..tensors import is_sharded
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-_CODES, _SCALES = "weight.codes", "weight.scales"
+_KEYS = tuple(f"weight.{part}" for part in PARTS)
+# Tokens of a layer's first input that are looked at, and power steps on them.
+_TOKENS, _STEPS = 1024, 8
 
 
 def quantize_(model: _Model, dtype: str = "int8", *, group: int = 64) -> _Model:
@@ -21,9 +23,10 @@ def quantize_(model: _Model, dtype: str = "int8", *, group: int = 64) -> _Model:
 
     1.03 bytes a weight of a bfloat16 model in place of 2, in training as well: `gradlr.attach` trains the codes themselves.
     Forward and backward make a block of a weight in full precision at a time, and an update is rounded to codes
-    stochastically. Weights keep the dtype that they seemed to have, for activations and `model.to`; what modules share they
-    go on sharing. `state_dict` has `weight.codes` and `weight.scales` in the place of `weight`, and `load_state_dict` takes
-    these or a floating `weight`.
+    stochastically; what rounding adds along the leading direction of a Linear's first input is taken back, by one number a
+    row. Weights keep the dtype that they seemed to have, for activations and `model.to`; what modules share they go on sharing.
+    `state_dict` has `weight.codes`, `weight.scales`, `weight.direction` and `weight.correction` in the place of `weight`, and
+    `load_state_dict` takes these or a floating `weight`.
 
     Args:
         model: Has its weights, on its device; attach afterwards. Biases, norms, convolutions and all other layers stay as they
@@ -88,7 +91,7 @@ def float_state_dict(model: nn.Module, dtype: torch.dtype | None = None) -> dict
         if name in named and key != name:
             weight: Any = named[name]
             result[name] = made[id(weight)] = made[id(weight)] if id(weight) in made else weight.detach().dequantized(dtype)
-        elif key.removesuffix(".scales") not in named:
+        elif key.rpartition(".")[0] not in named:
             result[key] = value
     return result
 
@@ -127,24 +130,55 @@ def _replace(model: nn.Module, chosen: set[int], make: Any) -> None:
 
 
 def _switch_hooks(module: nn.Module, *, is_on: bool) -> None:
-    for hooks, hook in ((module._state_dict_hooks, _save_codes), (module._load_state_dict_pre_hooks, _load_codes)):
-        for key in [key for key, known in hooks.items() if getattr(known, "hook", known) is hook]:
-            del hooks[key]
+    _drop_hook(module._state_dict_hooks, _save_codes)
+    _drop_hook(module._load_state_dict_pre_hooks, _load_codes)
+    _drop_hook(module._forward_pre_hooks, _set_direction)
     if is_on:
         module.register_state_dict_post_hook(_save_codes)
         module.register_load_state_dict_pre_hook(_load_codes)
+        if isinstance(module, nn.Linear):
+            module.register_forward_pre_hook(_set_direction)
+
+
+def _drop_hook(hooks: dict[int, Any], hook: Any) -> None:
+    for key in [key for key, known in hooks.items() if getattr(known, "hook", known) is hook]:
+        del hooks[key]
+
+
+@torch.no_grad()
+def _set_direction(module: Any, inputs: tuple[Any, ...]) -> None:
+    """Before the first forward: the leading direction of the layer's input, along which no rounding error is to stay.
+
+    By a power iteration on some tokens; draws from a generator of its own, and the host waits for nothing.
+    """
+    if not inputs or not inputs[0].numel():
+        return
+    _drop_hook(module._forward_pre_hooks, _set_direction)
+    x, weight = torch.atleast_2d(inputs[0].detach()).flatten(0, -2), module.weight
+    x = x[:: -(-len(x) // _TOKENS)].float()
+    x = x / x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    found = torch.randn(x.shape[1], 1, device=x.device, generator=torch.Generator(x.device).manual_seed(0))
+    for _ in range(_STEPS):
+        found = x.mT @ (x @ found)
+        found /= torch.linalg.vector_norm(found).clamp(min=torch.finfo(x.dtype).tiny)
+    # Another layer with the same weight may have had its first forward, and updates since.
+    is_free = found.isfinite().all() & ~weight.correction.any()
+    weight.direction.copy_(torch.where(is_free, found.to(weight.direction.dtype), weight.direction))
 
 
 def _save_codes(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     weight = state.pop(f"{prefix}weight", None)
     if isinstance(weight, Int8Weight):
-        state[prefix + _CODES], state[prefix + _SCALES] = weight.codes, weight.scales
+        state.update({prefix + key: part for key, part in zip(_KEYS, weight.parts(), strict=True)})
 
 
 def _load_codes(module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    codes, scales = state.pop(prefix + _CODES, None), state.pop(prefix + _SCALES, None)
-    if codes is not None and scales is not None:
-        state[f"{prefix}weight"] = Int8Weight(codes, scales, _group_of(codes, scales, module.weight.group))
+    codes, scales, direction, correction = (state.pop(prefix + key, None) for key in _KEYS)
+    if not any(part is None for part in (codes, scales, direction, correction)):
+        group = _group_of(codes, scales, module.weight.group)
+        state[f"{prefix}weight"] = Int8Weight(codes, scales, direction, correction, group)
+        if direction.any():
+            _drop_hook(module._forward_pre_hooks, _set_direction)
 
 
 def _group_of(codes: Tensor, scales: Tensor, group: int) -> int:

@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_map_only
 from ..errors import ArgumentError
 
 LARGEST = 127
+# Tensors that a weight is made of.
+PARTS = ("codes", "scales", "direction", "correction")
 # Entries that exist in full precision at one time: 256 KiB in float32, or a part of a larger weight.
 _BLOCK_NUMBERS = 2**16
 # A scale is larger than its group asks for, so that updates have room: each new scale rounds all entries of its group once more.
@@ -21,33 +23,43 @@ _SMALLEST = {torch.float16: 2.0**-24}
 
 
 class Int8Weight(Tensor):
-    """A weight (m, n) of codes and scales, `W = codes · scales`, that looks like a floating tensor to its layer.
+    """A weight (m, n) of codes and scales, `W = codes · scales + correction directionᵀ`, that looks like a floating tensor.
 
-    Products and lookups make a block of rows or columns in full precision at a time; backward gives an ordinary gradient. What
-    else is computed with it takes an ordinary copy. Nothing writes into it but `copy_`, which rounds to nearest, and
-    `subtract_`, which rounds stochastically and keeps scales that still fit.
+    The second part takes back what rounding of updates has added along one direction, that in which its layer's input is
+    largest, and errors cost most. Products and lookups make a block of rows or columns in full precision at a time; backward
+    gives an ordinary gradient. What else is computed with it takes an ordinary copy. Nothing writes into it but `copy_`, which
+    rounds to nearest, and the engine, which rounds stochastically and keeps scales that still fit.
 
     Args:
         codes: int8, (m, n), −127 ... 127.
         scales: (m, ⌈n / group⌉), floating; its dtype is what the weight looks like.
+        direction: (n, 1), of unit length or zero, in the dtype of the scales.
+        correction: (m, 1), likewise.
         group: Entries of a row that share a scale; the last group of a row may be shorter.
         is_turned: Whether it stands for the transposed matrix.
     """
 
     codes: Tensor
     scales: Tensor
+    direction: Tensor
+    correction: Tensor
     group: int
     is_turned: bool
 
     @staticmethod
-    def __new__(cls, codes: Tensor, scales: Tensor, group: int, is_turned: bool = False) -> Int8Weight:
+    def __new__(
+        cls, codes: Tensor, scales: Tensor, direction: Tensor, correction: Tensor, group: int, is_turned: bool = False
+    ) -> Int8Weight:
         m, n = codes.shape
         form: dict[str, Any] = {"dtype": scales.dtype, "device": codes.device, "requires_grad": False}
         shape, strides = ((n, m), (1, n)) if is_turned else ((m, n), (n, 1))
         return Tensor._make_wrapper_subclass(cls, shape, strides=strides, **form)
 
-    def __init__(self, codes: Tensor, scales: Tensor, group: int, is_turned: bool = False) -> None:
-        self.codes, self.scales, self.group, self.is_turned = codes, scales, group, is_turned
+    def __init__(
+        self, codes: Tensor, scales: Tensor, direction: Tensor, correction: Tensor, group: int, is_turned: bool = False
+    ) -> None:
+        self.codes, self.scales, self.direction, self.correction = codes, scales, direction, correction
+        self.group, self.is_turned = group, is_turned
 
     @classmethod
     def of(cls, weight: Tensor, group: int) -> Int8Weight:
@@ -57,22 +69,23 @@ class Int8Weight(Tensor):
         scales = torch.empty((m, -(-n // group)), dtype=weight.dtype, device=weight.device)
         for rows in _pieces(m, n):
             codes[rows], scales[rows] = quantized(weight[rows], group)
-        return cls(codes, scales, group)
+        return cls(codes, scales, scales.new_zeros(n, 1), scales.new_zeros(m, 1), group)
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """An ordinary tensor with the same entries, new."""
         wide = times_scales(self.codes.to(dtype or self.dtype), self.scales, self.group)
+        wide = wide.addmm(self.correction.to(wide.dtype), self.direction.to(wide.dtype).mT)
         return wide.mT if self.is_turned else wide
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, group={self.group}, dtype={self.dtype}, device={self.device})"
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "scales"], (self.group, self.is_turned)
+        return list(PARTS), (self.group, self.is_turned)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, *_: Any) -> Int8Weight:
-        return Int8Weight(inner["codes"], inner["scales"], *meta)
+        return Int8Weight(inner["codes"], inner["scales"], inner["direction"], inner["correction"], *meta)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -92,9 +105,14 @@ class Int8Weight(Tensor):
             raise ArgumentError(f"{function} does not know int8 weights: call gradlr.dequantize_(model) first")
         return function(*_ordinary(args), **_ordinary(kwargs))
 
-    def changed(self, codes: Tensor, scales: Tensor) -> Int8Weight:
-        """Another one of the same kind."""
-        return Int8Weight(codes, scales, self.group, self.is_turned)
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The tensors that it is made of, as `PARTS` names them."""
+        return self.codes, self.scales, self.direction, self.correction
+
+    def changed(self, make: Callable[[Tensor], Tensor] = lambda part: part) -> Int8Weight:
+        """Another one of the same kind, of what is made of its parts."""
+        codes, scales, direction, correction = map(make, self.parts())
+        return Int8Weight(codes, scales, direction, correction, self.group, self.is_turned)
 
 
 def _ordinary(tree: Any) -> Any:
@@ -138,22 +156,32 @@ def quantized(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def subtracted(
-    codes: Tensor, scales: Tensor, change: Tensor, group: int, *, decay: float | Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor]:
-    """Codes and scales of `decay · W − change`, rounded stochastically, so that the expected value is that.
+    codes: Tensor,
+    scales: Tensor,
+    change: Tensor,
+    group: int,
+    *,
+    decay: float | Tensor,
+    generator: torch.Generator | None,
+    is_mirrored: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales of `decay · codes · scales − change`, rounded stochastically, so that the expected value is that.
 
     Scales stay what they are while their group fits: without a change and a decay of 1, every code stays as it is. A group that
     does not fit gets a larger one.
 
     Args:
-        codes, scales: Of W, (m, n) and (m, groups).
+        codes, scales: (m, n) and (m, groups).
         change: (m, n), float32 or wider; overwritten.
         group: Entries of a row that share a scale.
-        decay: Factor on W.
+        decay: Factor on what they stand for.
         generator: Random numbers, on the device.
+        is_mirrored: 1 − θ in the place of each random number θ. An entry that θ near its end lets step up may step down under
+            1 − θ and no other: two writes with one state of the generator, the second mirrored, undo each other's steps where
+            their changes have opposite signs.
 
     Returns:
-        New tensors.
+        New codes, new scales, and what was added by rounding, (m, n), in the dtype of `change`.
     """
     whole, wide = _grouped(codes, group).to(change.dtype), scales.to(change.dtype).unsqueeze(-1)
     # In the code's units, and apart from the code: what is far below a unit is not lost beside it.
@@ -170,9 +198,13 @@ def subtracted(
     whole.mul_(~is_over).add_(below)
     above = step.sub_(below)
     del below
-    whole += torch.rand(step.shape, dtype=step.dtype, device=step.device, generator=generator) < above
-    rounded = whole.clamp_(-LARGEST, LARGEST)
-    return _ungrouped(rounded, codes.shape[-1]).to(torch.int8), larger.squeeze(-1).to(scales.dtype)
+    draw = torch.rand(step.shape, dtype=step.dtype, device=step.device, generator=generator)
+    is_up = (draw.neg_().add_(1) if is_mirrored else draw) < above
+    del draw
+    error = above.neg_().add_(is_up).mul_(larger)
+    rounded = whole.add_(is_up).clamp_(-LARGEST, LARGEST)
+    columns = codes.shape[-1]
+    return _ungrouped(rounded, columns).to(torch.int8), larger.squeeze(-1).to(scales.dtype), _ungrouped(error, columns)
 
 
 _ATEN = torch.ops.aten
@@ -189,7 +221,7 @@ def _handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., An
 
 @_handles(_ATEN.detach.default, _ATEN.alias.default)
 def _alias(weight: Int8Weight) -> Int8Weight:
-    return weight.changed(weight.codes, weight.scales)
+    return weight.changed()
 
 
 @_handles(_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.reshape.default)
@@ -200,24 +232,27 @@ def _view(weight: Int8Weight, shape: Any) -> Tensor:
 
 @_handles(_ATEN.clone.default)
 def _clone(weight: Int8Weight, **_: Any) -> Int8Weight:
-    return weight.changed(weight.codes.clone(), weight.scales.clone())
+    return weight.changed(Tensor.clone)
 
 
 @_handles(_ATEN.t.default)
 def _t(weight: Int8Weight) -> Int8Weight:
-    return Int8Weight(weight.codes, weight.scales, weight.group, not weight.is_turned)
+    return Int8Weight(*weight.parts(), weight.group, not weight.is_turned)
 
 
 @_handles(_ATEN.transpose.int)
 def _transpose(weight: Int8Weight, first: int, second: int) -> Int8Weight:
-    return weight.changed(weight.codes, weight.scales) if first % 2 == second % 2 else _t(weight)
+    return _alias(weight) if first % 2 == second % 2 else _t(weight)
 
 
 @_handles(_ATEN.slice.Tensor)
 def _slice(weight: Int8Weight, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
     if weight.is_turned or dim % 2:
         return _ATEN.slice.Tensor(weight.dequantized(), dim, start, end, step)
-    return weight.changed(*(_ATEN.slice.Tensor(part, 0, start, end, step) for part in (weight.codes, weight.scales)))
+    codes, scales, correction = (
+        _ATEN.slice.Tensor(part, 0, start, end, step) for part in (weight.codes, weight.scales, weight.correction)
+    )
+    return Int8Weight(codes, scales, weight.direction, correction, weight.group)
 
 
 @_handles(_ATEN._to_copy.default)
@@ -226,8 +261,11 @@ def _to_copy(
 ) -> Tensor:
     if dtype is not None and not dtype.is_floating_point:
         return weight.dequantized().to(device=device, dtype=dtype)
-    codes = weight.codes.to(device, non_blocking=non_blocking, copy=True)
-    return weight.changed(codes, weight.scales.to(device, dtype, non_blocking=non_blocking, copy=True))
+
+    def moved(part: Tensor) -> Tensor:
+        return part.to(device, dtype if part.is_floating_point() else None, non_blocking=non_blocking, copy=True)
+
+    return weight.changed(moved)
 
 
 @_handles(_ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default)
@@ -246,8 +284,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         raise ArgumentError("copy_: into the transposed of int8 weights; copy into the weights themselves")
     if not isinstance(source, Int8Weight) or source.group != target.group or source.is_turned:
         source = Int8Weight.of(_ordinary(source).to(target.device, target.dtype).expand(target.shape), target.group)
-    target.codes.copy_(source.codes)
-    target.scales.copy_(source.scales)
+    for part, new in zip(target.parts(), source.parts(), strict=True):
+        part.copy_(new)
     return target
 
 
@@ -262,11 +300,11 @@ def _mm(left: Tensor, right: Tensor) -> Tensor:
         for rows in _pieces(m, n):
             block = times_scales(weight.codes[rows].to(dtype), weight.scales[rows], group)
             out[:, rows] = left @ block.mT
-        return out
+        return out.addmm_(left @ weight.direction.to(dtype), weight.correction.to(dtype).mT)
     for columns in _pieces(n, m, group):  # δ W
         scales = weight.scales[:, columns.start // group : -(-columns.stop // group)]
         out[:, columns] = left @ times_scales(weight.codes[:, columns].to(dtype), scales, group)
-    return out
+    return out.addmm_(left @ weight.correction.to(dtype), weight.direction.to(dtype).mT)
 
 
 @_handles(_ATEN.addmm.default)
@@ -278,4 +316,4 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, *, beta: float = 1, alpha:
 def _embedding(weight: Int8Weight, ids: Tensor, *_: Any) -> Tensor:
     flat = ids.reshape(-1)
     rows = times_scales(weight.codes[flat].to(weight.dtype), weight.scales[flat], weight.group)
-    return rows.view(*ids.shape, -1)
+    return rows.addmm(weight.correction[flat], weight.direction.mT).view(*ids.shape, -1)

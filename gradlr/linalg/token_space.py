@@ -46,9 +46,9 @@ def token_scales(delta: Tensor, x: Tensor, *, passes: int = PASSES) -> tuple[Ten
     tiny, rows, columns = torch.finfo(x.dtype).tiny, x, x
     for number in range(passes):
         # Reciprocals of squared lengths, whose roots are taken once, at the end. What is subnormal counts as zero.
-        lengths = _energies(x * columns.mT if number else x, x, delta)
+        lengths = _energies((x * columns.mT if number else x) @ x.mT, delta)
         rows = torch.threshold(lengths, tiny, torch.inf).reciprocal_()
-        lengths = _energies(delta * rows.mT, delta, x)
+        lengths = _energies(delta * rows.mT @ delta.mT, x)
         columns = torch.threshold(lengths, tiny, torch.inf).reciprocal_()
     return rows.sqrt() / peaks[0] / peaks[1], columns.sqrt()
 
@@ -58,9 +58,8 @@ def token_energy(delta: Tensor, x: Tensor) -> Tensor:
     return ((delta @ delta.mT) * (x @ x.mT)).sum()
 
 
-def _energies(scaled: Tensor, tokens: Tensor, other: Tensor) -> Tensor:
-    """δᵢᵀ K δᵢ of every column of `other`, with the Gram matrix K = scaled tokensᵀ: (columns, 1)."""
-    gram = scaled @ tokens.mT
+def _energies(gram: Tensor, other: Tensor) -> Tensor:
+    """δᵢᵀ K δᵢ of every column of `other`, with the Gram matrix K of the other side's tokens: (columns, 1)."""
     energies = (gram @ other).mul_(other).sum(dim=0)
     # What is left where terms cancel is rounding: no length, and below zero as often as not. It is measured against the
     # column's own largest energy |δᵢ|² tr K, since a column that is small as a whole has a length like any other.

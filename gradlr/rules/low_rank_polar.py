@@ -243,5 +243,6 @@ def _with_residual(
     known_left, known_right = update.left, update.right
     if isinstance(known_left, Tensor) and known_right is not None:
         update.left = torch.cat([known_left, delta.mT * (rows * factor)], dim=-1)
+        del delta
         update.right = torch.cat([known_right, (x * columns.mT).mT], dim=-1)
     return update

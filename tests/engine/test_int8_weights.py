@@ -10,7 +10,10 @@ from torch import nn
 import gradlr
 from gradlr import ArgumentError, AttachError, GradlrWarning, LossTracker, linear_cross_entropy
 from gradlr.apps.bench.memory import peak_bytes
+from gradlr.engine.apply_update import apply_update
+from gradlr.layers import View
 from gradlr.linalg.int8 import Int8Weight
+from gradlr.rules import Update
 
 pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
@@ -128,6 +131,55 @@ def test_it_learns_under_every_option(options, dtype):
     assert opt.report()
 
 
+def test_the_direction_is_that_of_the_first_input_and_stays():
+    """The leading right singular vector of what the layer is given first, of other layers' weights nothing; saved and loaded."""
+    torch.manual_seed(1)
+    layer = gradlr.quantize_(nn.Linear(24, 8).double(), group=8)
+    x = torch.randn(5, 3, 24, dtype=torch.float64) + 4 * torch.randn(24, dtype=torch.float64)
+    assert not layer.weight.direction.any()
+    random, before = torch.get_rng_state(), layer(x * torch.nan).isnan().all()
+    assert before and not layer.weight.direction.any() and torch.equal(torch.get_rng_state(), random)
+    layer = gradlr.quantize_(gradlr.dequantize_(layer), group=8)
+    expected = layer.weight.dequantized()
+    layer(x)
+    leading = torch.linalg.svd(x.flatten(0, 1)).Vh[0]
+    assert (layer.weight.direction[:, 0] @ leading).abs() > 1 - 1e-6
+    assert torch.equal(layer.weight.dequantized(), expected)
+    known = layer.weight.direction.clone()
+    layer(torch.randn_like(x))
+    other = gradlr.quantize_(nn.Linear(24, 8).double(), group=8)
+    other.load_state_dict(layer.state_dict())
+    other(torch.randn_like(x))
+    assert torch.equal(layer.weight.direction, known) and torch.equal(other.weight.direction, known)
+
+
+@pytest.mark.parametrize("is_of_rows", [False, True])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_no_rounding_error_stays_along_the_direction(is_of_rows, weight_decay):
+    """Fifty updates beside their exact sum: the same along the direction, elsewhere not; products and lookups know of it."""
+    torch.manual_seed(0)
+    weight = Int8Weight.of(torch.randn(9, 24, dtype=torch.float64), 8)
+    exact, v = weight.dequantized(), nn.functional.normalize(torch.randn(24, 1, dtype=torch.float64), dim=0)
+    weight.direction.copy_(v)
+    for step in range(50):
+        change, rows = torch.randn(4 if is_of_rows else 9, 24, dtype=torch.float64) / 100, torch.randperm(9)[:4]
+        update = Update(dense=change.clone(), rows=rows) if is_of_rows else Update(dense=change.clone())
+        options = {"lr": 0.5, "weight_decay": weight_decay, "generator": torch.Generator().manual_seed(step)}
+        apply_update(weight, View(), update, is_mirrored=step % 2 == 1, **options)
+        exact = exact * (1 - 0.5 * weight_decay)
+        exact = exact.index_add(0, rows, change, alpha=-0.5) if is_of_rows else exact - 0.5 * change
+    error = weight.dequantized() - exact
+    assert (error @ v).abs().max() < 1e-12 and error.abs().max() > 1e-3
+    x, y, ids = (*(torch.randn(5, size, dtype=torch.float64) for size in (24, 9)), torch.tensor([[1, 4]]))
+    plain = weight.dequantized()
+    for found, wanted in (
+        (nn.functional.linear(x, weight), x @ plain.mT), (weight.t() @ y.mT, plain.mT @ y.mT), (y @ weight, y @ plain),
+        (weight[2:5] + 0, plain[2:5]), (nn.functional.linear(x, weight[2:5]), x @ plain[2:5].mT),
+        (nn.functional.embedding(ids, weight), plain[ids]), (weight.to(torch.float32).double(), plain),
+    ):  # fmt: skip
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_only_rows_that_were_looked_up_are_written():
     model = gradlr.quantize_(Tokens(), group=8)
     before = model.embedding.weight.codes.clone()
@@ -225,6 +277,6 @@ def test_peak_of_training_is_codes_activations_and_little_else():
     step()
     activations = 6 * 64 * 1024 * 2
     assert peak_bytes(step) < activations + 2.5 * 2**20
-    held = sum(weight.codes.nbytes + weight.scales.nbytes for weight in model.parameters())
-    assert held == 6 * 1024**2 * (1 + 2 / 64)
+    held = sum(part.nbytes for weight in model.parameters() for part in weight.parts())
+    assert held == 6 * (1024**2 * (1 + 2 / 64) + 2 * 1024 * 2)
     opt.detach()

@@ -34,6 +34,7 @@ BASELINES: dict[str, Baseline] = {
         Baseline("muon_b0", "Muon without momentum", partial(muon, momentum=0.0), (4e-3, 8e-3, 1.6e-2)),
         Baseline("row_normalized", "Rows normalized (SCALE's rule)", row_normalized, _RATES),
         Baseline("default", "gradlr, default", gradlr(), _RATES),
+        Baseline("int8", "gradlr, int8 weights", gradlr(int8_group=64), _RATES),
         Baseline("factor_moments", "FactorMoments r16 (the notebook's)", gradlr(rule="factor_moments", rank=ByLoss(16)), _RATES),
         Baseline(
             "factor_moments_adjusted",

@@ -59,7 +59,7 @@ def _measure_one(
 
 
 def _bytes(weight: Tensor) -> int:
-    return weight.codes.nbytes + weight.scales.nbytes if isinstance(weight, Int8Weight) else weight.nbytes
+    return sum(part.nbytes for part in weight.parts()) if isinstance(weight, Int8Weight) else weight.nbytes
 
 
 def table(report: dict[str, Any]) -> str:
