@@ -21,7 +21,7 @@ _TOKENS, _STEPS = 1024, 8
 def quantize_(model: _Model, dtype: str = "int8", *, group: int = 64) -> _Model:
     """Turn the weights of all Linears and embeddings into int8 codes with one scale for each group of a row, in place.
 
-    1.03 bytes a weight of a bfloat16 model in place of 2, in training as well: `gradlr.attach` trains the codes themselves.
+    1.04 bytes a weight of a bfloat16 model in place of 2, in training as well: `gradlr.attach` trains the codes themselves.
     Forward and backward make a block of a weight in full precision at a time, and an update is rounded to codes
     stochastically; what rounding adds along the leading direction of a Linear's first input is taken back, by one number a
     row. Weights keep the dtype that they seemed to have, for activations and `model.to`; what modules share they go on sharing.
