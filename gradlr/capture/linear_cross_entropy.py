@@ -81,9 +81,9 @@ def _require(hidden: Tensor, weight: Tensor, labels: Tensor, reduction: str) -> 
 def _require_rows(labels: Tensor, count: int, ignore_index: int) -> None:
     if is_async(labels) or labels.is_meta:
         return
-    is_wrong = ((labels < 0) | (labels >= count)) & (labels != ignore_index)
-    if is_wrong.any():
-        found = int(labels[is_wrong][0])
+    is_right = ((labels >= 0) & (labels < count)) | (labels == ignore_index)
+    if not is_right.all():
+        found = int(labels[~is_right][0])
         raise ArgumentError(f"label {found} is no row of a head with {count} rows; labels to leave out must be {ignore_index}")
 
 

@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on which the update's ways are (default cpu)")
     parser.add_argument("--rank", type=int, help="of all methods that have one (default: each one's own)")
     parser.add_argument("--momentum-rank", type=int, help="of gradlr (default 0, no momentum)")
+    parser.add_argument("--packed", action="store_true", help="the sequences come as one row, as TRL packs them")
     parser.add_argument("--checkpointing", action="store_true", help="recompute each block in backward")
+    parser.add_argument("--weights", choices=("int8",), help="of gradlr: as gradlr.quantize_ makes them")
+    parser.add_argument("--chunked-head", action="store_true", help="a loss without logits, as gradlr.chunk_head_ makes it")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="what one of N devices takes and sends; needs --shard")
     parser.add_argument("--shard", choices=SHARDS, help="with --gpus: a replica on each (dp), FSDP2, or tensor parallel")
     parser.add_argument("--no-reshard", action="store_true", help="with --shard fsdp: keep each block whole until its backward")
@@ -45,11 +48,12 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ArgumentError: an option is unknown or out of range.
     """
-    options = {} if arguments.momentum_rank is None else {"momentum_rank": arguments.momentum_rank}
+    given = {"momentum_rank": arguments.momentum_rank, "weights": arguments.weights}
+    options = {name: value for name, value in given.items() if value is not None}
     estimates = estimate_all(
         arguments.model, _methods(arguments), rank=arguments.rank, dtype=_DTYPES.get(arguments.dtype), tokens=arguments.tokens,
-        device=arguments.device, batch_size=arguments.batch_size, checkpointing=arguments.checkpointing, gpus=arguments.gpus,
-        shard=arguments.shard, reshard=not arguments.no_reshard, **options,
+        device=arguments.device, batch_size=arguments.batch_size, packed=arguments.packed, checkpointing=arguments.checkpointing,
+        chunked_head=arguments.chunked_head, gpus=arguments.gpus, shard=arguments.shard, reshard=not arguments.no_reshard, **options,
     )  # fmt: skip
     if arguments.json:
         limit = arguments.limit

@@ -63,6 +63,8 @@ class Estimate:
         tokens: Tokens of one sequence; None where inputs were given.
         batch_size: Sequences of a step.
         checkpointing: Whether blocks are recomputed in backward.
+        chunked_head: Whether the loss is found without logits.
+        packed: Whether the sequences are one row.
         gpus: Number of devices; all amounts are those of one of them, and the batch is its own.
         shard: What each holds: "dp", "fsdp" or "tp"; None for one device.
         traffic: The collectives of a step.
@@ -84,6 +86,8 @@ class Estimate:
     tokens: int | None
     batch_size: int
     checkpointing: bool
+    chunked_head: bool = False
+    packed: bool = False
     gpus: int = 1
     shard: str | None = None
     traffic: tuple[Traffic, ...] = ()
@@ -99,9 +103,10 @@ class Estimate:
 
     def __str__(self) -> str:
         fed = "inputs as given" if self.tokens is None else f"{self.batch_size} x {self.tokens} tokens"
-        recomputed = ", checkpointing" if self.checkpointing else ""
+        how = {"packed": self.packed, "checkpointing": self.checkpointing, "chunked head": self.chunked_head}
+        told = "".join(f", {name}" for name, is_so in how.items() if is_so)
         spread = "" if self.shard is None else f", each of {self.gpus} devices under {self.shard}"
-        head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{recomputed}{spread}"
+        head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{told}{spread}"
         rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in kinds(self.shard)]
         lines = [f"  {name:<12}{format_bytes(largest):>12}{format_bytes(then):>14}" for name, largest, then in rows]
         title = f"  {'':<12}{'at most':>12}{'at the peak':>14}"
@@ -128,7 +133,10 @@ def estimate(
     device: str = "cpu",
     batch_size: int = 1,
     tokens: int | None = None,
+    packed: bool = False,
     checkpointing: bool = False,
+    weights: str | None = None,
+    chunked_head: bool = False,
     inputs: Sequence[Tensor] | None = None,
     loss: Callable[..., Tensor] | None = None,
     gpus: int = 1,
@@ -142,8 +150,9 @@ def estimate(
     billion weights take seconds. Ranks are the largest that the schedule gives.
 
     Args:
-        model: A module on any device (the meta device included; it is not changed), a transformers config, a path to a
-            config.json or its folder, or a name: llama-7b, llama-13b, llama-70b, gpt2, minilm.
+        model: A module on any device (the meta device included; it is not changed; `quantize_` and `chunk_head_` may have been
+            there before), a transformers config, a path to a config.json or its folder, or a name of
+            `gradlr.apps.estimate.CONFIGS`: llama-7b, gpt2, minilm, ...
         method: One of `gradlr.apps.estimate.METHODS`: adamw, adamw8bit, lora, gradlr, gradlr_step, ...
         rank: For gradlr what `attach` takes; for LoRA an int, 8. Each one's own default where None.
         dtype: Of the weights; the model's own where None.
@@ -151,7 +160,12 @@ def estimate(
             of copies, and nothing is asked of the device.
         batch_size: Sequences of a step.
         tokens: Tokens of one sequence; 2,048, or the model's context where that is shorter, where None.
+        packed: The sequences come as one row with `position_ids`, as TRL packs them (`packing=True`, `padding_free=True`), and the
+            model masks attention between them: with transformers' "sdpa" by a mask of all tokens times all tokens.
         checkpointing: Recompute each block in backward (`torch.utils.checkpoint`, non-reentrant).
+        weights: "int8": the model has been through `gradlr.quantize_`; for gradlr's methods. As they are where None.
+        chunked_head: The model has been through `gradlr.integrations.chunk_head_`: a loss by `labels` makes no logits. For any
+            method: Liger's and TRL's losses without logits take about as much.
         inputs: What the model is called with, where it takes neither token ids nor vectors; only shapes and dtypes count.
         loss: Function of the model and its inputs to the loss; where None, that of transformers' language models, or the sum
             of the first output.
@@ -172,21 +186,24 @@ def estimate(
     if device not in ("cpu", "cuda"):
         raise ArgumentError(f"device={device!r}: use 'cpu' or 'cuda'")
     devices = Devices(gpus, shard, reshard)
-    chosen = _method(method, rank, options, shard)
-    subject = subject_of(model, dtype=dtype, batch_size=batch_size, tokens=tokens, inputs=inputs, loss=loss)
+    chosen = _method(method, rank, options, shard, weights)
+    subject = subject_of(
+        model, dtype=dtype, batch_size=batch_size, tokens=tokens, packed=packed, inputs=inputs, loss=loss, weights=weights,
+        chunked_head=chunked_head,
+    )  # fmt: skip
     with fake_process_group(devices) as mesh:
         tracker, count = simulate(
             subject, chosen, rank, options, device=device, checkpointing=checkpointing, devices=devices, mesh=mesh
         )  # fmt: skip
     return Estimate(
-        subject.name, chosen.name, chosen.label, count, **(tracker.largest | {STATE: tracker.held[STATE]}), peak=tracker.peak,
+        subject.name, chosen.name, chosen.label + (f", {weights}" if weights else ""), count, **(tracker.largest | {STATE: tracker.held[STATE]}), peak=tracker.peak,
         peak_stage=tracker.peak_stage, at_peak=dict(tracker.at_peak), tokens=subject.tokens, batch_size=batch_size,
-        checkpointing=bool(checkpointing), gpus=gpus, shard=shard, traffic=_traffic(tracker, gpus),
+        checkpointing=bool(checkpointing), chunked_head=bool(chunked_head), packed=bool(packed), gpus=gpus, shard=shard, traffic=_traffic(tracker, gpus),
     )  # fmt: skip
 
 
 def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any = None, **arguments: Any) -> list[Estimate]:
-    """`estimate` for several methods, all where None; options of `attach` go to those of gradlr only.
+    """`estimate` for several methods, all where None; options of `attach` and `weights` go to those of gradlr only.
 
     Args:
         model: As for `estimate`.
@@ -194,12 +211,12 @@ def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any 
         rank: For all that have one.
         **arguments: As for `estimate`.
     """
-    known = set(inspect.signature(estimate).parameters)
+    known = set(inspect.signature(estimate).parameters) - {"weights"}
     common = {key: value for key, value in arguments.items() if key in known}
     own = {key: value for key, value in arguments.items() if key not in known}
     shard = common.get("shard")
     names = [name for name in METHODS if shard in (None, *METHODS[name].shards)] if methods is None else list(methods)
-    chosen = [_method(name, None, {}, shard) for name in names]
+    chosen = [_method(name, None, {}, shard, None) for name in names]
     ranked = {"rank": rank}
     return [
         estimate(model, method=one.name, **common, **(ranked | own if one.is_gradlr else ranked if one.has_adapters else {}))
@@ -207,13 +224,14 @@ def estimate_all(model: Any, methods: Iterable[str] | None = None, *, rank: Any 
     ]
 
 
-def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None) -> Method:
+def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None, weights: str | None) -> Method:
     if name not in METHODS:
         raise ArgumentError(f"method={name!r} is unknown; use one of {', '.join(METHODS)}")
     method = METHODS[name]
     if shard not in (None, *method.shards):
         able = ", ".join(other.name for other in METHODS.values() if shard in other.shards)
         raise ArgumentError(f"method={name!r} is not known to train under shard={shard!r}; these are: {able}")
+    _require_weights(method, weights, shard)
     if options and not method.is_gradlr:
         raise ArgumentError(f"method={name!r} takes no {next(iter(options))!r}: that is an option of gradlr.attach")
     if rank is not None and not (method.is_gradlr or method.has_adapters):
@@ -221,6 +239,15 @@ def _method(name: str, rank: Any, options: dict[str, Any], shard: str | None) ->
     if rank is not None and method.has_adapters and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise ArgumentError(f"rank={rank!r}: {name} takes an int of at least 1")
     return method
+
+
+def _require_weights(method: Method, weights: str | None, shard: str | None) -> None:
+    if weights not in (None, "int8"):
+        raise ArgumentError(f"weights={weights!r}: they can be 'int8', or None for the model's own")
+    if weights is not None and not method.is_gradlr:
+        raise ArgumentError(f"method={method.name!r} cannot train {weights} weights: gradlr's methods can, or leave weights out")
+    if weights is not None and shard is not None:
+        raise ArgumentError(f"weights={weights!r}, shard={shard!r}: these weights are trained in one process so far")
 
 
 def _traffic(tracker: MemoryTracker, gpus: int) -> tuple[Traffic, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ...linalg.int8 import Int8Weight
 from ...tensors import local
 from ..collectives import kind_of, moved_bytes
 
@@ -24,6 +25,7 @@ WEIGHTS, STATE, GRADIENTS, ACTIVATIONS, WORKSPACE, EXCHANGE = KINDS
 MODEL, UPDATE = "model", "update"
 _COMMUNICATING = {"c10d", "_c10d_functional", "fsdp"}
 _ATEN = torch.ops.aten
+_PRODUCTS = (_ATEN.mm.default, _ATEN.addmm.default)
 
 
 @dataclass
@@ -65,14 +67,18 @@ class MemoryTracker(TorchDispatchMode):
         self._youngest: _Entry | None = None
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if any(kind.__name__ == "DTensor" for kind in types):
-            return NotImplemented  # it does the same to what lies here, and this is counted
+        if function in _PRODUCTS and isinstance(args[-1], Int8Weight) and not self._summit:
+            return self._int8_product(function, types, args, kwargs or {})
+        if any(kind.__name__ == "DTensor" or kind is Int8Weight for kind in types):
+            return NotImplemented  # it does the same to what it is made of, and this is counted
         if self._is_aside:
             return function(*args, **(kwargs or {}))
         if function is torch.ops.prim.device.default:  # half of all calls, and nothing is made
             return args[0].fake_device if isinstance(args[0], FakeTensor) else args[0].device
         if function is _ATEN._local_scalar_dense.default:
             return self._answer(args[0])
+        if function is _ATEN.allclose.default:  # two ways to one thing
+            return True
         if function is _ATEN.nonzero.default and args[0].dtype == torch.uint8 and _key(args[0]) in self._answers:
             result = torch.empty((int(self._answer(args[0])), args[0].ndim), dtype=torch.int64, device=args[0].device)
         else:
@@ -122,8 +128,8 @@ class MemoryTracker(TorchDispatchMode):
 
     def move(self, tensors: Iterable[Any], kind: str) -> None:
         """From now on the tensors among these are counted under `kind`, also where no operation has made them."""
-        for tensor in tensors:
-            entry = self._count(tensor, kind) if isinstance(tensor, Tensor) else None
+        for tensor in _parts(tensors):
+            entry = self._count(tensor, kind)
             if entry is None or entry.kind == kind:
                 continue
             if entry is not self._youngest:
@@ -195,6 +201,14 @@ class MemoryTracker(TorchDispatchMode):
         self._answers.pop(key, None)
         self.held[entry.kind] -= entry.nbytes
 
+    def _int8_product(self, function: Any, types: Any, args: tuple, kwargs: dict) -> Tensor:
+        """A product with int8 weights, a hundred operations on blocks of them: each shape is run once."""
+        left, weight = args[-2:]
+        form = (function, tuple(left.shape), left.dtype, tuple(weight.shape), weight.group, weight.is_turned)
+        with self:
+            result = self.replay(form, lambda: Int8Weight.__torch_dispatch__(function, types, args, kwargs))
+            return torch.empty((len(left), weight.shape[1]), dtype=left.dtype) if result is None else result
+
     def _look_at_exchange(self, function: Any, args: tuple, kwargs: dict, result: Any) -> None:
         name = function._schema.name
         if name in ("fsdp::chunk_cat", "fsdp::chunk_cat_mixed_dtype"):  # the second one since torch 2.15
@@ -235,6 +249,15 @@ class MemoryTracker(TorchDispatchMode):
         if scalar.is_floating_point():
             return 1.0
         return scalar.untyped_storage().nbytes() // scalar.element_size() - 1
+
+
+def _parts(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, codes and scales in the place of int8 weights."""
+    for value in values:
+        if isinstance(value, Int8Weight):
+            yield from (value.codes, value.scales)
+        elif isinstance(value, Tensor):
+            yield value
 
 
 def _key(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...gradient import GradientOperator
+from ...linalg.int8 import Int8Weight
 from ...optimizer import GradLR
 from ...rules import Rule, State, Update, UpdateContext
 from .memory_tracker import MemoryTracker
@@ -108,4 +109,4 @@ def tensors_of(values: Iterable[Any]) -> list[Tensor]:
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return (tuple(tensor.shape), tensor.stride(), tensor.dtype)
+    return (tuple(tensor.shape), tensor.stride(), tensor.dtype, isinstance(tensor, Int8Weight))

@@ -49,10 +49,11 @@ def simulate(
         # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
         checkpoint_blocks(model, preserve_rng_state=False)
     ways = like_a_gpu() if device == "cuda" else nullcontext()
-    with warnings.catch_warnings(), mode, tracker, stub_internals(tracker), ways:
+    with warnings.catch_warnings(), mode, tracker, stub_internals(tracker, is_packed=subject.packed), ways:
         # What attach has to say about speed and guesses, it says at the real attach; and so does FSDP2.
         warnings.simplefilter("ignore", GradlrWarning)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+        subject.prepare(model)
         method.adapt(model, rank)
         count = sum(parameter.numel() for parameter in model.parameters())
         shard_model(model, devices, mesh)

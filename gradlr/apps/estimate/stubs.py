@@ -70,8 +70,13 @@ def stub_collectives(tracker: MemoryTracker, header: int, touched_rows: Callable
 
 
 @contextmanager
-def stub_internals(tracker: MemoryTracker) -> Iterator[None]:
-    """Torch and transformers do in a simulation what they do in a step, and no more; what is not installed is left alone."""
+def stub_internals(tracker: MemoryTracker, *, is_packed: bool) -> Iterator[None]:
+    """Torch and transformers do in a simulation what they do in a step, and no more; what is not installed is left alone.
+
+    Args:
+        tracker: Counts.
+        is_packed: Whether transformers is to find several sequences in a row; otherwise it finds one, whatever the positions.
+    """
     propagator = getattr(sys.modules.get("torch.distributed.tensor._sharding_prop"), "ShardingPropagator", None)
     propagate: Any = getattr(propagator, "_propagate_tensor_meta_non_cached", None)
     resize = torch.UntypedStorage.resize_
@@ -89,6 +94,8 @@ def stub_internals(tracker: MemoryTracker) -> Iterator[None]:
         # Transformers takes tensors without values for a trace by torch.compile, and would mask attention then.
         library = sys.modules.get("transformers.utils.import_utils")
         stack.enter_context(replaced(library, is_fake_tensor=lambda tensor: False))
+        masking = sys.modules.get("transformers.masking_utils") if is_packed else None
+        stack.enter_context(replaced(masking, find_packed_sequence_indices=lambda positions: (positions != 1).cumsum(-1)))
         # To know a result's shape, DTensor runs each operation once on whole tensors without values, in real training as well.
         stack.enter_context(replaced(propagator, _propagate_tensor_meta_non_cached=unbooked))
         yield

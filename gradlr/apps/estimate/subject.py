@@ -15,9 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ...errors import ArgumentError
+from ...integrations.chunked_head import chunk_head_
+from ...layers.quantize import quantize_
+from ...linalg.int8 import Int8Weight
 
 # Names that stand for a config.json of this package.
-_NAMES = ("llama-7b", "llama-13b", "llama-70b", "gpt2", "minilm")
+_LLAMAS = ("llama-7b", "llama-13b", "llama-70b", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b")
+_NAMES = (*_LLAMAS, "qwen3-14b", "qwen3-32b", "gpt2", "minilm")
 CONFIGS = {name: Path(__file__).with_name("configs") / f"{name}.json" for name in _NAMES}
 # Tokens of a sequence where none are given and the model's context allows.
 DEFAULT_TOKENS = 2048
@@ -35,6 +39,9 @@ class Subject:
         tokens: Tokens of one sequence; None where the inputs were given.
         feed: Makes the inputs, on the CPU.
         loss: From a copy of the model and the inputs.
+        packed: Whether the model is to see several sequences in a row.
+        weights: "int8" or None, as for `estimate`.
+        chunked_head: As for `estimate`.
     """
 
     name: str
@@ -43,6 +50,20 @@ class Subject:
     tokens: int | None
     feed: Callable[[], tuple[Any, ...]]
     loss: Callable[..., Tensor]
+    packed: bool = False
+    weights: str | None = None
+    chunked_head: bool = False
+
+    def prepare(self, model: nn.Module) -> None:
+        """What is done to a copy of the model before it is trained, in place.
+
+        Raises:
+            ArgumentError: it cannot be done to this model.
+        """
+        if self.chunked_head:
+            chunk_head_(model)
+        if self.weights is not None:
+            quantize_(model, self.weights)
 
 
 def subject_of(
@@ -53,6 +74,8 @@ def subject_of(
     tokens: int | None,
     inputs: Sequence[Tensor] | None,
     loss: Callable[..., Tensor] | None,
+    packed: bool = False,
+    **prepared: Any,
 ) -> Subject:
     """Whatever was given, as a subject; the arguments are those of `estimate`.
 
@@ -67,12 +90,14 @@ def subject_of(
         model = _model_of(model)
     config = getattr(model, "config", None)
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    loss = loss or _natural_loss(model, is_packed=packed and inputs is None)
     if inputs is not None:
-        return Subject(name, model, dtype, None, lambda: tuple(map(_blank, inputs)), loss or _natural_loss(model))
+        return Subject(name, model, dtype, None, lambda: tuple(map(_blank, inputs)), loss, packed, **prepared)
     if tokens is not None and limit is not None and tokens > limit:
         raise ArgumentError(f"tokens={tokens}: {name} takes {limit} at most in a sequence; for more, raise batch_size")
     tokens = tokens or min(DEFAULT_TOKENS, limit or DEFAULT_TOKENS)
-    return Subject(name, model, dtype, tokens, _feed(model, batch_size, tokens), loss or _natural_loss(model))
+    sizes = (1, batch_size * tokens) if packed else (batch_size, tokens)
+    return Subject(name, model, dtype, tokens, _feed(model, *sizes), loss, packed, **prepared)
 
 
 def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None) -> nn.Module:
@@ -88,10 +113,16 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
     for tensor in (*model.parameters(), *model.buffers()):
         kept = tensor.dtype if dtype is None or id(tensor) not in saved or not tensor.is_floating_point() else dtype
         with mode:
-            blank = torch.empty_strided(tensor.shape, tensor.stride(), dtype=kept, device="cpu")
+            blank = _without_values(tensor, kept)
             is_parameter = isinstance(tensor, nn.Parameter)
             blanks[id(tensor)] = nn.Parameter(blank, requires_grad=tensor.requires_grad) if is_parameter else blank
     return copy.deepcopy(model, blanks)
+
+
+def _without_values(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(tensor, Int8Weight):
+        return tensor.changed(_without_values(tensor.codes, torch.int8), _without_values(tensor.scales, dtype))
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
 
 
 def _check(dtype: Any, batch_size: Any, tokens: Any) -> None:
@@ -145,8 +176,7 @@ def _model_of(config: Any) -> nn.Module:
 def _blank(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    blank = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cpu")
-    return blank.requires_grad_(value.requires_grad)
+    return _without_values(value, value.dtype).requires_grad_(value.requires_grad)
 
 
 def _feed(model: nn.Module, batch_size: int, tokens: int) -> Callable[[], tuple[Tensor, ...]]:
@@ -162,13 +192,17 @@ def _feed(model: nn.Module, batch_size: int, tokens: int) -> Callable[[], tuple[
     )
 
 
-def _natural_loss(model: nn.Module) -> Callable[..., Tensor]:
+def _natural_loss(model: nn.Module, *, is_packed: bool = False) -> Callable[..., Tensor]:
     parameters = inspect.signature(model.forward).parameters
-    options = {"use_cache": False} if "use_cache" in parameters else {}
+    if is_packed and "position_ids" not in parameters:
+        raise ArgumentError(f"packed=True: {type(model).__name__} takes no position_ids, by which it would know sequences in a row")
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     # Other heads (classification, ...) want labels of other shapes.
     has_token_labels = "labels" in parameters and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM"))
 
     def loss(net: nn.Module, *inputs: Tensor) -> Tensor:
+        if is_packed:
+            options["position_ids"] = torch.zeros_like(inputs[0])
         output = net(*inputs, **options, **({"labels": inputs[0]} if has_token_labels else {}))
         if has_token_labels:
             return output.loss
