@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import gradlr
-from gradlr.apps.bench import counts, devices, estimate, head, int8, memory, quality, speed
+from gradlr.apps.bench import counts, devices, estimate, fits, head, int8, memory, quality, speed
 
 ROOT = Path(gradlr.__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,6 +81,7 @@ TABLES = {
     "quality-smollm2": (STUDY, quality),
     "speed-smollm2": (CAPTURE, speed),
     "estimate": (MEMORY, estimate),
+    "fits": (MEMORY, fits),
     "memory": (BENCHMARKS, memory),
     "int8": (MEMORY, int8),
     "speed": (BENCHMARKS, speed),

@@ -22,17 +22,17 @@ def loss_of(model, ids):
     return model(ids, labels=ids, use_cache=False).loss
 
 
-def sharded():
+def sharded(**options):
     torch.manual_seed(0)
     model = LlamaForCausalLM(CONFIG)
     for block in model.model.layers:
-        fully_shard(block)
-    fully_shard(model)
+        fully_shard(block, **options)
+    fully_shard(model, **options)
     return model
 
 
-def trained(make):
-    model = sharded()
+def trained(make, **options):
+    model = sharded(**options)
     tokens = torch.randint(CONFIG.vocab_size, (1, TOKENS))
     held = sum(parameter.to_local().nbytes for parameter in model.parameters()) + tokens.nbytes
     held += sum(buffer.nbytes for buffer in model.buffers())

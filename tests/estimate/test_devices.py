@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch._subclasses.fake_tensor import UnsupportedOperatorException
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
@@ -187,7 +188,9 @@ def test_all_methods_that_can_are_estimated():
         ({"gpus": 0, "shard": "fsdp"}, "\\[1, 1024\\]"),
         ({"gpus": 1025, "shard": "fsdp"}, "\\[1, 1024\\]"),
         ({"gpus": 8}, "what does each hold"),
-        ({"gpus": 1, "shard": "fsdp"}, "give gpus= too"),
+        ({"gpus": 1, "shard": "dp"}, "give gpus= too"),
+        ({"offload": True}, "offload=True is about shard='fsdp'"),
+        ({"gpus": 2, "shard": "fsdp", "weights": "int8"}, "in one process so far"),
         ({"gpus": 2, "shard": "zero"}, "dp, fsdp, tp"),
         ({"gpus": 2, "shard": "dp", "reshard": False}, "about shard='fsdp'"),
         ({"gpus": 3, "shard": "tp"}, "known for Llama and models of its form only, not for BertModel"),
@@ -237,6 +240,26 @@ def test_the_allocator_counts_the_same_to_the_byte(gpus):
     ids = (torch.zeros(1, TOKENS, dtype=torch.int64),)
     guess = estimate(llama(CONFIG), method="adamw", gpus=gpus, shard="fsdp", inputs=ids, loss=loss_of)
     assert abs(guess.peak - measured) < 1024  # flags and scalars of a few bytes
+
+
+def test_one_device_with_its_weights_on_the_host():
+    """Host and device are one memory here: what is measured is the peak of both, which the estimate without offload is."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        measured = trained(METHODS["gradlr"], offload_policy=CPUOffloadPolicy(pin_memory=False))
+    finally:
+        distributed.destroy_process_group()
+    ids = (torch.zeros(1, TOKENS, dtype=torch.int64),)
+    both, device = (
+        estimate(llama(CONFIG), gpus=1, shard="fsdp", offload=offload, inputs=ids, loss=loss_of, **OPTIONS)
+        for offload in (False, True)
+    )
+    assert abs(both.peak - measured) < 8192  # flags and scalars of a few bytes, of each update
+    root = 4 * (2 * 500 * 128 + 128)
+    assert root < device.peak < both.peak - both.weights / 2
+    assert sum(device.at_peak.values()) == device.peak
+    assert [device.at_peak[kind] for kind in ("weights", "state", "workspace")] == [0, 0, 0]
+    assert device.weights == both.weights
 
 
 @pytest.mark.slow

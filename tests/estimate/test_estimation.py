@@ -143,8 +143,14 @@ def test_billions_of_weights_take_no_memory():
 
 
 # Parameters as published, MiniLM's with the pooler.
-PUBLISHED = {"llama-7b": 6_738_415_616, "gpt2": 124_439_808, "minilm": 22_713_216}
-PUBLISHED_LARGE = {"llama-13b": 13_015_864_320, "llama-70b": 68_976_648_192}
+PUBLISHED = {
+    "llama-7b": 6_738_415_616, "llama-3.2-1b": 1_235_814_400, "llama-3.1-8b": 8_030_261_248, "gpt2": 124_439_808,
+    "minilm": 22_713_216,
+}  # fmt: skip
+PUBLISHED_LARGE = {
+    "llama-13b": 13_015_864_320, "llama-70b": 68_976_648_192, "llama-3.2-3b": 3_212_749_824, "llama-3.1-70b": 70_553_706_496,
+    "qwen3-14b": 14_768_307_200, "qwen3-32b": 32_762_123_264,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *(pytest.param(name, marks=pytest.mark.slow) for name in PUBLISHED_LARGE)])
@@ -193,7 +199,7 @@ def test_it_reads_well():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("llama-8b",), "known \\(llama-7b, llama-13b, llama-70b, gpt2, minilm\\)"),
+        (("llama-8b",), "known \\(llama-7b, .*, llama-3.1-8b, .*, qwen3-32b, gpt2, minilm\\)"),
         ((7,), "give a torch.nn.Module, a transformers config, a path"),
         (("minilm", {"method": "lion"}), "use one of no_optimizer, adamw"),
         (("minilm", {"tokens": 513}), "takes 512 at most"),
@@ -230,3 +236,74 @@ def test_on_a_gpu_half_precision_stays_so():
     assert cuda.peak < cpu.peak and cuda.weights == cpu.weights
     with pytest.raises(ArgumentError, match="device='tpu': use 'cpu' or 'cuda'"):
         estimate(model, device="tpu", **make)
+
+
+def small_llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(**sizes, vocab_size=6000, max_position_embeddings=512)
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("capture", ["hook", "adaptor"])
+def test_int8_weights_are_those_of_quantize(capture):
+    quantized = gradlr.quantize_(Deep())
+    weights = list(quantized.parameters())
+    parts = [part for weight in weights for part in ((weight.codes, weight.scales) if hasattr(weight, "codes") else (weight,))]
+    one, other = (
+        estimate(model, tokens=64, capture=capture, **options)
+        for model, options in ((quantized, {}), (Deep(), {"weights": "int8"}))
+    )
+    assert one.weights == held(parts) == other.weights
+    assert (one.peak, one.at_peak, one.parameters) == (other.peak, other.at_peak, other.parameters)
+    assert other.label == "gradlr, int8"
+    assert all(weight.codes.any() for weight in weights if hasattr(weight, "codes"))  # the model itself is left alone
+
+
+def test_a_chunked_head_makes_no_logits():
+    # Three blocks of logits.
+    ordinary, chunked = (estimate(small_llama(), tokens=512, capture="adaptor", chunked_head=on) for on in (False, True))
+    logits = 4 * 512 * 6000
+    assert ordinary.activations > 2 * logits > 2 * chunked.activations
+    assert chunked.weights == ordinary.weights and chunked.state == ordinary.state
+    known = estimate(gradlr.chunk_head_(small_llama()), tokens=512, capture="adaptor")
+    assert known.at_peak == chunked.at_peak
+    with pytest.raises(ArgumentError, match="chunk_head_: Deep is no causal language model"):
+        estimate(Deep(), chunked_head=True)
+
+
+def test_packed_sequences_are_one_row_and_a_mask():
+    apart, packed = (estimate(small_llama(), method="no_optimizer", tokens=128, batch_size=4, packed=on) for on in (False, True))
+    # Every token with every token, a byte each, and the row's positions.
+    assert packed.activations == pytest.approx(apart.activations + 512**2, rel=0.02)
+    assert packed.activations > apart.activations
+    assert "4 x 128 tokens, packed" in str(packed)
+    with pytest.raises(ArgumentError, match="packed=True: Deep takes no position_ids"):
+        estimate(Deep(), packed=True)
+
+
+def test_four_bits_are_those_of_bitsandbytes():
+    package = pytest.importorskip("bitsandbytes")
+    linear = nn.Linear(512, 384, bias=False).to(torch.bfloat16)
+    layer = package.nn.Linear4bit(512, 384, bias=False, quant_type="nf4", compress_statistics=True)
+    layer.load_state_dict(linear.state_dict())
+    state = layer.to("cpu").weight.quant_state
+    parts = [layer.weight, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    found = estimate(nn.Sequential(linear), method="qlora", rank=4, tokens=3)
+    adapters = 4 * (512 + 384)
+    assert found.weights == held(parts) + 2 * adapters
+    assert found.state == 2 * 2 * adapters + 2 * 4
+    assert found.parameters == 512 * 384 + adapters
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weights": "int4"}, "they can be 'int8'"),
+        ({"weights": "int8", "method": "lora"}, "method='lora' cannot train int8 weights"),
+        ({"weights": "int8", "dtype": torch.int8}, "float32"),
+    ],
+)
+def test_what_cannot_be_int8_is_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        estimate(Deep(), **options)

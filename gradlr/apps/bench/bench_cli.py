@@ -12,7 +12,7 @@ import torch
 
 from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError
-from . import counts, devices, estimate, figures, gpu, head, int8, memory, quality, speed
+from . import counts, devices, estimate, figures, fits, gpu, head, int8, memory, quality, speed
 from .baselines import BASELINES, OWN_BASELINES, SPELLING, baseline, require_baselines
 from .environment import require_device
 from .peers import PEERS, installed_peers
@@ -29,6 +29,7 @@ _HELP = {
     "crossover": "time of one Linear's step by rank: from where on hooks are faster",
     "devices": "several processes: time of one step and bytes that travel, beside DDP and FSDP2",
     "estimate": "the peak that `gradlr estimate` tells against the measured one",
+    "fits": "which models fit on which cards, trained in which ways: estimates",
     "pareto": "draw results of `quality`: loss against state, and against time",
     "front": "draw results of `quality` on SmolLM2: loss against what is forgotten, and against state",
     "study": "draw results of `quality`: loss over rank and momentum rank, and schedules",
@@ -45,6 +46,7 @@ _MODULES = {
     "crossover": speed,
     "devices": devices,
     "estimate": estimate,
+    "fits": fits,
 }
 # Options that are integers of at least 1, with their defaults; threads of torch are its own choice where None.
 _NUMBERS: dict[str, dict[str, int | None]] = {
@@ -58,6 +60,7 @@ _NUMBERS: dict[str, dict[str, int | None]] = {
     "crossover": {"tokens": 2048, "width": 1024, "rounds": 40, "threads": None},
     "devices": {"processes": 2, "threads": 1, "width": 512, "depth": 4, "tokens": 1024, "rank": 32, "rounds": 20},
     "estimate": {"threads": None},
+    "fits": {"tokens": 2048},
 }
 
 
@@ -85,7 +88,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made["counts"].add_argument("--shapes", nargs="+", default=(), metavar="MxN", help=shapes)
     ranks = "default: shares of the width from 1/32 to 3/8"
     made["crossover"].add_argument("--ranks", type=int, nargs="+", default=(), help=ranks)
-    for name, option, choices in (("devices", "--baselines", devices.STRATEGIES), ("estimate", "--models", estimate.CASES)):
+    for name, option, choices in (
+        ("devices", "--baselines", devices.STRATEGIES),
+        ("estimate", "--models", estimate.CASES),
+        ("fits", "--models", fits.MODELS),
+    ):
         text = f"any of {', '.join(choices)}; default: all"
         made[name].add_argument(option, nargs="+", choices=list(choices), default=list(choices), metavar="NAME", help=text)
     peers = f"other packages beside: any of {', '.join(PEERS)}; default: those installed, or none where baselines are named"
@@ -147,6 +154,8 @@ def _measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return counts.measure(**numbers, dtype=arguments.dtype, shapes=arguments.shapes)
     if bench == "estimate":
         return estimate.measure(arguments.models)
+    if bench == "fits":
+        return fits.measure(arguments.models, **numbers)
     options = {**numbers, "device": arguments.device, "dtype": arguments.dtype}
     if arguments.model == "transformer":
         return speed.measure_transformer(**options, peers=_peers(arguments))

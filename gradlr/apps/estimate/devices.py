@@ -33,6 +33,7 @@ class Devices:
         gpus: N.
         shard: "dp" (a replica each), "fsdp" (FSDP2, block by block) or "tp" (tensor parallel); None for one device.
         reshard: Under "fsdp": whether blocks are given back after forward (`reshard_after_forward`).
+        offload: Under "fsdp": whether weights, state and updates lie in the host's memory (`CPUOffloadPolicy`).
 
     Raises:
         ArgumentError: they do not go together.
@@ -41,6 +42,7 @@ class Devices:
     gpus: int = 1
     shard: str | None = None
     reshard: bool = True
+    offload: bool = False
 
     def __post_init__(self) -> None:
         gpus, shard = self.gpus, self.shard
@@ -50,10 +52,11 @@ class Devices:
             raise ArgumentError(f"shard={shard!r}: use one of {', '.join(SHARDS)}")
         if gpus > 1 and shard is None:
             raise ArgumentError(f"gpus={gpus}: what does each hold? Give shard= (--shard) one of {', '.join(SHARDS)}")
-        if gpus == 1 and shard is not None:
+        if gpus == 1 and shard not in (None, FSDP):
             raise ArgumentError(f"shard={shard!r} is about several devices: give gpus= too, or leave shard out")
-        if not self.reshard and shard != FSDP:
-            raise ArgumentError(f"reshard=False is about shard='fsdp', and shard is {shard!r}: leave it out")
+        for name, is_asked in (("reshard=False", not self.reshard), ("offload=True", self.offload)):
+            if is_asked and shard != FSDP:
+                raise ArgumentError(f"{name} is about shard='fsdp', and shard is {shard!r}: leave it out")
 
 
 @contextmanager
@@ -63,7 +66,7 @@ def fake_process_group(devices: Devices) -> Iterator[Any]:
     Raises:
         ArgumentError: this process belongs to a group already, or torch has no such group.
     """
-    if devices.gpus == 1:
+    if devices.shard is None:
         yield None
         return
     if not distributed.is_available():

@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="what one of N devices takes and sends; needs --shard")
     parser.add_argument("--shard", choices=SHARDS, help="with --gpus: a replica on each (dp), FSDP2, or tensor parallel")
     parser.add_argument("--no-reshard", action="store_true", help="with --shard fsdp: keep each block whole until its backward")
+    parser.add_argument("--offload", action="store_true", help="with --shard fsdp: weights, state and updates on the host")
     parser.add_argument("--limit", type=parse_bytes, metavar="24GiB", help="mark the methods that fit into this much memory")
     parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
 
@@ -53,7 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     estimates = estimate_all(
         arguments.model, _methods(arguments), rank=arguments.rank, dtype=_DTYPES.get(arguments.dtype), tokens=arguments.tokens,
         device=arguments.device, batch_size=arguments.batch_size, packed=arguments.packed, checkpointing=arguments.checkpointing,
-        chunked_head=arguments.chunked_head, gpus=arguments.gpus, shard=arguments.shard, reshard=not arguments.no_reshard, **options,
+        chunked_head=arguments.chunked_head, gpus=arguments.gpus, shard=arguments.shard, reshard=not arguments.no_reshard,
+        offload=arguments.offload, **options,
     )  # fmt: skip
     if arguments.json:
         limit = arguments.limit

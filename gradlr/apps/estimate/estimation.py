@@ -67,6 +67,7 @@ class Estimate:
         packed: Whether the sequences are one row.
         gpus: Number of devices; all amounts are those of one of them, and the batch is its own.
         shard: What each holds: "dp", "fsdp" or "tp"; None for one device.
+        offload: Whether weights, state and workspace lie in the host's memory; the peak is then that of the device.
         traffic: The collectives of a step.
     """
 
@@ -90,6 +91,7 @@ class Estimate:
     packed: bool = False
     gpus: int = 1
     shard: str | None = None
+    offload: bool = False
     traffic: tuple[Traffic, ...] = ()
 
     @property
@@ -105,7 +107,9 @@ class Estimate:
         fed = "inputs as given" if self.tokens is None else f"{self.batch_size} x {self.tokens} tokens"
         how = {"packed": self.packed, "checkpointing": self.checkpointing, "chunked head": self.chunked_head}
         told = "".join(f", {name}" for name, is_so in how.items() if is_so)
-        spread = "" if self.shard is None else f", each of {self.gpus} devices under {self.shard}"
+        devices = "one device" if self.gpus == 1 else f"each of {self.gpus} devices"
+        spread = "" if self.shard is None else f", {devices} under {self.shard}"
+        spread += ", weights, state and updates on the host" if self.offload else ""
         head = f"{self.model}, {self.parameters:,} parameters, {self.label}, {fed}{told}{spread}"
         rows = [(kind, getattr(self, kind), self.at_peak[kind]) for kind in kinds(self.shard)]
         lines = [f"  {name:<12}{format_bytes(largest):>12}{format_bytes(then):>14}" for name, largest, then in rows]
@@ -142,6 +146,7 @@ def estimate(
     gpus: int = 1,
     shard: str | None = None,
     reshard: bool = True,
+    offload: bool = False,
     **options: Any,
 ) -> Estimate:
     """Memory that training takes: the step is run on tensors without values, and every allocation is counted.
@@ -160,8 +165,8 @@ def estimate(
             of copies, and nothing is asked of the device.
         batch_size: Sequences of a step.
         tokens: Tokens of one sequence; 2,048, or the model's context where that is shorter, where None.
-        packed: The sequences come as one row with `position_ids`, as TRL packs them (`packing=True`, `padding_free=True`), and the
-            model masks attention between them: with transformers' "sdpa" by a mask of all tokens times all tokens.
+        packed: The sequences come as one row with `position_ids`, as TRL packs them (`packing=True`, `padding_free=True`), and
+            the model masks attention between them: with transformers' "sdpa" by a mask of all tokens times all tokens.
         checkpointing: Recompute each block in backward (`torch.utils.checkpoint`, non-reentrant).
         weights: "int8": the model has been through `gradlr.quantize_`; for gradlr's methods. As they are where None.
         chunked_head: The model has been through `gradlr.integrations.chunk_head_`: a loss by `labels` makes no logits. For any
@@ -174,6 +179,8 @@ def estimate(
         shard: With `gpus`: "dp", a replica on each (DistributedDataParallel; for gradlr `process_group=`, with `apply="step"`);
             "fsdp", FSDP2's `fully_shard` of each block and the root; "tp", tensor parallel, for llama-*.
         reshard: Under "fsdp": False keeps each block whole from forward to backward (`reshard_after_forward=False`).
+        offload: Under "fsdp", which may have one device then: weights, state and updates lie in the host's memory
+            (`offload_policy=CPUOffloadPolicy()`), and the peak is that of the device.
         **options: Of `gradlr.attach`, for gradlr's methods: `momentum_rank=16, capture="adaptor", apply="step"`.
 
     Returns:
@@ -185,7 +192,7 @@ def estimate(
     """
     if device not in ("cpu", "cuda"):
         raise ArgumentError(f"device={device!r}: use 'cpu' or 'cuda'")
-    devices = Devices(gpus, shard, reshard)
+    devices = Devices(gpus, shard, reshard, offload)
     chosen = _method(method, rank, options, shard, weights)
     subject = subject_of(
         model, dtype=dtype, batch_size=batch_size, tokens=tokens, packed=packed, inputs=inputs, loss=loss, weights=weights,
@@ -195,10 +202,12 @@ def estimate(
         tracker, count = simulate(
             subject, chosen, rank, options, device=device, checkpointing=checkpointing, devices=devices, mesh=mesh
         )  # fmt: skip
+    label = chosen.label if weights is None else f"{chosen.label}, {weights}"
     return Estimate(
-        subject.name, chosen.name, chosen.label + (f", {weights}" if weights else ""), count, **(tracker.largest | {STATE: tracker.held[STATE]}), peak=tracker.peak,
+        subject.name, chosen.name, label, count, **(tracker.largest | {STATE: tracker.held[STATE]}), peak=tracker.peak,
         peak_stage=tracker.peak_stage, at_peak=dict(tracker.at_peak), tokens=subject.tokens, batch_size=batch_size,
-        checkpointing=bool(checkpointing), chunked_head=bool(chunked_head), packed=bool(packed), gpus=gpus, shard=shard, traffic=_traffic(tracker, gpus),
+        checkpointing=bool(checkpointing), chunked_head=bool(chunked_head), packed=bool(packed), gpus=gpus, shard=shard,
+        offload=bool(offload), traffic=_traffic(tracker, gpus),
     )  # fmt: skip
 
 

@@ -43,6 +43,9 @@ class MemoryTracker(TorchDispatchMode):
     values. What that code asks of a value is answered as in a step in which nothing goes wrong: flags are true, `a != b` is
     false, a loss is 1, and the last of n numbers that count something is n - 1.
 
+    Args:
+        elsewhere: Kinds that lie in another memory than the one that is looked at: no part of the peak.
+
     Attributes:
         held: Bytes alive by kind.
         largest: The most that each kind has held at one time.
@@ -52,8 +55,9 @@ class MemoryTracker(TorchDispatchMode):
         traffic: Collectives that were called: (purpose, operation, "calls" or "bytes") → how many.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, elsewhere: Iterable[str] = ()) -> None:
         super().__init__()
+        self._elsewhere = set(elsewhere)
         self.traffic: Counter[tuple[str, str, str]] = Counter()
         self.held = dict.fromkeys(KINDS, 0)
         self.largest, self.at_peak = dict(self.held), dict(self.held)
@@ -237,9 +241,10 @@ class MemoryTracker(TorchDispatchMode):
     def _reach(self, held: dict[str, int]) -> None:
         for kind, count in held.items():
             self.largest[kind] = max(self.largest[kind], count)
-        total = sum(held.values())
+        here = {kind: 0 if kind in self._elsewhere else count for kind, count in held.items()}
+        total = sum(here.values())
         if total >= self.peak:  # of two equal ones the later, when the state has its name
-            self.peak, self.at_peak, self.peak_stage = total, dict(held), self._stage
+            self.peak, self.at_peak, self.peak_stage = total, here, self._stage
 
     def _answer(self, scalar: Tensor) -> bool | int | float:
         if (answer := self._answers.get(_key(scalar))) is not None:

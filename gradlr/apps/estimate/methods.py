@@ -38,6 +38,7 @@ class Method:
         optimizer: Makes an optimizer of groups of parameters; None for gradlr, and where nothing is updated.
         options: Of `attach`, for gradlr: those by which this method differs; None for all others.
         has_adapters: Whether LoRA's adapters are trained in the place of the model.
+        is_4bit: Whether what they are put around is in 4 bits.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Method:
     optimizer: Callable[..., torch.optim.Optimizer] | None = None
     options: dict[str, Any] | None = None
     has_adapters: bool = False
+    is_4bit: bool = False
 
     @property
     def is_gradlr(self) -> bool:
@@ -58,7 +60,9 @@ class Method:
         Raises:
             ArgumentError: it has no layer to put an adapter around.
         """
-        if self.has_adapters and not add_adapters(model, _linear_weights(model), rank or LORA_RANK):
+        if not self.has_adapters:
+            return
+        if not add_adapters(model, _linear_weights(model), rank or LORA_RANK, is_4bit=self.is_4bit):
             kind = type(model).__name__
             raise ArgumentError(f"method={self.name!r}: {kind} has no Linear inside, head aside, to put an adapter around")
 
@@ -203,6 +207,7 @@ METHODS: dict[str, Method] = {
         Method("adamw_foreach", "AdamW (foreach)", optimizer=_FOREACH),
         Method("adamw8bit", "AdamW, 8 bits (bitsandbytes)", (DP,), optimizer=AdamW8bit),
         Method("lora", "LoRA (AdamW)", (DP, FSDP), optimizer=_FUSED, has_adapters=True),
+        Method("qlora", "QLoRA (AdamW)", (DP,), optimizer=_FUSED, has_adapters=True, is_4bit=True),
         Method("gradlr", "gradlr", options={}),
         Method("gradlr_step", 'gradlr, apply="step"', options={"apply": "step"}),
         Method("gradlr_adaptor", 'gradlr, capture="adaptor"', (DP,), options={"capture": "adaptor"}),

@@ -1,4 +1,4 @@
-"""Other people's ways to train, as far as memory goes: bitsandbytes' AdamW in 8 bits, and peft's LoRA."""
+"""Other people's ways to train, as far as memory goes: bitsandbytes' AdamW in 8 bits and weights in 4, and peft's LoRA."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from ...layers.linear import is_transposed_linear
 
 # bitsandbytes 0.50: `optim/optimizer.py`, Optimizer2State.init_state; smaller tensors keep 32 bits.
 _BLOCK_SIZE, _SMALLEST_8BIT = 256, 4096
+# `functional.py`, quantize_4bit with compress_statistics: a byte for each 64 weights, a float32 for 256 of these, an offset and
+# two tables.
+_BLOCK_SIZE_4BIT, _TABLE_SIZES = 64, (1, 16, 256)
 
 
 class AdamW8bit(torch.optim.Optimizer):
@@ -39,20 +42,54 @@ class AdamW8bit(torch.optim.Optimizer):
         """Nothing, where memory is concerned."""
 
 
+class FourBitLinear(nn.Module):
+    """bitsandbytes' Linear4bit, NF4 with nested scales, of a frozen layer: products make the whole weight, forward and backward.
+
+    Args:
+        linear: Whose weight it is.
+    """
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.shape, self.bias = linear.weight.shape, linear.bias
+        blocks = math.ceil(linear.weight.numel() / _BLOCK_SIZE_4BIT)
+        self.codes = nn.Buffer(torch.zeros(math.ceil(linear.weight.numel() / 2), dtype=torch.uint8))
+        self.scales = nn.Buffer(torch.zeros(blocks, dtype=torch.uint8))
+        self.nested = nn.Buffer(torch.zeros(math.ceil(blocks / _BLOCK_SIZE), dtype=torch.float32))
+        self.tables = nn.Buffer(torch.zeros(sum(_TABLE_SIZES), dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = _FourBitProduct.apply(x, self.shape)
+        return product if self.bias is None else product + self.bias
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: torch.Size) -> Tensor:
+        ctx.shape = shape
+        return x @ x.new_empty(shape).mT
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient @ gradient.new_empty(ctx.shape), None
+
+
 class LowRankAdapter(nn.Module):
-    """peft's LoRA around a frozen layer: `tuners/lora/layer.py`, Linear.forward, with adapters in float32.
+    """peft's LoRA around a frozen layer: `tuners/lora/layer.py`, Linear.forward.
 
     Args:
         base: `nn.Linear`, or transformers' Conv1D.
         rank: r.
+        is_4bit: Whether the layer's weight is in 4 bits, and the adapters in its dtype, as in QLoRA; otherwise in float32.
     """
 
-    def __init__(self, base: Any, rank: int) -> None:
+    def __init__(self, base: Any, rank: int, *, is_4bit: bool) -> None:
         super().__init__()
         out_features, in_features = base.weight.mT.shape if is_transposed_linear(base) else base.weight.shape
-        self.base = base
-        self.a = nn.Linear(in_features, rank, bias=False)
-        self.b = nn.Linear(rank, out_features, bias=False)
+        dtype = base.weight.dtype if is_4bit else torch.float32
+        self.base = FourBitLinear(base) if is_4bit else base
+        self.a = nn.Linear(in_features, rank, bias=False, dtype=dtype)
+        self.b = nn.Linear(rank, out_features, bias=False, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         result = self.base(x)
@@ -62,7 +99,7 @@ class LowRankAdapter(nn.Module):
         return result.to(dtype)
 
 
-def add_adapters(model: nn.Module, weights: Iterable[nn.Parameter], rank: int) -> int:
+def add_adapters(model: nn.Module, weights: Iterable[nn.Parameter], rank: int, *, is_4bit: bool) -> int:
     """Freeze the model and put an adapter around each layer whose weight is one of `weights`; returns how many there are."""
     wanted, count = {id(weight) for weight in weights}, 0
     model.requires_grad_(False)
@@ -70,6 +107,6 @@ def add_adapters(model: nn.Module, weights: Iterable[nn.Parameter], rank: int) -
         for name, child in list(parent.named_children()):
             is_linear = type(child) is nn.Linear or is_transposed_linear(child)
             if is_linear and id(child.weight) in wanted:
-                setattr(parent, name, LowRankAdapter(child, rank))
+                setattr(parent, name, LowRankAdapter(child, rank, is_4bit=is_4bit))
                 count += 1
     return count

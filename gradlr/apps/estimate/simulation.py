@@ -16,7 +16,7 @@ from ...errors import GradlrWarning
 from ..blocks import checkpoint_blocks
 from ..collectives import ALL_REDUCE
 from .devices import BUCKET_BYTES, DP, FSDP, Devices, gradient_buckets, shard_model
-from .memory_tracker import ACTIVATIONS, EXCHANGE, MODEL, WEIGHTS, MemoryTracker
+from .memory_tracker import ACTIVATIONS, EXCHANGE, MODEL, STATE, WEIGHTS, WORKSPACE, MemoryTracker
 from .methods import GradlrTraining, Method, Training
 from .replay import tensors_of
 from .stubs import like_a_gpu, stub_collectives, stub_internals
@@ -43,7 +43,8 @@ def simulate(
     Returns:
         What was counted, and the number of the model's parameters.
     """
-    mode, tracker = FakeTensorMode(allow_non_fake_inputs=True), MemoryTracker()
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    tracker = MemoryTracker(elsewhere=(WEIGHTS, STATE, WORKSPACE) if devices.offload else ())
     model = fake_copy(subject.model, mode, subject.dtype).train()
     if checkpointing:
         # Nothing random is drawn again where nothing has values; a generator's state would be read from the real one.
@@ -54,8 +55,9 @@ def simulate(
         warnings.simplefilter("ignore", GradlrWarning)
         warnings.filterwarnings("ignore", "FSDP2-wrapped module")
         subject.prepare(model)
-        method.adapt(model, rank)
         count = sum(parameter.numel() for parameter in model.parameters())
+        method.adapt(model, rank)
+        count += sum(parameter.numel() for parameter in model.parameters() if method.has_adapters and parameter.requires_grad)
         shard_model(model, devices, mesh)
         tracker.move([*model.parameters(), *model.buffers()], WEIGHTS)
         fed = [_cast(value, subject.dtype) for value in subject.feed()]

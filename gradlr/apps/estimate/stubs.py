@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ... import tensors
 from ...distributed.communicator import Communicator
+from ...linalg.int8 import Int8Weight
 from .memory_tracker import MemoryTracker
 
 
@@ -77,6 +78,11 @@ def stub_internals(tracker: MemoryTracker, *, is_packed: bool) -> Iterator[None]
         tracker: Counts.
         is_packed: Whether transformers is to find several sequences in a row; otherwise it finds one, whatever the positions.
     """
+
+    def blank_codes(weight: Tensor, group: int) -> Int8Weight:
+        m, n = weight.shape
+        return Int8Weight(torch.empty((m, n), dtype=torch.int8), weight.new_empty((m, -(-n // group))), group)
+
     propagator = getattr(sys.modules.get("torch.distributed.tensor._sharding_prop"), "ShardingPropagator", None)
     propagate: Any = getattr(propagator, "_propagate_tensor_meta_non_cached", None)
     resize = torch.UntypedStorage.resize_
@@ -91,6 +97,8 @@ def stub_internals(tracker: MemoryTracker, *, is_packed: bool) -> Iterator[None]
 
     with ExitStack() as stack:
         stack.enter_context(replaced(torch.UntypedStorage, resize_=counted_resize))
+        # A hundred operations on blocks of each weight, which all go before the step.
+        stack.enter_context(replaced(Int8Weight, of=blank_codes))
         # Transformers takes tensors without values for a trace by torch.compile, and would mask attention then.
         library = sys.modules.get("transformers.utils.import_utils")
         stack.enter_context(replaced(library, is_fake_tensor=lambda tensor: False))

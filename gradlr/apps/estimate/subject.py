@@ -195,7 +195,9 @@ def _feed(model: nn.Module, batch_size: int, tokens: int) -> Callable[[], tuple[
 def _natural_loss(model: nn.Module, *, is_packed: bool = False) -> Callable[..., Tensor]:
     parameters = inspect.signature(model.forward).parameters
     if is_packed and "position_ids" not in parameters:
-        raise ArgumentError(f"packed=True: {type(model).__name__} takes no position_ids, by which it would know sequences in a row")
+        raise ArgumentError(
+            f"packed=True: {type(model).__name__} takes no position_ids, by which it would know sequences in a row"
+        )
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in parameters else {}
     # Other heads (classification, ...) want labels of other shapes.
     has_token_labels = "labels" in parameters and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM"))
