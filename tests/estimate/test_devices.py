@@ -242,6 +242,7 @@ def test_the_allocator_counts_the_same_to_the_byte(gpus):
     assert abs(guess.peak - measured) < 1024  # flags and scalars of a few bytes
 
 
+@pytest.mark.slow
 def test_one_device_with_its_weights_on_the_host():
     """Host and device are one memory here: what is measured is the peak of both, which the estimate without offload is."""
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
