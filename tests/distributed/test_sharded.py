@@ -1,6 +1,7 @@
 """FSDP2, tensor parallelism and both, in two and in four gloo processes, each number of them started once."""
 
 import functools
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))  # spawned processes inherit it
 
 from processes import assert_passed, run_documented_loop, run_in_processes, selected
 from sharded_checks import attach, check, net, shard, train
+
+DEVICES = Path(__file__).parents[2] / "docs" / "devices.md"
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +48,14 @@ def test_one_process_with_its_weights_on_the_host_trains_as_without_fsdp(apply):
     assert not torch.equal(weights[2], net(dtype=torch.bfloat16).up.weight)
     # All rows lie here: the same operations, and bit for bit the same stochastic rounding.
     assert all(torch.equal(weight, other) for weight, other in zip(weights, models[0].parameters(), strict=True))
+
+
+def test_the_documented_loop_of_one_process_runs():
+    code = re.findall(r"```python\n(.*?)```", DEVICES.read_text(encoding="utf-8"), flags=re.DOTALL)[3]
+    assert "CPUOffloadPolicy" in code
+    names = {}
+    exec(code, names)
+    assert names["step"] == 2 and len(names["tracker"].history) == 3
 
 
 @pytest.mark.parametrize("number", [pytest.param(1, marks=pytest.mark.slow), 2])

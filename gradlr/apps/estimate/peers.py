@@ -70,7 +70,7 @@ class _FourBitProduct(torch.autograd.Function):
         return x @ x.new_empty(shape).mT
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient @ gradient.new_empty(ctx.shape), None
 
 
