@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from ..estimate import METHODS, estimate
+from ..estimate import CONFIGS, METHODS, estimate
 from .environment import environment, markdown
 
 GIB = 2**30
@@ -13,6 +14,9 @@ GIB = 2**30
 CARDS = (8, 12, 16, 24, 48, 80)
 # Of a card, GiB that an estimate leaves free: the CUDA context, workspaces of libraries, fragments of the allocator.
 SPARE = 1
+
+# Blocks of the shallow models that stand for a deep one: enough for AdamW's gradients to be more than the logits.
+SHALLOW = (6, 8)
 
 MODELS = {
     "1b": "llama-3.2-1b",
@@ -45,13 +49,27 @@ def measure(models: Sequence[str] = tuple(MODELS), ways: Sequence[str] = tuple(W
 
 def _estimated(model: str, way: str, tokens: int, *, is_chunked: bool) -> dict[str, Any]:
     method, options = WAYS[way]
-    found = estimate(
-        MODELS[model], method=method, tokens=tokens, checkpointing=True, chunked_head=is_chunked, device="cuda", **options
-    )  # fmt: skip
+    how = {"method": method, "tokens": tokens, "checkpointing": True, "chunked_head": is_chunked, "device": "cuda", **options}
+    sizes = peak_by_depth(MODELS[model], how)
     label = METHODS[method].label + (", int8" if options else "") + (", chunked head" if is_chunked else "")
-    parts = {kind: round(held / GIB, 3) for kind, held in found.at_peak.items()}
-    sizes = {"parameters": found.parameters, "peak_gib": round(found.peak / GIB, 2), "at_peak_gib": parts}
     return {"model": model, "way": way, "chunked_head": is_chunked, "label": label, **sizes}
+
+
+def peak_by_depth(name: str, how: dict[str, Any], most: int = 32) -> dict[str, Any]:
+    """GiB at the peak, and what they are; of a model with more than `most` blocks by the line through two shallow ones.
+
+    Every block adds the same weights, state, gradients and checkpoint, and the peak is at the same place from a few blocks on.
+    """
+    config = importlib.import_module("transformers").AutoConfig.from_pretrained(CONFIGS[name])
+    depth = config.num_hidden_layers
+    depths = (depth,) if depth <= most else SHALLOW
+    found = []
+    for config.num_hidden_layers in depths:
+        one = estimate(config, **how)
+        found.append({"peak_gib": one.peak, **{f"{kind}_gib": held for kind, held in one.at_peak.items()}})
+    steps = (depth - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0
+    first, last = found[0], found[-1]
+    return {key: round((first[key] + steps * (last[key] - first[key])) / GIB, 2) for key in first}
 
 
 def smallest_card(peak_gib: float) -> str:
