@@ -45,7 +45,7 @@ def test_it_knows_int8_weights_heads_without_logits_and_packed_rows(case, name, 
     assert 0 <= row["measured"] - row["estimate"] < (32_768 if checkpointing else 1024)
 
 
-@pytest.mark.parametrize("way", ["lora", "gradlr_int8"])
+@pytest.mark.parametrize("way", ["lora", pytest.param("gradlr_int8", marks=pytest.mark.slow)])
 def test_rows_of_the_table_of_cards(way):
     """Of the smallest model, which was run whole for the table: here by the line through two shallow ones."""
     pytest.importorskip("transformers")
