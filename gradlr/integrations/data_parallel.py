@@ -14,6 +14,7 @@ from torch import Tensor, distributed, nn
 
 from ..attach import attach
 from ..errors import ArgumentError, AttachError
+from ..linalg.int8 import Int8Weight
 from ..optimizer import GradLR
 from ..tensors import is_sharded
 from ..tracker import LossTracker
@@ -69,6 +70,10 @@ def guard(accelerator: Accelerator, optimizer: GradLR) -> None:
         setattr(accelerator, name, partial(_clip, getattr(accelerator, name), name, reference, is_alone(accelerator)))
     if accelerator.is_fsdp2:
         accelerator.prepare = partial(_prepare, accelerator.prepare, optimizer)
+    if any(isinstance(record.plan.parameter, Int8Weight) for record in optimizer.records):
+        # It is where it belongs, and torch exchanges tensors of such a class even where they stay.
+        prepare_model = accelerator.prepare_model
+        accelerator.prepare_model = lambda model, device_placement=None, **options: prepare_model(model, False, **options)
 
 
 def _clip(

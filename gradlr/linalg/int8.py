@@ -75,7 +75,7 @@ class Int8Weight(Tensor):
         """An ordinary tensor with the same entries, new."""
         wide = times_scales(self.codes.to(dtype or self.dtype), self.scales, self.group)
         wide = wide.addmm(self.correction.to(wide.dtype), self.direction.to(wide.dtype).mT)
-        return wide.mT if self.is_turned else wide
+        return (wide.mT if self.is_turned else wide).contiguous()
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Int8Weight({tuple(self.shape)}, group={self.group}, dtype={self.dtype}, device={self.device})"
