@@ -19,7 +19,7 @@ def test_imports_of_every_form_are_seen():
     seen = {name(path): set(map(name, others)) for path, others in house.imports().items()}
     assert {"errors.py", "tracker.py", "rules/__init__.py"} <= seen["attach.py"]  # names of a module, modules by name
     assert "apps/cli.py" in seen["__main__.py"] and "rules/__init__.py" in seen["__init__.py"]
-    assert any("checkpoint/file.py" in others for name, others in seen.items() if name.startswith("apps/"))
+    assert any("checkpoint/atomic.py" in others for name, others in seen.items() if name.startswith("apps/"))
     assert house.circles({1: {2}, 2: {3}, 3: {2}, 4: {1}}) == [{2, 3}]
 
 

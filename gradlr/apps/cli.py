@@ -24,8 +24,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gradlr", description=(__doc__ or "").split("\n")[0])
     parsers = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, (module, text) in COMMANDS.items():
-        module.add_arguments(parsers.add_parser(name, help=text))
-    parsed = parser.parse_args(arguments)
+        module.add_arguments(parsers.add_parser(name, help=text, allow_abbrev=False))
+    # What finetune does not know is TRL's.
+    parsed, further = parser.parse_known_args(arguments)
+    if further and parsed.command != "finetune":
+        parser.error(f"unrecognized arguments: {' '.join(further)}")
+    parsed.further = further
     try:
         return COMMANDS[parsed.command][0].run(parsed) or 0
     except GradlrError as error:

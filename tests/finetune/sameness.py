@@ -4,14 +4,19 @@ import json
 
 import torch
 
+# Of the log: what a clock or the system tells.
+TIMED = ("tokens_per_second", "peak_memory", "train_runtime", "train_samples_per_second", "train_steps_per_second",
+         "eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "total_flos", "train_loss")  # fmt: skip
+
 
 def assert_same(one, other):
     for path in (one / "model").iterdir():
-        assert path.suffix == ".pt" or path.read_bytes() == (other / "model" / path.name).read_bytes()
-    left, right = (torch.load(path / "checkpoint.pt", weights_only=True) for path in (one, other))
-    for state in (left, right):
-        del state["more"]["done"]["value"]["seconds"]
-    assert list(differences(left, right)) == []
+        assert path.read_bytes() == (other / "model" / path.name).read_bytes(), path.name
+    left, right = (sorted((path / "checkpoints").iterdir()) for path in (one, other))
+    assert [path.name for path in left] == [path.name for path in right] and len(left) == 1
+    for name in ("optimizer.pt", "scheduler.pt"):
+        states = (torch.load(path / name, weights_only=True) for path in (*left, *right))
+        assert list(differences(*states)) == [], name
     assert history(one) == history(other)
 
 
@@ -30,7 +35,15 @@ def differences(one, other, path=""):
         yield path
 
 
+def log(out):
+    """The log in the last checkpoint."""
+    last = max((out / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    return json.loads((last / "trainer_state.json").read_text())["log_history"]
+
+
 def history(out):
-    timed = ("rate", "memory")
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in timed} for line in lines]
+    return [{key: value for key, value in entry.items() if key not in TIMED} for entry in log(out)]
+
+
+def logged(out, key):
+    return [entry[key] for entry in log(out) if key in entry]

@@ -16,24 +16,23 @@ def written(tmp_path, name, content):
 def test_blank_lines_separate_the_documents_of_a_text(tmp_path):
     path = written(tmp_path, "a.txt", "\n\none\r\n two\x0c \n \n\nthree\n\n")
     found = read_documents(path)
-    assert [document.parts for document in found] == [(("one\n two\x0c ", True),), (("three", True),)]
+    assert [document.record for document in found] == [{"text": "one\n two\x0c "}, {"text": "three"}]
     assert [document.line for document in found] == [3, 7]
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
-    assert read_documents(written(tmp_path, "a.txt", b"\xef\xbb\xbfx"))[0].parts == (("x", True),)
+    assert read_documents(written(tmp_path, "a.txt", b"\xef\xbb\xbfx"))[0].record == {"text": "x"}
 
 
 def test_forms_of_jsonl(tmp_path):
     path = jsonl_file(tmp_path / "a.jsonl", [{"text": "a\u2028b"}, "", {"text": "c", "more": 1}])
-    assert [(document.line, document.parts) for document in read_documents(path)] == [
-        (1, (("a\u2028b", True),)), (3, (("c", True),)),
-    ]  # fmt: skip
-    assert read_documents(jsonl_file(path, [{"body": "x"}]), "body")[0].parts == (("x", True),)
-    pair = jsonl_file(path, [{"prompt": "p", "completion": "c"}])
-    assert read_documents(pair)[0].parts == (("p", False), ("c", True))
-    talk = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-    assert read_documents(jsonl_file(path, [{"messages": talk}]))[0].messages == tuple(talk)
+    found = [(document.line, document.record) for document in read_documents(path)]
+    assert found == [(1, {"text": "a\u2028b"}), (3, {"text": "c"})]
+    assert read_documents(jsonl_file(path, [{"body": "x"}]), "body")[0].record == {"text": "x"}
+    pair = {"prompt": "p", "completion": "c"}
+    assert read_documents(jsonl_file(path, [{**pair, "more": 1}]))[0].record == pair
+    talk = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    assert read_documents(jsonl_file(path, [talk]))[0].record == talk
 
 
 def test_characters_that_look_like_line_ends_are_none(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -10,20 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from filelock import FileLock
 from finetune.sameness import assert_same, history
 from finetune.tiny import llama, text_file
 
 import gradlr
 from gradlr.apps.cli import main
-from gradlr.apps.finetune import loop
-from gradlr.apps.finetune.run_folder import RunFolder
+from gradlr.apps.finetune.training import Finetuner
 
 ROOT = Path(gradlr.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-
-# A model this small; gradlr's own advice.
-pytestmark = pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +33,7 @@ def data(tmp_path_factory):
 
 def command(model, data, out, *options):
     short = ["--length", "16", "--batch-size", "4", "--steps", "10", "--save-every", "3", "--eval-every", "4", "--log-every", "1"]
-    return ["finetune", "--model", str(model), "--data", str(data), "--out", str(out), "--device", "cpu", *short, *options]
+    return ["finetune", "--model", str(model), "--data", str(data), "--out", str(out), "--use-cpu", *short, *options]
 
 
 @pytest.fixture(scope="module")
@@ -58,54 +53,51 @@ def forked(server, arguments, out, **kill):
     return int(server.stdout.readline()), log
 
 
-@pytest.fixture(scope="module")
-def straight(server, model, data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("straight") / "out"
-    assert forked(server, command(model, data, out), out)[0] == 0
-    return out
+# At the beginning, in the middle of the first checkpoint, after it, in a later one, and while the model is written.
+MOMENTS = ["run.json", "checkpoints/checkpoint-3/config.json", "checkpoints/checkpoint-3/whole",
+           "checkpoints/checkpoint-9/optimizer.pt", ".model.part/config.json"]  # fmt: skip
 
 
-def assert_killed_ends_the_same(server, arguments, straight, killed, moments):
-    statuses = [forked(server, arguments, killed, **moment)[0] for moment in moments]
-    assert statuses[:2] == [-signal.SIGKILL] * 2  # once before the first checkpoint, once while it is written
+@pytest.mark.parametrize(
+    ("moments", "options"),
+    [(MOMENTS[1:4], []),
+     (MOMENTS[2:3], ["--weights", "int8", "--accumulate", "2"]),
+     pytest.param(MOMENTS, ["--weights", "bfloat16", "--capture", "adaptor", "--checkpointing"], marks=pytest.mark.slow),
+     pytest.param(MOMENTS, ["--weights", "int8", "--capture", "adaptor"], marks=pytest.mark.slow)],
+    ids=["plain", "int8", "adaptor", "both"],
+)  # fmt: skip
+def test_killed_at_any_moment_it_ends_the_same(server, model, data, tmp_path, moments, options):
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    status, log = forked(server, command(model, data, straight, *options), straight)
+    assert status == 0, log.read_text()
+    arguments = command(model, data, killed, *options)
+    statuses = [forked(server, arguments, killed, seen=moment)[0] for moment in moments]
+    assert statuses == [-signal.SIGKILL] * len(moments), log.read_text()
     status, log = forked(server, arguments, killed)
     assert status == 0, log.read_text()
-    assert "going on from step" in log.read_text()
     assert_same(straight, killed)
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoint.pt", "log.jsonl", "model", "run.json"]
-
-
-def test_killed_before_the_first_checkpoint_and_while_it_is_written_it_ends_the_same(server, straight, model, data, tmp_path):
-    killed = tmp_path / "killed"
-    moments = [{"step": 1}, {"is_writing": True}, {"step": 5}]
-    assert_killed_ends_the_same(server, command(model, data, killed), straight, killed, moments)
-
-
-@pytest.mark.slow
-def test_killed_often_and_at_random_it_ends_the_same(server, straight, model, data, tmp_path):
-    killed, draw = tmp_path / "killed", random.Random(0)
-    moments = [{"step": 1}, {"is_writing": True}, {"step": 5}, {"is_writing": True}, {"seconds": draw.uniform(0.1, 1)}]
-    assert_killed_ends_the_same(server, command(model, data, killed), straight, killed, moments)
+    assert sorted(path.name for path in killed.iterdir()) == [".lock", "checkpoints", "model", "run.json"]
 
 
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(server, model, data, tmp_path):
     out = tmp_path / "out"
-    found, log = forked(server, command(model, data, out, "--steps", "2000"), out, step=1, by=int(signal.SIGTERM))
+    seen, by = "checkpoints/checkpoint-3/whole", int(signal.SIGTERM)
+    found, log = forked(server, command(model, data, out, "--steps", "2000"), out, seen=seen, by=by)
     assert found == 128 + signal.SIGTERM, log.read_text()
-    step = torch.load(out / "checkpoint.pt", weights_only=True)["more"]["done"]["value"]["step"]
-    saved = f"stopped after step {step} of 2000, all of it saved in {out / 'checkpoint.pt'}. The same command goes on"
-    assert saved in log.read_text()
+    (last,) = (out / "checkpoints").iterdir()
+    step = int(last.name.rpartition("-")[2])
+    assert f"stopped after step {step} of 2000, all of it saved in {last}. The same command goes on" in log.read_text()
     assert history(out)[-1]["step"] == step
 
 
 @pytest.mark.slow
-def test_the_command_itself_killed_and_started_again(data, tmp_path):
+def test_the_command_itself_killed_and_started_again(model, data, tmp_path):
     """As a user does it: python -m gradlr, kill -9, and the same line again."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert main(command("builtin", data, straight)) == 0
-    line = [sys.executable, "-m", "gradlr", *command("builtin", data, killed)]
+    assert main(command(model, data, straight)) == 0
+    line = [sys.executable, "-m", "gradlr", *command(model, data, killed)]
     with subprocess.Popen(line, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (killed / "checkpoint.pt").exists():
+        while process.poll() is None and not any(killed.glob("checkpoints/*/whole")):
             time.sleep(0.01)
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -113,35 +105,31 @@ def test_the_command_itself_killed_and_started_again(data, tmp_path):
     assert_same(straight, killed)
 
 
-def stop_at(monkeypatch, step, number):
+def stop_at(monkeypatch, step, *numbers):
     """Ctrl-C as the terminal sends it, or SIGTERM, in the middle of a step."""
-    real = loop._step
+    real = Finetuner.training_step
 
-    def stopped(run):
-        if run.done.step == step:
-            monkeypatch.setattr(loop, "_step", real)
-            signal.raise_signal(number)
-        return real(run)
+    def stopped(trainer, *args, **kwargs):
+        if trainer.state.global_step == step:
+            monkeypatch.setattr(Finetuner, "training_step", real)
+            for number in numbers:
+                signal.raise_signal(number)
+        return real(trainer, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "_step", stopped)
+    monkeypatch.setattr(Finetuner, "training_step", stopped)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--accumulate", "2", "--max-grad-norm", "1", "--bf16"],
-        pytest.param(["--capture", "one_sided", "--checkpointing"], marks=pytest.mark.slow),
-    ],
-    ids=["accumulated", "one-sided"],
-)
-def test_every_way_of_training_goes_on_bit_for_bit(model, data, tmp_path, monkeypatch, capsys, options):
+def test_ctrl_c_and_sigterm_stop_after_the_step_and_it_goes_on_bit_for_bit(model, data, tmp_path, monkeypatch, capsys):
+    options = ["--accumulate", "2", "--max-grad-norm", "1", "--weights", "bfloat16", "--momentum-rank", "2"]
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert main(command(model, data, straight, *options)) == 0
-    for step, number, status in ((1, signal.SIGINT, 130), (4, signal.SIGTERM, 143)):
+    for step, number, status in ((0, signal.SIGINT, 130), (4, signal.SIGTERM, 143)):
         stop_at(monkeypatch, step, number)
         assert main(command(model, data, stopped, *options)) == status
         assert f"stopped after step {step + 1} of 10" in capsys.readouterr().out
-    assert main(command(model, data, stopped, *options)) == 0
+    # What takes part in nothing may change.
+    assert main(command(model, data, stopped, *options, "--log-every", "1", "--checkpointing")) == 0
+    assert "going on from step 5 of 10" in capsys.readouterr().out
     assert_same(straight, stopped)
 
 
@@ -155,11 +143,7 @@ def _python_hears_ctrl_c():
 
 @pytest.mark.usefixtures("_python_hears_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once(model, data, tmp_path, monkeypatch, capsys):
-    def twice(run):
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(loop, "_step", twice)
+    stop_at(monkeypatch, 0, signal.SIGINT, signal.SIGINT)
     assert main(command(model, data, tmp_path / "out")) == 130
     assert "goes on from the last checkpoint, if there is one" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -167,7 +151,7 @@ def test_a_second_ctrl_c_stops_at_once(model, data, tmp_path, monkeypatch, capsy
 
 def test_a_model_or_data_that_changed_is_no_longer_this_run(data, tmp_path, capsys):
     folder = llama(tmp_path / "model")
-    main(command(folder, data, tmp_path / "out"))
+    assert main(command(folder, data, tmp_path / "out")) == 0
     moved = text_file(tmp_path / "moved.txt")
     assert main(command(folder, moved, tmp_path / "out")) == 0  # the same content
     assert main(command(folder, text_file(tmp_path / "more.txt", count=41), tmp_path / "out")) == 2
@@ -178,16 +162,14 @@ def test_a_model_or_data_that_changed_is_no_longer_this_run(data, tmp_path, caps
 
 
 def test_two_processes_do_not_share_a_folder(model, data, tmp_path, capsys):
-    pytest.importorskip("fcntl")
-    other = RunFolder(tmp_path / "out")
-    other.open({}, is_overwritten=False)
-    assert main(command(model, data, tmp_path / "out", "--overwrite")) == 2
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"):
+        assert main(command(model, data, tmp_path / "out", "--overwrite")) == 2
     assert "another process is training here" in capsys.readouterr().err
-    other.close()
-    assert main(command(model, data, tmp_path / "out", "--overwrite")) == 0
+    assert main(command(model, data, tmp_path / "out")) == 0
 
 
-def test_an_unreadable_note_names_the_way_out(model, data, tmp_path, capsys):
+def test_unreadable_settings_name_the_way_out(model, data, tmp_path, capsys):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "run.json").write_text("[")
     assert main(command(model, data, tmp_path / "out")) == 2

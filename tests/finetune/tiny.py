@@ -24,15 +24,16 @@ def tokenizer(**options):
     return PreTrainedTokenizerFast(tokenizer_object=bpe, **{"eos_token": "<eos>", **options})
 
 
-def llama(folder, *, dropout=0.0, positions=64, tokens=None):
+def llama(folder, *, dropout=0.0, positions=64, tokens=None, tied=False, width=32):
     """Write a tiny Llama with its tokenizer into the folder."""
     import torch
     import transformers
 
     own = tokenizer() if tokens is None else tokens
     config = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=300, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=positions, attention_dropout=dropout, bos_token_id=None, eos_token_id=own.eos_token_id,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.utils.logging.disable_progress_bar()
@@ -63,8 +64,8 @@ def jsonl_file(path, records):
 def main():
     """Serve: run each command that comes on stdin in a forked process, kill it where asked to, answer with its exit status."""
     import torch
-    import transformers  # noqa: F401 (once, before the forks)
 
+    import gradlr.apps.finetune.finetune_cli  # noqa: F401 (once, before the forks)
     from gradlr.apps.cli import main as command
     from gradlr.apps.estimate import estimate
 
@@ -95,24 +96,16 @@ def _become(command, request):
         os._exit(status)
 
 
-def _kill_when(process, out, *, step=None, is_writing=False, seconds=None, by=signal.SIGKILL):
-    if step is seconds is None and not is_writing:
+def _kill_when(process, out, *, seen=None, by=signal.SIGKILL):
+    """Kill it as soon as a file of the run is there."""
+    if seen is None:
         return
-    end = time.monotonic() + (60 if seconds is None else seconds)
+    end = time.monotonic() + 60
     while time.monotonic() < end and os.waitid(os.P_PID, process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        if step is not None and logged_step(out) >= step:
+        if any(out.glob(seen)):
             break
-        if is_writing and list(out.glob("checkpoint.pt.*.part")):
-            break
-        time.sleep(0.001 if is_writing else 0.01)
+        time.sleep(0.001)
     os.kill(process, by)
-
-
-def logged_step(out):
-    """The last step but one that the log of a run tells; -1 before."""
-    log = out / "log.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    return json.loads(lines[-2])["step"] if len(lines) > 1 else -1
 
 
 if __name__ == "__main__":

@@ -1,6 +1,20 @@
-"""`python -m gradlr finetune`: full-weight fine-tuning of a local causal language model, from a data file to safetensors."""
+"""`python -m gradlr finetune`: all weights of a local causal language model on TRL, from a data file to safetensors."""
 
-from .finetune_cli import run
+from __future__ import annotations
+
+import argparse
+
+from ...errors import ArgumentError
 from .options import add_arguments
 
 __all__ = ["add_arguments", "run"]
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command, as `finetune_cli.run`; an ArgumentError where the extra is missing."""
+    try:
+        from .finetune_cli import run as run_command
+    except ImportError as error:
+        what = error.name or error
+        raise ArgumentError(f"finetune needs {what}, which is not installed: pip install 'gradlr[finetune]'") from error
+    return run_command(arguments)

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from functools import partial
+import os
+import signal
+from typing import Any
 
+import datasets
 import torch
+from accelerate import PartialState
 
-from ...errors import ArgumentError, GradlrError
+from ...checkpoint.atomic import replace_folder
+from ...errors import ArgumentError, GradlrError, NonFiniteError
+from ...integrations.chunked_head import chunk_head_
+from ...layers.quantize import dequantize_, quantize_
 from ...report.summary import format_bytes
+from ..estimate import Estimate
+from ..find_lr import find_lr
+from ..free_memory import available_bytes
 from ..lora import export_lora
 from ..lora.export import require_free
-from .fits import RequiredMemory, available_bytes, peak_memory, require_fit, required_memory
-from .loop import Run, train
+from ..signals import deferred_signals
 from .run_folder import RunFolder, require_writable
 from .task import Task
-from .workers import Workers, join
+from .training import Finetuner, StopSaved
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,69 +34,141 @@ def run(arguments: argparse.Namespace) -> int:
         0, or 130 and 143 after Ctrl-C and SIGTERM; the same command then goes on.
 
     Raises:
-        GradlrError: something is missing, wrong or too large, before any work; training diverged; or another process is gone.
+        GradlrError: something is missing, wrong or too large, before any work; or training diverged.
     """
+    datasets.disable_progress_bars()
+    folder = RunFolder(arguments.out)
     try:
-        with join(arguments.shard, arguments.device) as workers:
-            return _run(arguments, workers)
+        task = Task(arguments, folder.checkpoints)
+        need = _required_memory(task)
+        # What torchrun starts again goes on.
+        is_overwritten = arguments.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        # Two checkpoints while one replaces the other, and the model.
+        needed = 0 if need is None else 3 * need.weights + 2 * need.state
+        folder.check(task.settings(), is_overwritten=is_overwritten, needed=needed)
+        _check_lora(arguments)
+        known = "cannot be counted for this model" if need is None else f"about {_described(need)}"
+        PartialState().print(f"{task.describe()}\nmemory {known}", flush=True)
+        return _run(task, folder, is_overwritten)
     except KeyboardInterrupt:
         print("\ninterrupted. The same command goes on from the last checkpoint, if there is one.", flush=True)
         return 130
-
-
-def _run(arguments: argparse.Namespace, workers: Workers) -> int:
-    task = Task.prepare(arguments, workers)
-    folder = RunFolder(arguments.out, is_writer=workers.is_first)
-    need, settings = _required_memory(task), task.settings()
-    workers.require_same(settings)
-    # What torchrun starts again goes on.
-    is_overwritten = arguments.overwrite and not workers.is_restarted
-    # Two checkpoints while one replaces the other, and the model; of shards, those of all devices.
-    shards = workers.size if arguments.shard == "fsdp" else 1
-    file_bytes = shards * (3 * need.weights + 2 * (need.state or 0))
-    workers.run_on_first(partial(folder.check, settings, is_overwritten=is_overwritten, needed=file_bytes))
-    workers.run_on_first(partial(_check_lora, arguments))
-    workers.print_once(task.describe(need))
-    try:
-        started = Run.start(task, folder)
-        workers.run_on_first(partial(folder.open, settings, is_overwritten=is_overwritten))
-        return _train(started)
     except torch.OutOfMemoryError as error:
         raise GradlrError(f"{str(error).splitlines()[0]} To need less: {', '.join(_advice(task))}") from error
     except OSError as error:
-        kept = folder.shards if arguments.shard == "fsdp" else folder.checkpoint
-        raise GradlrError(f"{error}: training stopped. {kept} is whole, if it was there before") from error
+        raise GradlrError(f"{error}: training stopped. {folder.last or 'No checkpoint'} is whole") from error
     finally:
         folder.close()
 
 
-def _required_memory(task: Task) -> RequiredMemory:
-    """What one process needs; an ArgumentError where there is less."""
-    workers, arguments, limit = task.workers, task.arguments, task.arguments.memory_limit
-    need = required_memory(
-        task.language, batch_size=task.own_batch, length=task.data.length, dtype=task.dtype,
-        is_checkpointed=arguments.checkpointing, options=task.options, is_exchanging=arguments.shard == "dp",
-        shards=workers.size if arguments.shard == "fsdp" else 1,
+def _run(task: Task, folder: RunFolder, is_overwritten: bool) -> int:
+    model, state = _model(task), PartialState()
+    state.wait_for_everyone()  # all have seen the folder as it was
+    if state.is_main_process:
+        folder.open(task.settings(), is_overwritten=is_overwritten)
+    state.wait_for_everyone()
+    trainer = _trainer(task, folder, model)
+    with deferred_signals(signal.SIGINT, signal.SIGTERM) as signals:
+        trainer.add_callback(StopSaved(trainer, signals))
+        try:
+            trainer.train_or_go_on()
+        except NonFiniteError as error:
+            raise _diverged(trainer, error) from error
+    if not trainer.is_finished:
+        done = f"step {trainer.state.global_step} of {trainer.state.max_steps}"
+        state.print(f"stopped after {done}, all of it saved in {folder.last}. The same command goes on from there.", flush=True)
+        return 128 + signals[0]
+    _finish(task, trainer)
+    return 0
+
+
+def _model(task: Task) -> Any:
+    model = task.language.load(task.dtype, task.config.seed)
+    if task.is_chunked:
+        chunk_head_(model)
+    return quantize_(model) if task.arguments.weights == "int8" else model
+
+
+def _trainer(task: Task, folder: RunFolder, model: Any) -> Finetuner:
+    options = task.options
+    trainer = Finetuner(
+        folder, model=model, args=task.config, train_dataset=task.data, eval_dataset=task.held_out,
+        processing_class=task.language.tokenizer, gradlr=options,
     )  # fmt: skip
-    room, where = limit, "--memory-limit is"
-    if limit is None:
-        room, where = available_bytes(workers.device), f"{workers.device} has free"
-        if room is not None and torch.device(workers.device).type == "cpu":
-            room //= workers.neighbours
-    if workers.size > 1:
-        where = f"{workers.size} processes run, for each of which {where}"
-    require_fit(need, room, where, _advice(task))
+    if task.arguments.lr == "auto":
+        options["lr"] = _found_lr(task, folder, trainer)
+    task.config.learning_rate = options["lr"]
+    return trainer
+
+
+def _found_lr(task: Task, folder: RunFolder, trainer: Finetuner) -> float:
+    """By the range test, or what it has found when the run began."""
+    if (found := folder.settings().get("found_lr")) is None:
+        if task.config.activation_checkpointing:
+            trainer.model.gradient_checkpointing_enable()
+        batches = map(trainer._prepare_inputs, trainer.get_train_dataloader())
+        tested = find_lr(trainer.model.train(), batches, lambda net, batch: trainer.compute_loss(net, batch), **task.options)
+        print(f"range test: {tested}", flush=True)
+        folder.note("found_lr", found := tested.lr)
+    return found
+
+
+def _finish(task: Task, trainer: Finetuner) -> None:
+    arguments, folder = task.arguments, trainer.run_folder
+    if arguments.weights == "int8":  # whole, they may not fit where they were trained
+        dequantize_(trainer.model.to("cpu"))
+    part = folder.model.with_name(".model.part")
+    trainer.save_model(str(part))
+    if not trainer.is_world_process_zero():
+        return
+    (part / "training_args.bin").unlink()
+    replace_folder(folder.model, part, folder.model.with_name(".model.old"))
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    print(f"validation loss {losses[0]:.4f} before, {losses[-1]:.4f} after {trainer.state.global_step} steps")
+    if skipped := max(entry.get("skipped", 0) for entry in trainer.state.log_history):
+        print(f"steps left out for a loss or gradient that was not finite: {skipped}")
+    print(f"wrote {folder.model}: load it with transformers.AutoModelForCausalLM.from_pretrained('{folder.model}')", flush=True)
+    if arguments.lora_out is not None:
+        # The first weights are read, or drawn, once more: meanwhile they took no memory.
+        base = task.language.load(task.dtype, task.config.seed).state_dict()
+        report = export_lora(
+            trainer.model, base, arguments.lora_out, rank=arguments.lora_rank, task_type="CAUSAL_LM",
+            base_model_name=str(arguments.model),
+        )  # fmt: skip
+        print(f"wrote {arguments.lora_out}:\n{report}", flush=True)
+
+
+def _required_memory(task: Task) -> Estimate | None:
+    """What one process needs, or None for a model that cannot be run without values; an ArgumentError where there is less."""
+    arguments, config = task.arguments, task.config
+    room, where = arguments.memory_limit, "--memory-limit is"
+    if room is None:
+        room, where = available_bytes(config.device), f"{config.device} has free"
+    try:
+        need = task.required_memory()
+    except ArgumentError:
+        raise
+    except Exception:
+        return None
+    if room is not None and need.peak > room:
+        advice = ", ".join(_advice(task))
+        raise ArgumentError(f"the run needs about {_described(need)}; {where} {format_bytes(room)}. To need less: {advice}")
     return need
 
 
+def _described(need: Estimate) -> str:
+    parts = {"weights": need.weights, "state": need.state, "for a step": need.peak - need.weights - need.state}
+    return f"{format_bytes(need.peak)}: {', '.join(f'{format_bytes(size)} {name}' for name, size in parts.items())}"
+
+
 def _advice(task: Task) -> list[str]:
-    arguments, size = task.arguments, task.arguments.batch_size
+    arguments, size = task.arguments, task.config.per_device_train_batch_size
     advice = {
-        f"--batch-size below {size} (with --accumulate)": size > task.workers.size,
-        f"--length below {task.data.length}": True,
-        "--checkpointing": not arguments.checkpointing,
-        "--capture one_sided": arguments.capture != "one_sided",
-        "--bf16": not arguments.bf16,
+        f"--batch-size below {size} (with --accumulate)": size > 1,
+        f"--length below {task.config.max_length}": True,
+        "--checkpointing": not task.config.activation_checkpointing,
+        "--capture adaptor": arguments.capture == "hook",
+        "--weights int8": arguments.weights != "int8",
     }
     return [option for option, is_left in advice.items() if is_left]
 
@@ -96,8 +176,6 @@ def _advice(task: Task) -> list[str]:
 def _check_lora(arguments: argparse.Namespace) -> None:
     if arguments.lora_out is None:
         return
-    if importlib.util.find_spec("safetensors") is None:
-        raise ArgumentError("--lora-out needs safetensors, which is not installed: pip install 'gradlr[finetune]'")
     run, adapter = arguments.out.resolve(), arguments.lora_out.resolve()
     if adapter in (run, *run.parents) or run / "model" in (adapter, *adapter.parents):
         raise ArgumentError(f"--lora-out {arguments.lora_out}: the folder of --out {arguments.out} or its model: give another")
@@ -105,40 +183,9 @@ def _check_lora(arguments: argparse.Namespace) -> None:
     require_writable("--lora-out", arguments.lora_out)
 
 
-def _train(run: Run) -> int:
-    workers, steps, before = run.task.workers, run.task.steps, run.restore()
-    if before is not None:
-        workers.print_once(f"going on from step {run.done.step} of {steps} ({run.checkpoint})")
-        if before != workers.size:
-            consequence = "the batches are the same; sums are rounded in another order, and dropout draws other numbers"
-            workers.print_once(f"note: {before} processes took the steps so far, {workers.size} go on: {consequence}")
-    if (number := train(run)) is not None:
-        done = f"step {run.done.step} of {steps}"
-        workers.print_once(f"stopped after {done}, all of it saved in {run.checkpoint}. The same command goes on from there.")
-        return 128 + number
-    _finish(run)
-    return 0
-
-
-def _finish(run: Run) -> None:
-    task, done, arguments = run.task, run.done, run.task.arguments
-    run.opt.detach()
-    model = task.workers.holding.gather(run.model, task.workers, lambda: task.language.skeleton(task.dtype))
-    if model is None:  # another process writes it
-        return
-    how = run.folder.write_model(lambda folder: task.language.save(model, folder))
-    memory = peak_memory(task.workers.device)
-    held = "" if memory is None else f", peak memory {format_bytes(memory)}"
-    print(f"validation loss {done.validation[0][1]:.4f} before, {done.validation[-1][1]:.4f} after {done.step} steps")
-    print(f"{done.tokens / done.seconds:,.0f} tokens/s{held}")
-    if run.opt.skipped:
-        print(f"steps left out for a loss or gradient that was not finite: {run.opt.skipped}")
-    print(f"wrote {run.folder.model}: load it with {how.format(folder=run.folder.model)}", flush=True)
-    if arguments.lora_out is not None:
-        # The first weights are read, or drawn, once more: meanwhile they took no memory.
-        base = task.language.load(task.dtype, arguments.seed).state_dict()
-        name = None if arguments.model == "builtin" else str(arguments.model)
-        report = export_lora(
-            model, base, arguments.lora_out, rank=arguments.lora_rank, task_type="CAUSAL_LM", base_model_name=name
-        )
-        print(f"wrote {arguments.lora_out}:\n{report}", flush=True)
+def _diverged(trainer: Finetuner, error: NonFiniteError) -> GradlrError:
+    kept = f"{trainer.run_folder.last} keeps the last good weights" if trainer.run_folder.last else "nothing was saved yet"
+    return GradlrError(
+        f"training stopped in step {trainer.state.global_step}: {error}. {kept}. Start anew (--overwrite) with a lower --lr than "
+        f"{trainer.args.learning_rate:g}, a longer --warmup, or --max-grad-norm 1"
+    )

@@ -1,4 +1,4 @@
-"""From a .txt or .jsonl file to documents; everything is checked, and every complaint names file and line."""
+"""From a .txt or .jsonl file to the records that TRL takes; everything is checked, and every complaint names file and line."""
 
 from __future__ import annotations
 
@@ -19,13 +19,11 @@ class Document:
 
     Attributes:
         line: Where it begins in its file, counted from 1.
-        parts: Its text in pieces, and whether each is to be learned: a prompt is not. Empty for a conversation.
-        messages: The conversation, for the tokenizer's chat template; else None.
+        record: {"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}.
     """
 
     line: int
-    parts: tuple[tuple[str, bool], ...] = ()
-    messages: tuple[dict[str, Any], ...] | None = None
+    record: dict[str, Any]
 
 
 def read_documents(path: Path, field: str | None = None) -> list[Document]:
@@ -38,7 +36,7 @@ def read_documents(path: Path, field: str | None = None) -> list[Document]:
         field: Name of the text's field, in place of "text"; then no other form is looked for.
 
     Returns:
-        At least one document, in the order of the file.
+        At least one document, in the order of the file, all with the same keys.
 
     Raises:
         ArgumentError: the file is missing, empty, of another kind, no UTF-8, or a line is no such document. It names the line.
@@ -74,21 +72,25 @@ def _paragraphs(content: str) -> Iterator[Document]:
         if line.strip():
             lines.append(line)
         elif lines:
-            yield Document(number - len(lines), (("\n".join(lines), True),))
+            yield Document(number - len(lines), {"text": "\n".join(lines)})
             lines = []
 
 
 def _records(path: Path, content: str, field: str | None) -> Iterator[Document]:
-    fields: tuple[tuple[str, bool], ...] | None = None
+    fields: dict[str, str] | None = None
     for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         record = _parsed(line, where)
         if fields is None:  # the first line decides, all others follow it
-            fields = _text_fields(record, field, where)
-        parts = tuple((_text(record, name, where), is_target) for name, is_target in fields)
-        yield Document(number, parts, None if fields else _messages(record, where))
+            fields = _fields_of(record, field, where)
+        if missing := next((name for name in fields if name not in record), None):
+            raise ArgumentError(f"{where}: no field {missing!r}; {_listed(record)}")
+        yield Document(number, {
+            own: _messages(record[name], where) if own == "messages" else _text(record[name], f"{where}: field {name!r}")
+            for name, own in fields.items()
+        })  # fmt: skip
 
 
 def _parsed(line: str, where: str) -> dict[str, Any]:
@@ -102,27 +104,21 @@ def _parsed(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def _text_fields(record: dict[str, Any], field: str | None, where: str) -> tuple[tuple[str, bool], ...]:
-    """Names of the fields that hold text, and whether each is to be learned; none for conversations."""
+def _fields_of(record: dict[str, Any], field: str | None, where: str) -> dict[str, str]:
+    """What is read of each record, and what TRL calls it."""
     if field is not None or "text" in record:
-        return ((field or "text", True),)
+        return {field or "text": "text"}
     if "prompt" in record or "completion" in record:
-        return (("prompt", False), ("completion", True))
+        return {"prompt": "prompt", "completion": "completion"}
     if "messages" in record:
-        return ()
+        return {"messages": "messages"}
     raise ArgumentError(
-        f"{where}: no field 'text'; {_fields(record)}. Name the text's field with --field, or give 'prompt' and 'completion', "
+        f"{where}: no field 'text'; {_listed(record)}. Name the text's field with --field, or give 'prompt' and 'completion', "
         "or 'messages'"
     )
 
 
-def _text(record: dict[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise ArgumentError(f"{where}: no field {field!r}; {_fields(record)}")
-    return _checked(record[field], f"{where}: field {field!r}")
-
-
-def _checked(text: Any, what: str) -> str:
+def _text(text: Any, what: str) -> str:
     if not isinstance(text, str):
         raise ArgumentError(f"{what} is a {type(text).__name__}, not a string")
     if not text.strip():
@@ -134,10 +130,7 @@ def _checked(text: Any, what: str) -> str:
     return text
 
 
-def _messages(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
-    messages = record.get("messages")
-    if "messages" not in record:
-        raise ArgumentError(f"{where}: no field 'messages'; {_fields(record)}")
+def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise ArgumentError(f"{where}: 'messages' must be a list of at least one message")
     for index, message in enumerate(messages):
@@ -145,10 +138,10 @@ def _messages(record: dict[str, Any], where: str) -> tuple[dict[str, Any], ...]:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise ArgumentError(f"{what} must be an object whose 'role' is one of {', '.join(ROLES)}")
         if "content" not in message:
-            raise ArgumentError(f"{what} has no 'content'; {_fields(message)}")
-        _checked(message["content"], f"{what}: 'content'")
-    return tuple(messages)
+            raise ArgumentError(f"{what} has no 'content'; {_listed(message)}")
+        _text(message["content"], f"{what}: 'content'")
+    return messages
 
 
-def _fields(record: dict[str, Any]) -> str:
+def _listed(record: dict[str, Any]) -> str:
     return f"the fields are {', '.join(map(repr, record))}" if record else "the object is empty"

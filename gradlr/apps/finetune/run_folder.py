@@ -5,33 +5,47 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ...checkpoint.atomic import write_atomically, write_folder_atomically, write_json
+from filelock import FileLock, Timeout
+
+from ...checkpoint.atomic import write_json
 from ...errors import ArgumentError, CheckpointError
 from ...report.summary import format_bytes
 
 
 class RunFolder:
-    """The folder of a run: `run.json` (its settings), `checkpoint.pt` (or `checkpoints/`, of shards), `log.jsonl` and, at the
-    end, `model/`.
+    """The folder of a run: `run.json` (its settings), `checkpoints/` (of transformers) and, at the end, `model/`.
 
     Args:
         path: Need not exist.
-        is_writer: Whether this process keeps the log; others read.
 
     Attributes:
-        checkpoint, shards, model: Their paths.
+        checkpoints, model: Their paths.
     """
 
-    def __init__(self, path: Path, *, is_writer: bool = True) -> None:
-        self.path, self.checkpoint, self.shards, self.model = path, path / "checkpoint.pt", path / "checkpoints", path / "model"
-        self._settings, self._log = path / "run.json", path / "log.jsonl"
-        self._lock: int | None = None
-        self._is_writer = is_writer
+    # Written last into a checkpoint that is whole.
+    WHOLE = "whole"
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoints, self.model = path, path / "checkpoints", path / "model"
+        self._settings = path / "run.json"
+        self._lock = FileLock(path / ".lock")
+
+    @property
+    def last(self) -> Path | None:
+        """The last whole checkpoint."""
+        found = [marker.parent for marker in self.checkpoints.glob(f"checkpoint-*/{self.WHOLE}")]
+        return max(found, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+    def mark_whole(self, step: int) -> None:
+        """The checkpoint of this step is complete: the ones before it go."""
+        kept = self.checkpoints / f"checkpoint-{step}"
+        (kept / self.WHOLE).touch()
+        for other in self.checkpoints.glob("checkpoint-*"):
+            if other != kept:
+                shutil.rmtree(other, ignore_errors=True)
 
     def check(self, settings: dict[str, Any], *, is_overwritten: bool, needed: int) -> None:
         """Raise unless the run can begin or go on here. Nothing is changed.
@@ -47,12 +61,17 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"--out {self.path}: this is a file; give a folder")
-        # Killed at the very beginning, a run leaves a part of its settings.
+        # Killed at the very beginning, a run leaves its lock and a part of its settings.
         entries = self.path.iterdir() if self.path.is_dir() and not self._settings.is_file() else ()
-        if others := [entry.name for entry in entries if not entry.name.startswith(self._settings.name)]:
+        if others := [entry.name for entry in entries if not entry.name.startswith((".lock", self._settings.name))]:
             raise ArgumentError(f"--out {self.path}: holds {others[0]!r} and no run of gradlr finetune: give another folder")
-        if self._settings.is_file() and not is_overwritten:
-            self._require_same(settings)
+        saved = {} if is_overwritten else self.settings()
+        if different := [name for name in settings if saved and saved.get(name) != settings[name]]:
+            lines = "".join(f"\n  {name}: {saved.get(name)!r} there, {settings[name]!r} now" for name in different)
+            raise ArgumentError(
+                f"--out {self.path} holds a run with other settings:{lines}\nGo on with its own, give another --out, or start "
+                "anew with --overwrite"
+            )
         parent = require_writable("--out", self.path)
         own = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
         free = shutil.disk_usage(parent).free
@@ -62,20 +81,25 @@ class RunFolder:
                 f"{format_bytes(free)} free: make room, or give a folder on another disk"
             )
 
-    def _require_same(self, settings: dict[str, Any]) -> None:
+    def settings(self) -> dict[str, Any]:
+        """The settings of the run that is here; empty where none is.
+
+        Raises:
+            CheckpointError: they cannot be read.
+        """
+        if not self._settings.is_file():
+            return {}
         try:
             saved = json.loads(self._settings.read_text(encoding="utf-8"))
             if not isinstance(saved, dict):
                 raise TypeError(f"it holds a {type(saved).__name__}")
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{self._settings}: cannot be read ({error}): --overwrite starts anew") from error
-        names = [name for name in {**saved, **settings} if saved.get(name) != settings.get(name)]
-        if names:
-            lines = "".join(f"\n  {name}: {saved.get(name)!r} there, {settings.get(name)!r} now" for name in names)
-            raise ArgumentError(
-                f"--out {self.path} holds a run with other settings:{lines}\nGo on with its own, give another --out, or start "
-                "anew with --overwrite"
-            )
+        return saved
+
+    def note(self, name: str, value: Any) -> None:
+        """Add to the settings what the run has found out."""
+        write_json(self._settings, {**self.settings(), name: value})
 
     def open(self, settings: dict[str, Any], *, is_overwritten: bool) -> None:
         """Make the folder, lock it against a second process, remove an earlier run if asked to, and write the settings.
@@ -84,56 +108,21 @@ class RunFolder:
             ArgumentError: another process trains here.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        self._take_lock()
+        try:
+            self._lock.acquire(blocking=False)  # the system lifts it when the process dies, however it does
+        except Timeout:
+            raise ArgumentError(f"--out {self.path}: another process is training here; wait for it, or stop it") from None
         if is_overwritten:
             # The settings go last: until then it is the old run, with less in it.
-            for path in (self.model, self.shards, *self.path.glob(f"{self.shards.name}.*")):
+            for path in (self.model, self.checkpoints):
                 shutil.rmtree(path, ignore_errors=True)
-            for path in (self.checkpoint, self._log, self._settings):
-                path.unlink(missing_ok=True)
+            self._settings.unlink(missing_ok=True)
         if not self._settings.is_file():
             write_json(self._settings, settings)
 
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock
-            return
-        self._lock = os.open(self.path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lifts it when the process dies, however it does
-        except BlockingIOError:
-            self.close()
-            raise ArgumentError(f"--out {self.path}: another process is training here; wait for it, or stop it") from None
-        except OSError:  # a disk that knows no locks
-            self.close()
-
     def close(self) -> None:
         """Lift the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
-
-    def log(self, **entry: Any) -> None:
-        """Add a line to the log."""
-        if self._is_writer:
-            with self._log.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-
-    def rewind_log(self, step: int) -> None:
-        """Forget what was logged after `step`, which will be done again, and a line that was cut off."""
-        if not self._is_writer:
-            return
-        kept = []
-        for line in self._log.read_text(encoding="utf-8", errors="replace").splitlines() if self._log.is_file() else ():
-            with suppress(ValueError, TypeError, KeyError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        write_atomically(self._log, lambda file: file.write("".join(kept).encode()))
-
-    def write_model(self, write: Callable[[Path], str]) -> str:
-        """Let `write` fill a folder, then give it the name `model`; returns what it returned."""
-        return write_folder_atomically(self.model, write)
+        self._lock.release()
 
 
 def require_writable(option: str, path: Path) -> Path:

@@ -1,159 +1,177 @@
-"""The task: data and model as the arguments name them, read and checked before any work."""
+"""The task: data, model and TRL's configuration as the arguments name them, read and checked before any weight is loaded."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
+import datasets
 import torch
+import transformers
+import trl
+from trl.chat_template_utils import get_training_chat_template
 
 from ...errors import ArgumentError
-from .model import BuiltinModel, find_model
-from .packing import PackedTokens, require_whole_sequence, split, steps_of_epochs
+from ..estimate import Estimate, estimate
+from .language import Language
+from .options import SHORT
 from .reading import read_documents
-from .workers import Workers
 
-if TYPE_CHECKING:
-    from .pretrained import PretrainedModel
-
-# The arguments that decide the result as they are given. --checkpointing does not, and may be what a run that ran out of memory
-# needs.
-_DECISIVE = ("field", "validation", "batch_size", "accumulate", "lr", "rank", "momentum_rank", "capture", "max_grad_norm",
-             "weight_decay", "bf16", "seed", "shard")  # fmt: skip
+# What decides nothing: where files are, how often something is shown or saved, and what a run that ran out of memory may need.
+_FREE = {"model", "tokenizer", "out", "overwrite", "data", "validation_data", "memory_limit", "lora_out", "lora_rank", "further",
+         "command", "activation_checkpointing", "save_steps", "eval_steps", "logging_steps", "report_to"}  # fmt: skip
+# Of SFTConfig, besides what has a short name.
+_DECISIVE = ("seed", "weight_decay", "max_grad_norm", "packing", "packing_strategy", "lr_scheduler_type")
 
 
-@dataclass
 class Task:
-    """What the arguments say, read and checked.
+    """What the arguments ask for.
+
+    Args:
+        arguments: As `add_arguments` has them, and `further`, those for TRL.
+        checkpoints: Where they go.
 
     Attributes:
-        arguments: As they were given.
-        workers: The processes that train it.
         language: The model, its weights still on the disk.
-        data, held_out: To train and to validate on.
-        counts: Documents in each.
+        data, held_out: Documents to train and to validate on, in the form that TRL takes.
+        config: TRL's.
+        note: What else the user should know; empty for nothing.
+        is_chunked: Whether the loss is found without logits.
+
+    Raises:
+        ArgumentError: the first thing that is wrong.
     """
 
-    arguments: argparse.Namespace
-    workers: Workers
-    language: BuiltinModel | PretrainedModel
-    data: PackedTokens
-    held_out: PackedTokens
-    counts: tuple[int, int]
-
-    @classmethod
-    def prepare(cls, arguments: argparse.Namespace, workers: Workers) -> Task:
-        """Read and check data, config and tokenizer.
-
-        Raises:
-            ArgumentError: the first thing that is wrong.
-        """
-        require_divisible(arguments.batch_size, workers.size)
-        documents = read_documents(arguments.data, arguments.field)
-        if arguments.validation_data is None and len(documents) < 2:
+    def __init__(self, arguments: argparse.Namespace, checkpoints: Path) -> None:
+        self.arguments, self.note, self.is_chunked = arguments, "", True
+        self.language = Language(arguments.model, arguments.tokenizer)
+        data = self._read(arguments.data)
+        if not 0 < arguments.validation < 1:
+            raise ArgumentError(f"--validation {arguments.validation}: give a share between 0 and 1")
+        if arguments.lr != "auto" and not 0 < arguments.lr < 1:
+            raise ArgumentError(f"--lr {arguments.lr}: give a rate above 0 and below 1, or auto")
+        if arguments.validation_data is not None:
+            self.data, self.held_out = data, self._read(arguments.validation_data)
+        elif len(data) < 2:
             raise ArgumentError(
                 f"{arguments.data}: holds one document, and one more is needed to validate on: separate documents (blank lines "
                 "in .txt, lines in .jsonl), or give --validation-data"
             )
-        held_out = None if arguments.validation_data is None else read_documents(arguments.validation_data, arguments.field)
-        language = find_model(arguments.model, arguments.tokenizer)
-        length = arguments.length or language.default_length
-        if language.positions is not None and length > language.positions:
-            raise ArgumentError(f"--length {length}: {language.name} takes at most {language.positions} tokens")
-        training = language.tokenize(documents, arguments.data)
-        if held_out is None:
-            ours, theirs = split(len(training), arguments.validation, arguments.seed)
-            training, validating = [training[index] for index in ours], [training[index] for index in theirs]
-        else:
-            validating = language.tokenize(held_out, arguments.validation_data)
-        data, held = (PackedTokens(part, length, language.padding) for part in (training, validating))
-        require_whole_sequence(data, str(arguments.data))
-        if not held.learned:
-            where = arguments.validation_data or arguments.data
-            raise ArgumentError(f"{where}: the documents to validate on hold nothing to learn")
-        return cls(arguments, workers, language, data, held, (len(training), len(validating)))
+        self.config = self._config(checkpoints, "messages" in data.column_names and self._marks_assistant())
+        self.language.require_length(self.config.max_length)
+        if arguments.validation_data is None:
+            held_out = min(max(round(arguments.validation * len(data)), 1), len(data) - 1)
+            parts = data.train_test_split(test_size=held_out, seed=self.config.seed)
+            self.data, self.held_out = parts["train"], parts["test"]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return torch.bfloat16 if self.arguments.bf16 else torch.float32
-
-    @property
-    def own_batch(self) -> int:
-        """Sequences of a micro-batch in this process."""
-        return self.arguments.batch_size // self.workers.size
-
-    @property
-    def step_size(self) -> int:
-        """Sequences of a step in all processes."""
-        return self.arguments.batch_size * self.arguments.accumulate
-
-    @cached_property
-    def steps(self) -> int:
-        """Steps of the whole run."""
-        return self.arguments.steps or steps_of_epochs(self.arguments.epochs, len(self.data), self.step_size)
-
-    @property
-    def warmup(self) -> int:
-        """Steps of warm-up."""
-        warmup = self.arguments.warmup
-        return round(warmup * self.steps) if warmup < 1 else min(round(warmup), self.steps)
+        """Of activations, and of weights that are no codes."""
+        return torch.float32 if self.arguments.weights == "float32" else torch.bfloat16
 
     @property
     def options(self) -> dict[str, Any]:
-        """For `gradlr.attach`, without those that name other processes."""
-        arguments = self.arguments
-        is_simple = arguments.accumulate == 1 and arguments.max_grad_norm is None and arguments.shard != "dp"
-        names = ["lr", "momentum_rank", "capture", "max_grad_norm", "weight_decay", "seed"]
-        names += [] if arguments.rank is None else ["rank"]
-        return {"apply": "backward" if is_simple else "step", **{name: getattr(arguments, name) for name in names}}
+        """For `gradlr.attach`."""
+        arguments, config = self.arguments, self.config
+        is_simple = config.gradient_accumulation_steps == 1 and not config.max_grad_norm and config.world_size == 1
+        chosen = {} if arguments.rank is None else {"rank": arguments.rank}
+        chosen |= {} if arguments.lr == "auto" else {"lr": arguments.lr}
+        return {
+            **chosen, "apply": "backward" if is_simple else "step", "momentum_rank": arguments.momentum_rank,
+            "capture": arguments.capture, "seed": config.seed,
+        }  # fmt: skip
+
+    def required_memory(self) -> Estimate:
+        """What one process needs, by `gradlr.estimate`: one step with tensors that have shapes and no values."""
+        config = self.config
+        with torch.device("meta"):
+            model = self.language.skeleton(self.dtype)
+        try:
+            found = estimate(
+                model, batch_size=config.per_device_train_batch_size, tokens=config.max_length, device=config.device.type,
+                checkpointing=config.activation_checkpointing, packed=config.packing and config.packing_strategy != "wrapped",
+                weights="int8" if self.arguments.weights == "int8" else None, chunked_head=self.is_chunked, **self.options,
+            )  # fmt: skip
+        except ArgumentError as error:
+            if not (self.is_chunked and str(error).startswith("chunk_head_")):
+                raise
+            self.note, self.is_chunked = f"{error}. The loss is that of whole logits", False
+            return self.required_memory()
+        # While the next micro-batch is at work, what the ones before have left waits.
+        return dataclasses.replace(found, peak=found.peak + (found.gradients if config.gradient_accumulation_steps > 1 else 0))
 
     def settings(self) -> dict[str, Any]:
         """All that decides the result."""
-        arguments = self.arguments
-        files = {"data": arguments.data, "validation_data": arguments.validation_data}
+        arguments, files = self.arguments, {"data": self.arguments.data, "validation_data": self.arguments.validation_data}
+        model = [sorted((file.name, file.stat().st_size) for file in self.language.files), self.language.config.to_json_string()]
+        given = [token.lstrip("-").partition("=")[0].replace("-", "_") for token in self._further if token.startswith("--")]
+        named = {name for name, _, _ in SHORT.values()} | {*_DECISIVE, *given}
         return {
-            "model": self.language.identity(),
-            **{name: None if path is None else _digest(path) for name, path in files.items()},
-            "length": self.data.length, "steps": self.steps, "warmup": self.warmup,
-            **{name: getattr(arguments, name) for name in _DECISIVE},
-            "device": torch.device(arguments.device).type,
+            "model": _digest(repr([model, len(self.language.tokenizer)]).encode()),
+            **{name: None if path is None else _digest(path.read_bytes()) for name, path in files.items()},
+            **{name: value for name, value in vars(arguments).items() if name not in _FREE},
+            **{name: getattr(self.config, name) for name in sorted(named - _FREE)},
+            "processes": self.config.world_size, "device": self.config.device.type,
         }  # fmt: skip
 
-    def describe(self, memory: object) -> str:
-        """What is about to happen, in lines for people; `memory` is what the run needs, in words."""
-        arguments, data, name, note = self.arguments, self.data, self.language.name, self.language.note
-        scratch = f"{name} holds no weights: TRAINING FROM SCRATCH, from random ones"
-        source = arguments.validation_data or f"drawn with --seed {arguments.seed}"
-        share = f"{self.own_batch} of each {arguments.batch_size} sequences; for each of them, "
-        several = (
-            "" if arguments.shard is None else f"{self.workers.size} processes (--shard {arguments.shard}), each with {share}"
-        )
+    def describe(self) -> str:
+        """What is about to happen, for people."""
+        arguments = self.arguments
+        scratch = f"{arguments.model} holds no weights: TRAINING FROM SCRATCH, from random ones"
+        source = arguments.validation_data or f"drawn with --seed {self.config.seed}"
         lines = [
-            scratch if self.language.is_from_scratch else f"model {name}",
-            f"note: {note}" if note else "",
-            f"training on {self.counts[0]:,} documents: {data.size:,} tokens, {data.learned:,} of them learned, {len(data):,} "
-            f"sequences of {data.length}",
-            f"validating on {self.counts[1]:,} documents ({source}): {self.held_out.size:,} tokens",
-            f"{self.steps} steps of {self.step_size} sequences ({self.steps * self.step_size / len(data):.2f} epochs), warm-up "
-            f"{self.warmup}",
-            f"{several}memory about {memory}",
+            scratch if self.language.is_from_scratch else f"model {arguments.model}",
+            f"note: {self.note}" if self.note else "",
+            f"training on {len(self.data):,} documents, validating on {len(self.held_out):,} ({source})",
         ]
         return "\n".join(line for line in lines if line)
 
+    def _read(self, path: Path) -> datasets.Dataset:
+        documents = read_documents(path, self.arguments.field)
+        self.language.require_template(documents, path)
+        return datasets.Dataset.from_list([document.record for document in documents])
 
-def require_divisible(batch_size: int, count: int) -> None:
-    """Raise an ArgumentError, with the nearest batch size, where the processes cannot share a batch evenly."""
-    if batch_size % count:
-        near = max(batch_size // count, 1) * count
-        raise ArgumentError(
-            f"--batch-size {batch_size} is that of all {count} processes together, and does not divide by {count}: give {near}"
-        )
+    def _marks_assistant(self) -> bool:
+        """Whether the chat template marks what the assistant says, or TRL knows one in its place that does."""
+        try:
+            get_training_chat_template(self.language.tokenizer)
+        except ValueError:
+            self.note = "the chat template does not mark what the assistant says: every token of a conversation is learned"
+            return False
+        return True
+
+    @property
+    def _further(self) -> list[str]:
+        """Options of SFTConfig under their own names."""
+        pairs = [token.partition("=") for token in self.arguments.further]
+        return [f"--{SHORT[name][0]}{equals}{value}" if name in SHORT else name + equals + value for name, equals, value in pairs]
+
+    def _config(self, checkpoints: Path, is_assistant_only: bool) -> trl.SFTConfig:
+        parser = transformers.HfArgumentParser(trl.SFTConfig, allow_abbrev=False)
+        parser.set_defaults(
+            **{name: default for name, default, _ in SHORT.values() if default is not None},
+            output_dir=str(checkpoints), max_length=self.language.default_length, packing=True, packing_strategy="wrapped",
+            assistant_only_loss=is_assistant_only, lr_scheduler_type="cosine", max_grad_norm=0.0, bf16=False, seed=0,
+            eval_strategy="steps", eval_on_start=True, report_to="none", dataloader_pin_memory=torch.cuda.is_available(),
+        )  # fmt: skip
+        parser.error = _refuse
+        try:
+            (config,) = parser.parse_args_into_dataclasses(self._further, look_for_args_file=False)
+        except ValueError as error:
+            raise ArgumentError(f"further options are those of trl.SFTConfig: {error}") from error
+        config.per_device_eval_batch_size = config.per_device_train_batch_size
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "eval_steps", "logging_steps")
+        if wrong := [name for name in counts if getattr(config, name) < 1]:
+            raise ArgumentError(f"{wrong[0]}={getattr(config, wrong[0])}: it must be at least 1")
+        return config
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+def _refuse(message: str) -> NoReturn:
+    raise ArgumentError(f"{message} (further options are those of trl.SFTConfig)")
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
