@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attach import DEFAULT_LR, attach
 from ..errors import ArgumentError, LossError, NonFiniteError
+from ..linalg.int8 import Int8Weight
 from ..optimizer import GradLR
 from ..rules.base import require_positive
 from ..tracker import LossTracker
@@ -159,7 +160,7 @@ def _forked_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Weights, buffers and torch's random numbers are afterwards what they were before."""
-    held = [*model.parameters(), *model.buffers()]
+    held = [part for tensor in (*model.parameters(), *model.buffers()) for part in _values(tensor)]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in held]
     with _forked_random_numbers(model):
         try:
@@ -168,6 +169,11 @@ def _restored(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, copy in zip(held, copies, strict=True):
                     tensor.copy_(copy)
+
+
+def _values(tensor: Any) -> tuple[Tensor, ...]:
+    # The direction of int8 weights is found in their first forward, which may be here, and changes nothing by itself.
+    return (tensor.codes, tensor.scales, tensor.correction) if isinstance(tensor, Int8Weight) else (tensor,)
 
 
 def _chosen(rates: list[float], losses: list[float], start: float) -> LrRange:

@@ -257,10 +257,10 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def _parts(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, codes and scales in the place of int8 weights."""
+    """The tensors among values, of int8 weights those that they are made of."""
     for value in values:
         if isinstance(value, Int8Weight):
-            yield from (value.codes, value.scales)
+            yield from value.parts()
         elif isinstance(value, Tensor):
             yield value
 

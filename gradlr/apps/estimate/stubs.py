@@ -81,7 +81,10 @@ def stub_internals(tracker: MemoryTracker, *, is_packed: bool) -> Iterator[None]
 
     def blank_codes(weight: Tensor, group: int) -> Int8Weight:
         m, n = weight.shape
-        return Int8Weight(torch.empty((m, n), dtype=torch.int8), weight.new_empty((m, -(-n // group))), group)
+        direction, correction = weight.new_empty((n, 1)), weight.new_empty((m, 1))
+        return Int8Weight(
+            torch.empty((m, n), dtype=torch.int8), weight.new_empty((m, -(-n // group))), direction, correction, group
+        )
 
     propagator = getattr(sys.modules.get("torch.distributed.tensor._sharding_prop"), "ShardingPropagator", None)
     propagate: Any = getattr(propagator, "_propagate_tensor_meta_non_cached", None)
