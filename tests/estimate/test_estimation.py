@@ -249,7 +249,7 @@ def small_llama():
 def test_int8_weights_are_those_of_quantize(capture):
     quantized = gradlr.quantize_(Deep())
     weights = list(quantized.parameters())
-    parts = [part for weight in weights for part in ((weight.codes, weight.scales) if hasattr(weight, "codes") else (weight,))]
+    parts = [part for weight in weights for part in (weight.parts() if hasattr(weight, "codes") else (weight,))]
     one, other = (
         estimate(model, tokens=64, capture=capture, **options)
         for model, options in ((quantized, {}), (Deep(), {"weights": "int8"}))
