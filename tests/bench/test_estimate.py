@@ -41,7 +41,7 @@ LLAMAS = [("llama_chunked", "adamw"), ("llama_int8_chunked", "gradlr_adaptor"), 
 def test_it_knows_int8_weights_heads_without_logits_and_packed_rows(case, name, checkpointing):
     pytest.importorskip("transformers")
     row = estimate.compare(estimate.CASES[case], name, checkpointing=checkpointing)
-    # Promised are five percent. As above, recomputed blocks keep random numbers' states; of codes a block may go a moment earlier.
+    # Promised are five percent. As above, recomputed blocks keep random numbers; of codes a block may go a moment earlier.
     assert row["ratio"] == pytest.approx(1, abs=0.005)
 
 

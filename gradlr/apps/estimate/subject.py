@@ -121,7 +121,7 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None)
 
 def _without_values(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(tensor, Int8Weight):
-        return tensor.changed(_without_values(tensor.codes, torch.int8), _without_values(tensor.scales, dtype))
+        return tensor.changed(lambda part: _without_values(part, dtype if part.is_floating_point() else part.dtype))
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")
 
 
