@@ -133,6 +133,20 @@ def test_a_range_test_finds_the_rate_once_and_leaves_no_other_trace(tmp_path, mo
     assert finetune(model, data, out, *SHORT, "--lr", "auto") == 0 and len(told) == 1
 
 
+def test_a_model_that_caps_its_logits_is_trained_with_them(tmp_path, data, capsys):
+    own = tokenizer()
+    config = transformers.Gemma2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, max_position_embeddings=64, eos_token_id=own.eos_token_id, pad_token_id=own.eos_token_id,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM(config).save_pretrained(tmp_path / "model")
+    own.save_pretrained(tmp_path / "model")
+    assert finetune(tmp_path / "model", data, tmp_path / "out", *SHORT, "--lr", "0.008") == 0
+    assert "caps or scales" in (told := capsys.readouterr().out) and "The loss is that of whole logits" in told
+    before, after = logged(tmp_path / "out", "eval_loss")
+    assert after < before
+
+
 @pytest.mark.slow
 def test_a_gguf_is_a_model_too_and_its_run_goes_on(tmp_path, capsys):
     """A real language model of 135 million weights, as int8 codes, stopped and gone on with."""

@@ -84,8 +84,13 @@ def _run(task: Task, folder: RunFolder, is_overwritten: bool) -> int:
 
 def _model(task: Task) -> Any:
     model = task.language.load(task.dtype, task.config.seed)
-    if task.is_chunked:
-        chunk_head_(model)
+    try:
+        if task.is_chunked:
+            chunk_head_(model)
+    except ArgumentError as error:  # what it does to its logits is seen on real weights alone
+        PartialState().print(f"note: {error}. The loss is that of whole logits")
+        task.is_chunked = False
+        _required_memory(task)
     return quantize_(model) if task.arguments.weights == "int8" else model
 
 
