@@ -63,7 +63,8 @@ def loaded(out):
     return transformers.AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
 
 
-def test_from_the_file_to_the_model_and_the_adapter(tmp_path, model, data, capsys):
+def test_from_the_file_to_the_model_and_the_adapter(tmp_path, model, data, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")  # a bar is as wide as the terminal
     out, adapter = tmp_path / "deep" / "out", tmp_path / "adapter"
     sizes = ["--length", "32", "--batch-size", "4", "--epochs", "3", "--eval-every", "10", "--log-every", "1", "--lr", "0.008"]
     assert finetune(model, data, out, *sizes, "--lora-out", str(adapter), "--lora-rank", "32") == 0
