@@ -62,6 +62,8 @@ class Task:
             )
         self.config = self._config(checkpoints, "messages" in data.column_names and self._marks_assistant())
         self.language.require_length(self.config.max_length)
+        if arguments.lr == "auto" and self.config.world_size > 1:
+            raise ArgumentError(f"--lr auto: {self.config.world_size} processes run; find the rate in one of them first")
         if arguments.validation_data is None:
             held_out = min(max(round(arguments.validation * len(data)), 1), len(data) - 1)
             parts = data.train_test_split(test_size=held_out, seed=self.config.seed)
