@@ -22,6 +22,7 @@ from ..free_memory import available_bytes
 from ..lora import export_lora
 from ..lora.export import require_free
 from ..signals import deferred_signals
+from .language import Language
 from .run_folder import RunFolder, require_writable
 from .task import Task
 from .training import Finetuner, StopSaved
@@ -122,11 +123,13 @@ def _finish(task: Task, trainer: Finetuner) -> None:
     arguments, folder = task.arguments, trainer.run_folder
     if arguments.weights == "int8":  # whole, they may not fit where they were trained
         dequantize_(trainer.model.to("cpu"))
-    part = folder.model.with_name(".model.part")
-    trainer.save_model(str(part))
+    model = trainer.model
+    weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None  # every process takes part
     if not trainer.is_world_process_zero():
         return
-    (part / "training_args.bin").unlink()
+    part = folder.model.with_name(".model.part")
+    model.save_pretrained(part, state_dict=weights)
+    task.language.tokenizer.save_pretrained(part)
     replace_folder(folder.model, part, folder.model.with_name(".model.old"))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     print(f"validation loss {losses[0]:.4f} before, {losses[-1]:.4f} after {trainer.state.global_step} steps")
@@ -136,8 +139,9 @@ def _finish(task: Task, trainer: Finetuner) -> None:
     if arguments.lora_out is not None:
         # The first weights are read, or drawn, once more: meanwhile they took no memory.
         base = task.language.load(task.dtype, task.config.seed).state_dict()
+        trained = Language(folder.model, None).load(task.dtype, 0) if trainer.is_fsdp_enabled else model
         report = export_lora(
-            trainer.model, base, arguments.lora_out, rank=arguments.lora_rank, task_type="CAUSAL_LM",
+            trained, base, arguments.lora_out, rank=arguments.lora_rank, task_type="CAUSAL_LM",
             base_model_name=str(arguments.model),
         )  # fmt: skip
         print(f"wrote {arguments.lora_out}:\n{report}", flush=True)
