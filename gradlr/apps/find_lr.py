@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..attach import DEFAULT_LR, attach
 from ..errors import ArgumentError, LossError, NonFiniteError
+from ..layers.quantize import find_directions
 from ..linalg.int8 import Int8Weight
 from ..optimizer import GradLR
 from ..rules.base import require_positive
@@ -91,7 +92,8 @@ def find_lr(
     require_positive("lowest", lowest)
     if not (lowest < highest < math.inf and isinstance(steps, int) and steps >= 2):
         raise ArgumentError(f"find_lr: lowest={lowest}, highest={highest}, steps={steps}; needed is lowest < highest, 2 steps")
-    given = list(itertools.islice(batches, _PROBES + steps))
+    with _forked_random_numbers(model):  # a loader draws from them too
+        given = list(itertools.islice(batches, _PROBES + steps))
     if len(given) <= _PROBES:
         raise ArgumentError(f"find_lr: {len(given)} batches; two are the probe, and at least one is trained on")
     reference = require_positive("lr", options.pop("lr", DEFAULT_LR))
@@ -169,11 +171,11 @@ def _restored(model: nn.Module) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, copy in zip(held, copies, strict=True):
                     tensor.copy_(copy)
+            find_directions(model)
 
 
 def _values(tensor: Any) -> tuple[Tensor, ...]:
-    # The direction of int8 weights is found in their first forward, which may be here, and changes nothing by itself.
-    return (tensor.codes, tensor.scales, tensor.correction) if isinstance(tensor, Int8Weight) else (tensor,)
+    return tensor.parts() if isinstance(tensor, Int8Weight) else (tensor,)
 
 
 def _chosen(rates: list[float], losses: list[float], start: float) -> LrRange:

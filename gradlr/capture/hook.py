@@ -72,6 +72,7 @@ class ParameterLock:
             parameter = reference()
             if parameter is not None:
                 _locks.pop(parameter, None)
+                _forget_hooks(parameter)
         self._handles, self._parameters = [], []
 
 
@@ -117,6 +118,14 @@ def _release_dead(parameter: Tensor) -> None:
         _, handle = _locks.pop(parameter)
         if handle is not None:
             handle.remove()
+            _forget_hooks(parameter)
+
+
+def _forget_hooks(parameter: Tensor) -> None:
+    # Where torch has exchanged the tensor of a parameter since (`model.to`, of int8 weights), hooks that are added to the empty
+    # dictionary of those removed are never called.
+    if parameter._post_accumulate_grad_hooks is not None and not parameter._post_accumulate_grad_hooks:
+        cast(Any, parameter)._post_accumulate_grad_hooks = None
 
 
 def _make_hook(plan: ParameterPlan, receiver: weakref.ref[Receiver], masks: HookMasks) -> Callable[[Tensor], None]:

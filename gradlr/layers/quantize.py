@@ -140,6 +140,15 @@ def _switch_hooks(module: nn.Module, *, is_on: bool) -> None:
             module.register_forward_pre_hook(_set_direction)
 
 
+def find_directions(model: nn.Module) -> None:
+    """Let the next forward find the leading direction of every input of int8 weights that know none."""
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and isinstance(weight, Int8Weight) and not weight.direction.any():
+            _drop_hook(module._forward_pre_hooks, _set_direction)
+            module.register_forward_pre_hook(_set_direction)
+
+
 def _drop_hook(hooks: dict[int, Any], hook: Any) -> None:
     for key in [key for key, known in hooks.items() if getattr(known, "hook", known) is hook]:
         del hooks[key]

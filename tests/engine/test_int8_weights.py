@@ -280,3 +280,16 @@ def test_peak_of_training_is_codes_activations_and_little_else():
     held = sum(part.nbytes for weight in model.parameters() for part in weight.parts())
     assert held == 6 * (1024**2 * (1 + 2 / 64) + 2 * 1024 * 2)
     opt.detach()
+
+
+def test_detached_moved_and_attached_again_they_are_trained():
+    model = gradlr.quantize_(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)))
+    gradlr.attach(model, gradlr.LossTracker()).detach()
+    model.to("cpu")  # torch exchanges tensors of such a class even where they stay
+    tracker = gradlr.LossTracker()
+    opt = gradlr.attach(model, tracker, lr=0.1)
+    before = [layer.weight.codes.clone() for layer in model]
+    tracker(model(torch.randn(6, 8)).square().mean()).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(torch.equal(layer.weight.codes, codes) for layer, codes in zip(model, before, strict=True))
+    opt.detach()

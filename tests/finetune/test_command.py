@@ -148,6 +148,18 @@ def test_a_model_that_caps_its_logits_is_trained_with_them(tmp_path, data, capsy
     assert after < before
 
 
+def test_a_checkpoint_that_cannot_be_read_is_told(tmp_path, model, data, capsys):
+    assert finetune(model, data, tmp_path / "out", *SHORT) == 0
+    (last,) = (tmp_path / "out" / "checkpoints").iterdir()
+    for name in ("model.safetensors", "optimizer.pt", "trainer_state.json"):
+        kept = (last / name).read_bytes()
+        (last / name).write_bytes(kept[:100])
+        assert finetune(model, data, tmp_path / "out", *SHORT) == 2
+        assert f"{last}: cannot be read" in capsys.readouterr().err
+        (last / name).write_bytes(kept)
+    assert finetune(model, data, tmp_path / "out", *SHORT) == 0
+
+
 @pytest.mark.slow
 def test_a_gguf_is_a_model_too_and_its_run_goes_on(tmp_path, capsys):
     """A real language model of 135 million weights, as int8 codes, stopped and gone on with."""
@@ -274,8 +286,19 @@ BAD = {
     "validation": (None, ["--validation", "1"], "--validation 1.0: give a share between 0 and 1"),
     "rank": (None, ["--rank", "1.5"], "rank=1.5"),
     "misspelled": (None, ["--warmpu", "3"], "further options are those of trl.SFTConfig"),
+    "refused": (None, ["--learning-rate", "1"], "--learning_rate: finetune does not take it: give --lr"),
+    "no epochs": (None, ["--epochs", "0"], "give more than 0"),
+    "no steps": (None, ["--steps", "-3"], "give more than 0"),
+    "seed": (None, ["--seed", "-1"], "none may be negative"),
+    "no tokenizer": (None, ["--tokenizer", "none"], "--tokenizer none: there is no such folder"),
+    "silent": (lambda p: jsonl_file(p / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 3), [],
+               "a.jsonl:1: in this conversation the assistant says nothing"),
+    "TRL's own": (None, ["--report-to", "nowhere"], "TRL's trainer cannot be made so"),
+    "nothing fits": (lambda p: jsonl_file(p / "a.jsonl", [{"prompt": "the cat " * 40, "completion": "sat"}] * 9),
+                     ["--length", "8", "--packing", "false"], "nothing is to be learned"),
+    "adapter's rank": (None, ["--lora-out", "{path}/adapter", "--lora-rank", "0"], "--lora-rank"),
     "field": (None, ["--field", "x"], "leave it out for .txt"),
-    "messages": (lambda p: jsonl_file(p / "a.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 3), [],
+    "messages": (lambda p: jsonl_file(p / "a.jsonl", [{"messages": [{"role": "assistant", "content": "x"}]}] * 3), [],
                  "a.jsonl:1: 'messages' need a chat template"),
     "adapter's place": (None, ["--lora-out", "{data}"], "is a file"),
 }  # fmt: skip
@@ -354,6 +377,10 @@ def test_a_folder_with_other_things_or_another_run_is_left_alone(tmp_path, model
     assert "this is a file" in capsys.readouterr().err
     assert finetune(model, data, data / "below", *SHORT) == 2
     assert "is a file" in capsys.readouterr().err
+    assert finetune(model, data, out, *SHORT, "--overwrite", "--report-to", "nowhere") == 2
+    assert (out / "model").is_dir() and list((out / "checkpoints").iterdir())  # it goes when the new run is known to be sound
+    assert finetune(out / "model", data, out, *SHORT, "--overwrite") == 2
+    assert "which the run writes" in capsys.readouterr().err
     for adapter in (tmp_path / "new", tmp_path / "new" / "model", tmp_path):
         assert finetune(model, data, tmp_path / "new", *SHORT, "--lora-out", str(adapter)) == 2
         assert "--lora-out" in capsys.readouterr().err

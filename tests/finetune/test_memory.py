@@ -11,7 +11,7 @@ from gradlr.apps.finetune import add_arguments
 
 pytest.importorskip("trl")
 
-from gradlr.apps.finetune.finetune_cli import _model, _trainer
+from gradlr.apps.finetune.finetune_cli import _trainer
 from gradlr.apps.finetune.run_folder import RunFolder
 from gradlr.apps.finetune.task import Task
 
@@ -40,11 +40,9 @@ def test_it_is_the_measured_peak(tmp_path, options):
     task = task_of(tmp_path, model, "--batch-size", "8", *options)
     found = task.required_memory()
     folder = RunFolder(tmp_path / "out")
-    folder.open({}, is_overwritten=False)
-    trainer = _trainer(task, folder, _model(task))
+    trainer = _trainer(task, folder)
     task.config.eval_strategy, task.config.save_strategy, task.config.eval_on_start = "no", "no", False
     measured = found.weights + peak_bytes(trainer.train)
-    folder.close()
     # Of recomputed blocks the state of random numbers is not counted, 5 KiB each, nor what Trainer itself keeps.
     assert found.peak == pytest.approx(measured, rel=0.05)
 

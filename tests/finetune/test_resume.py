@@ -62,9 +62,10 @@ MOMENTS = ["run.json", "checkpoints/checkpoint-3/config.json", "checkpoints/chec
     ("moments", "options"),
     [(MOMENTS[1:4], []),
      (MOMENTS[2:3], ["--weights", "int8", "--accumulate", "2"]),
+     pytest.param(MOMENTS[1:3], ["--weights", "int8", "--lr", "auto"], marks=pytest.mark.slow),
      pytest.param(MOMENTS, ["--weights", "bfloat16", "--capture", "adaptor", "--checkpointing"], marks=pytest.mark.slow),
      pytest.param(MOMENTS, ["--weights", "int8", "--capture", "adaptor"], marks=pytest.mark.slow)],
-    ids=["plain", "int8", "adaptor", "both"],
+    ids=["plain", "int8", "found", "adaptor", "both"],
 )  # fmt: skip
 def test_killed_at_any_moment_it_ends_the_same(server, model, data, tmp_path, moments, options):
     straight, killed = tmp_path / "straight", tmp_path / "killed"

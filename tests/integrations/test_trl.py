@@ -115,8 +115,8 @@ def test_four_micro_batches_are_one_batch(tmp_path):
         )
         trainer.train()
         models.append(trainer.model)
-    # Sums in another order, in float32, which the polar factor enlarges up to 470-fold where singular values are small: 3.5e-5 was
-    # measured, of weights that move by 1e-2 a step.
+    # Sums in another order, in float32, which the polar factor enlarges up to 470-fold where singular values are small: 3.5e-5
+    # was measured, of weights that move by 1e-2 a step.
     assert_same(*models, atol=5e-5)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 from ...errors import ArgumentError
 from .options import add_arguments
@@ -12,6 +13,7 @@ __all__ = ["add_arguments", "run"]
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command, as `finetune_cli.run`; an ArgumentError where the extra is missing."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, and what is missing is told at once
     try:
         from .finetune_cli import run as run_command
     except ImportError as error:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
+from contextlib import suppress
 from typing import Any
 
 import datasets
@@ -15,6 +17,7 @@ from ...checkpoint.atomic import replace_folder
 from ...errors import ArgumentError, GradlrError, NonFiniteError
 from ...integrations.chunked_head import chunk_head_
 from ...layers.quantize import dequantize_, quantize_
+from ...ranks import require_rank
 from ...report.summary import format_bytes
 from ..estimate import Estimate
 from ..find_lr import find_lr
@@ -46,11 +49,12 @@ def run(arguments: argparse.Namespace) -> int:
         is_overwritten = arguments.overwrite and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
         # Two checkpoints while one replaces the other, and the model.
         needed = 0 if need is None else 3 * need.weights + 2 * need.state
+        _require_outside(arguments)
         folder.check(task.settings(), is_overwritten=is_overwritten, needed=needed)
         _check_lora(arguments)
         known = "cannot be counted for this model" if need is None else f"about {_described(need)}"
         PartialState().print(f"{task.describe()}\nmemory {known}", flush=True)
-        return _run(task, folder, is_overwritten)
+        return _run(task, folder, _trainer(task, folder), is_overwritten)
     except KeyboardInterrupt:
         print("\ninterrupted. The same command goes on from the last checkpoint, if there is one.", flush=True)
         return 130
@@ -62,13 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
         folder.close()
 
 
-def _run(task: Task, folder: RunFolder, is_overwritten: bool) -> int:
-    model, state = _model(task), PartialState()
+def _run(task: Task, folder: RunFolder, trainer: Finetuner, is_overwritten: bool) -> int:
+    state = PartialState()
     state.wait_for_everyone()  # all have seen the folder as it was
     if state.is_main_process:
         folder.open(task.settings(), is_overwritten=is_overwritten)
     state.wait_for_everyone()
-    trainer = _trainer(task, folder, model)
+    trainer.set_lr(_found_lr(task, folder, trainer) if task.arguments.lr == "auto" else task.arguments.lr)
     with deferred_signals(signal.SIGINT, signal.SIGTERM) as signals:
         trainer.add_callback(StopSaved(trainer, signals))
         try:
@@ -95,15 +99,24 @@ def _model(task: Task) -> Any:
     return quantize_(model) if task.arguments.weights == "int8" else model
 
 
-def _trainer(task: Task, folder: RunFolder, model: Any) -> Finetuner:
-    options = task.options
-    trainer = Finetuner(
-        folder, model=model, args=task.config, train_dataset=task.data, eval_dataset=task.held_out,
-        processing_class=task.language.tokenizer, gradlr=options,
-    )  # fmt: skip
-    if task.arguments.lr == "auto":
-        options["lr"] = _found_lr(task, folder, trainer)
-    task.config.learning_rate = options["lr"]
+def _trainer(task: Task, folder: RunFolder) -> Finetuner:
+    """With weights loaded and data tokenized; nothing is written but folders, which go again where that fails."""
+    model, made = _model(task), [path for path in (folder.path, *folder.path.parents) if not path.exists()]
+    try:
+        trainer = Finetuner(
+            folder, model=model, args=task.config, train_dataset=task.data, eval_dataset=task.held_out,
+            processing_class=task.language.tokenizer, gradlr=task.options,
+        )  # fmt: skip
+        for dataset, path in ((trainer.train_dataset, task.arguments.data), (trainer.eval_dataset, "what is held out")):
+            if not len(dataset):
+                raise ArgumentError(f"{path}: in {task.config.max_length} tokens of each document nothing is to be learned")
+    except (ValueError, TypeError, RuntimeError, ImportError, OSError) as error:
+        for path in (folder.checkpoints, *made):
+            with suppress(OSError):
+                path.rmdir()
+        if isinstance(error, GradlrError | torch.OutOfMemoryError):
+            raise
+        raise ArgumentError(f"TRL's trainer cannot be made so: {str(error).strip().splitlines()[0]}") from error
     return trainer
 
 
@@ -128,12 +141,14 @@ def _finish(task: Task, trainer: Finetuner) -> None:
     if not trainer.is_world_process_zero():
         return
     part = folder.model.with_name(".model.part")
+    shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part, state_dict=weights)
     task.language.tokenizer.save_pretrained(part)
     replace_folder(folder.model, part, folder.model.with_name(".model.old"))
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    print(f"validation loss {losses[0]:.4f} before, {losses[-1]:.4f} after {trainer.state.global_step} steps")
-    if skipped := max(entry.get("skipped", 0) for entry in trainer.state.log_history):
+    if len(losses) > 1:
+        print(f"validation loss {losses[0]:.4f} before, {losses[-1]:.4f} after {trainer.state.global_step} steps")
+    if skipped := max((entry.get("skipped", 0) for entry in trainer.state.log_history), default=0):
         print(f"steps left out for a loss or gradient that was not finite: {skipped}")
     print(f"wrote {folder.model}: load it with transformers.AutoModelForCausalLM.from_pretrained('{folder.model}')", flush=True)
     if arguments.lora_out is not None:
@@ -182,9 +197,19 @@ def _advice(task: Task) -> list[str]:
     return [option for option, is_left in advice.items() if is_left]
 
 
+def _require_outside(arguments: argparse.Namespace) -> None:
+    """Of what a run reads nothing may lie where it writes, and --overwrite removes."""
+    names = ("model", "tokenizer", "data", "validation_data")
+    for name, path in ((name, getattr(arguments, name)) for name in names):
+        if path is not None and arguments.out.is_dir() and arguments.out.resolve() in (path.resolve(), *path.resolve().parents):
+            option = f"--{name.replace('_', '-')}"
+            raise ArgumentError(f"{option} {path} lies in --out {arguments.out}, which the run writes: give another folder")
+
+
 def _check_lora(arguments: argparse.Namespace) -> None:
     if arguments.lora_out is None:
         return
+    require_rank("--lora-rank", arguments.lora_rank)
     run, adapter = arguments.out.resolve(), arguments.lora_out.resolve()
     if adapter in (run, *run.parents) or run / "model" in (adapter, *adapter.parents):
         raise ArgumentError(f"--lora-out {arguments.lora_out}: the folder of --out {arguments.out} or its model: give another")

@@ -67,6 +67,8 @@ class Language:
             if "messages" not in document.record:
                 return
             where = f"{path}:{document.line}"
+            if all(message["role"] != "assistant" for message in document.record["messages"]):
+                raise ArgumentError(f"{where}: in this conversation the assistant says nothing: there is nothing to learn")
             if not self.tokenizer.chat_template:
                 raise ArgumentError(f"{where}: 'messages' need a chat template, and the tokenizer has none")
             try:
@@ -120,6 +122,8 @@ class Language:
             raise ArgumentError(f"{file}: transformers cannot read it: {_first_line(error)}") from error
 
     def _tokenizer(self, folder: Path | None) -> Any:
+        if folder is not None and not folder.is_dir():
+            raise ArgumentError(f"--tokenizer {folder}: there is no such folder")
         options = self._options if folder is None else {}
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder or self._folder, local_files_only=True, **options)

@@ -61,9 +61,12 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise ArgumentError(f"--out {self.path}: this is a file; give a folder")
-        # Killed at the very beginning, a run leaves its lock and a part of its settings.
+        if (self.path / "checkpoint.pt").is_file():
+            raise ArgumentError(f"--out {self.path}: holds a run of an earlier version, which cannot go on: give another folder")
+        # Ended at the very beginning, a run leaves its lock, a part of its settings and an empty folder.
         entries = self.path.iterdir() if self.path.is_dir() and not self._settings.is_file() else ()
-        if others := [entry.name for entry in entries if not entry.name.startswith((".lock", self._settings.name))]:
+        named = [entry.name for entry in entries if not (entry == self.checkpoints and not any(entry.iterdir()))]
+        if others := [name for name in named if not name.startswith((".lock", self._settings.name))]:
             raise ArgumentError(f"--out {self.path}: holds {others[0]!r} and no run of gradlr finetune: give another folder")
         saved = {} if is_overwritten else self.settings()
         if different := [name for name in settings if saved and saved.get(name) != settings[name]]:

@@ -23,6 +23,13 @@ from .reading import read_documents
 # What decides nothing: where files are, how often something is shown or saved, and what a run that ran out of memory may need.
 _FREE = {"model", "tokenizer", "out", "overwrite", "data", "validation_data", "memory_limit", "lora_out", "lora_rank", "further",
          "command", "activation_checkpointing", "save_steps", "eval_steps", "logging_steps", "report_to"}  # fmt: skip
+# Options of SFTConfig that cannot act here, and what to give in their place.
+_REFUSED = {
+    "output_dir": "it is --out", "learning_rate": "give --lr", "gradient_checkpointing": "give --checkpointing",
+    "per_device_eval_batch_size": "it is --batch-size", "optim": "gradlr is the optimizer", "loss_type": "it is the model's",
+    "save_strategy": "give --save-every", "save_only_model": "a run goes on from all of a checkpoint",
+    "load_best_model_at_end": "the last model is written", "push_to_hub": "nothing is sent", "deepspeed": "gradlr knows FSDP2",
+}  # fmt: skip
 # Of SFTConfig, besides what has a short name.
 _DECISIVE = ("seed", "weight_decay", "max_grad_norm", "packing", "packing_strategy", "lr_scheduler_type")
 
@@ -81,9 +88,10 @@ class Task:
         is_simple = config.gradient_accumulation_steps == 1 and not config.max_grad_norm and config.world_size == 1
         chosen = {} if arguments.rank is None else {"rank": arguments.rank}
         chosen |= {} if arguments.lr == "auto" else {"lr": arguments.lr}
+        chosen |= {"max_grad_norm": config.max_grad_norm} if config.max_grad_norm else {}
         return {
             **chosen, "apply": "backward" if is_simple else "step", "momentum_rank": arguments.momentum_rank,
-            "capture": arguments.capture, "seed": config.seed,
+            "capture": arguments.capture, "weight_decay": config.weight_decay, "seed": config.seed,
         }  # fmt: skip
 
     def required_memory(self) -> Estimate:
@@ -109,13 +117,13 @@ class Task:
         """All that decides the result."""
         arguments, files = self.arguments, {"data": self.arguments.data, "validation_data": self.arguments.validation_data}
         model = [sorted((file.name, file.stat().st_size) for file in self.language.files), self.language.config.to_json_string()]
-        given = [token.lstrip("-").partition("=")[0].replace("-", "_") for token in self._further if token.startswith("--")]
-        named = {name for name, _, _ in SHORT.values()} | {*_DECISIVE, *given}
+        named = {name for name, _, _ in SHORT.values()} | {*_DECISIVE, *self._given}
+        values = {name: getattr(self.config, name) for name in sorted(named - _FREE)}
         return {
             "model": _digest(repr([model, len(self.language.tokenizer)]).encode()),
             **{name: None if path is None else _digest(path.read_bytes()) for name, path in files.items()},
             **{name: value for name, value in vars(arguments).items() if name not in _FREE},
-            **{name: getattr(self.config, name) for name in sorted(named - _FREE)},
+            **{name: value if isinstance(value, int | float | str | None) else repr(value) for name, value in values.items()},
             "processes": self.config.world_size, "device": self.config.device.type,
         }  # fmt: skip
 
@@ -134,7 +142,11 @@ class Task:
     def _read(self, path: Path) -> datasets.Dataset:
         documents = read_documents(path, self.arguments.field)
         self.language.require_template(documents, path)
-        return datasets.Dataset.from_list([document.record for document in documents])
+        try:
+            return datasets.Dataset.from_list([document.record for document in documents])
+        except Exception as error:  # pyarrow's own
+            reason = str(error).strip().splitlines()[0]
+            raise ArgumentError(f"{path}: 'messages' have fields of different types: {reason}") from error
 
     def _marks_assistant(self) -> bool:
         """Whether the chat template marks what the assistant says, or TRL knows one in its place that does."""
@@ -151,7 +163,16 @@ class Task:
         pairs = [token.partition("=") for token in self.arguments.further]
         return [f"--{SHORT[name][0]}{equals}{value}" if name in SHORT else name + equals + value for name, equals, value in pairs]
 
+    @property
+    def _given(self) -> set[str]:
+        """Names of the options of SFTConfig that are on the command line."""
+        names = {token.lstrip("-").partition("=")[0].replace("-", "_") for token in self._further if token.startswith("--")}
+        known = {field.name for field in dataclasses.fields(trl.SFTConfig)}
+        return {name if name in known else name.removeprefix("no_") for name in names}
+
     def _config(self, checkpoints: Path, is_assistant_only: bool) -> trl.SFTConfig:
+        for name in sorted(self._given & _REFUSED.keys()):
+            raise ArgumentError(f"--{name}: finetune does not take it: {_REFUSED[name]}")
         parser = transformers.HfArgumentParser(trl.SFTConfig, allow_abbrev=False)
         parser.set_defaults(
             **{name: default for name, default, _ in SHORT.values() if default is not None},
@@ -162,12 +183,17 @@ class Task:
         parser.error = _refuse
         try:
             (config,) = parser.parse_args_into_dataclasses(self._further, look_for_args_file=False)
-        except ValueError as error:
+        except (ValueError, ImportError, OSError) as error:
             raise ArgumentError(f"further options are those of trl.SFTConfig: {error}") from error
         config.per_device_eval_batch_size = config.per_device_train_batch_size
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "save_steps", "eval_steps", "logging_steps")
         if wrong := [name for name in counts if getattr(config, name) < 1]:
             raise ArgumentError(f"{wrong[0]}={getattr(config, wrong[0])}: it must be at least 1")
+        if config.num_train_epochs <= 0 or ("max_steps" in self._given and config.max_steps < 1):
+            raise ArgumentError(f"--epochs {config.num_train_epochs}, --steps {config.max_steps}: give more than 0")
+        if not (0 <= config.seed < 2**32 and config.weight_decay >= 0 and config.max_grad_norm >= 0):
+            values = f"--seed {config.seed}, --weight-decay {config.weight_decay}, --max-grad-norm {config.max_grad_norm}"
+            raise ArgumentError(f"{values}: none may be negative, nor a seed 2³² or more")
         return config
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
+import safetensors
+import torch
 import transformers
 import trl
 from torch import Tensor, nn
 from transformers.trainer_callback import ProgressCallback
 
-from ...errors import NonFiniteError
+from ...errors import CheckpointError, NonFiniteError
 from ...integrations.accelerate import unwrap
 from ...integrations.transformers import Trainer
 from ...params.kinds import MATRIX
@@ -44,16 +47,33 @@ class Finetuner(Trainer, trl.SFTTrainer):
         """Whether all steps are taken."""
         return self.state.global_step >= self.state.max_steps > 0
 
+    def set_lr(self, lr: float) -> None:
+        """The peak learning rate, before training begins."""
+        self.args.learning_rate, self._options = lr, {**(self._options or {}), "lr": lr}
+
     def train_or_go_on(self) -> None:
         """Take the steps that are left, from the last checkpoint if there is one; the model is then without gradlr's hooks."""
         last = self.run_folder.last
         if last is not None:
             self.args.eval_on_start = False
+            self._require_readable(last)
             self.state = transformers.TrainerState.load_from_json(str(last / "trainer_state.json"))
             if self.is_finished:  # transformers would take one more
                 return self._load_from_checkpoint(str(last))
         self.train(resume_from_checkpoint=None if last is None else str(last))
         unwrap(self.optimizer).detach()
+
+    def _require_readable(self, last: Path) -> None:
+        try:
+            transformers.TrainerState.load_from_json(str(last / "trainer_state.json"))
+            for file in last.glob("*.safetensors"):
+                with safetensors.safe_open(file, "pt"):
+                    pass
+            for file in last.glob("*.pt"):
+                torch.load(file, map_location="meta", weights_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(f"{last}: cannot be read ({reason}): --overwrite starts anew") from error
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # TRL's own multiplies with the head's weight by itself, past what captures the head's gradient and past int8 codes.
