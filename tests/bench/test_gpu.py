@@ -35,7 +35,8 @@ def run(out, *words):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("is_whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_whole", [False, True])
 def test_all_of_it_runs(is_whole, quick, capsys, monkeypatch):
     settings = gpu.SETTINGS["cpu"][0]
     if not is_whole:  # without packages, whose imports take longest, and what has no state

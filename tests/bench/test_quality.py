@@ -36,7 +36,12 @@ def test_state_per_weight_is_counted_from_the_optimizers_own_state(name, matrix_
     assert (run.mean_rank is None) == (not name.startswith(("k16", "default")))
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "k4_r64_adaptor_step", "k16_r16_no_residual"])
+# Forms of others in the list.
+VARIANTS = ("adamw_b5", "adamw_slow_tables", "adamw_b0_slow_tables", "muon_b5", "apollo_mini", "factor_moments_adjusted")
+ALL = [*BASELINES, "k4_r64_adaptor_step", "k16_r16_no_residual"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in ALL])
 def test_every_baseline_trains_and_repeats_to_the_bit(name):
     first, second = (quality.train(baseline(name), 1e-3, seed=0, workload=TINY) for _ in range(2))
     assert first.loss == second.loss < BEFORE

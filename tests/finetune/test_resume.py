@@ -60,7 +60,7 @@ MOMENTS = ["run.json", "checkpoints/checkpoint-3/config.json", "checkpoints/chec
 
 @pytest.mark.parametrize(
     ("moments", "options"),
-    [(MOMENTS[1:4], []),
+    [(MOMENTS[1:4:2], []),
      (MOMENTS[2:3], ["--weights", "int8", "--accumulate", "2"]),
      pytest.param(MOMENTS[1:3], ["--weights", "int8", "--lr", "auto"], marks=pytest.mark.slow),
      pytest.param(MOMENTS, ["--weights", "bfloat16", "--capture", "adaptor", "--checkpointing"], marks=pytest.mark.slow),
