@@ -55,8 +55,9 @@ def test_two_processes_train_what_one_does_and_one_of_them_speaks(model, data, t
     assert main(command(model, data, tmp_path / "one", "--batch-size", "4", "--max-grad-norm", "1e9")) == 0
     one = weights(tmp_path / "one")
     for name, weight in weights(both).items():
-        # Sums in another order, in float32, which the polar factor enlarges.
-        torch.testing.assert_close(weight, one[name], atol=5e-5, rtol=0)
+        # Sums in another order, in float32, which the polar factor enlarges: 5.2e-5 was measured, of weights that move by up to
+        # 4e-3 a step, eight times.
+        torch.testing.assert_close(weight, one[name], atol=2e-4, rtol=0)
     assert logged(both, "loss") == pytest.approx(logged(tmp_path / "one", "loss"), abs=1e-4)
 
 
@@ -71,7 +72,7 @@ def test_shards_train_what_one_process_does_and_are_written_whole(model, data, t
     assert main(command(model, data, tmp_path / "one", "--batch-size", "4", *options)) == 0
     one = weights(tmp_path / "one")
     for name, weight in weights(both).items():
-        # As above: 6.5e-5 was measured, of weights that move by up to 4e-3 a step, eight times.
+        # As above: 6.5e-5 was measured.
         torch.testing.assert_close(weight, one[name], atol=2e-4, rtol=0)
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
