@@ -218,7 +218,8 @@ def test_the_estimate_is_within_five_percent_of_every_measurement():
     for row in report["results"]:
         assert row["estimate"] == pytest.approx(row["measured"], rel=0.05)
         # Without weights, peft's adapters of half a MiB in a packed row are what is missed most.
-        assert row["ratio_beyond_weights"] == pytest.approx(1, abs=0.07)
+        is_most = (row["model"], row["method"]) == ("llama_packed", "lora")
+        assert row["ratio_beyond_weights"] == pytest.approx(1, abs=0.07 if is_most else 0.05)
 
 
 @pytest.mark.parametrize("name", ["quality", "quality-small-batches"])

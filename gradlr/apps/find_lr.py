@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..attach import DEFAULT_LR, attach
 from ..errors import ArgumentError, LossError, NonFiniteError
 from ..layers.quantize import find_directions
-from ..linalg.int8 import Int8Weight
+from ..linalg.int8 import stored_parts
 from ..optimizer import GradLR
 from ..rules.base import require_positive
 from ..tracker import LossTracker
@@ -162,7 +162,7 @@ def _forked_random_numbers(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
     """Weights, buffers and torch's random numbers are afterwards what they were before."""
-    held = [part for tensor in (*model.parameters(), *model.buffers()) for part in _values(tensor)]
+    held = [part for tensor in (*model.parameters(), *model.buffers()) for part in stored_parts(tensor)]
     copies = [tensor.detach().to("cpu", copy=True) for tensor in held]
     with _forked_random_numbers(model):
         try:
@@ -172,10 +172,6 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 for tensor, copy in zip(held, copies, strict=True):
                     tensor.copy_(copy)
             find_directions(model)
-
-
-def _values(tensor: Any) -> tuple[Tensor, ...]:
-    return tensor.parts() if isinstance(tensor, Int8Weight) else (tensor,)
 
 
 def _chosen(rates: list[float], losses: list[float], start: float) -> LrRange:

@@ -115,6 +115,11 @@ class Int8Weight(Tensor):
         return Int8Weight(codes, scales, direction, correction, self.group, self.is_turned)
 
 
+def stored_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensors whose memory holds it: of int8 weights those that they are made of, of others itself."""
+    return tensor.parts() if isinstance(tensor, Int8Weight) else (tensor,)
+
+
 def _ordinary(tree: Any) -> Any:
     return tree_map_only(Int8Weight, Int8Weight.dequantized, tree)
 

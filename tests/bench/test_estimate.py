@@ -41,8 +41,8 @@ LLAMAS = [("llama_chunked", "adamw"), ("llama_int8_chunked", "gradlr_adaptor"), 
 def test_it_knows_int8_weights_heads_without_logits_and_packed_rows(case, name, checkpointing):
     pytest.importorskip("transformers")
     row = estimate.compare(estimate.CASES[case], name, checkpointing=checkpointing)
-    # Promised are five percent. As above, recomputed blocks keep random numbers; of codes a block may go a moment earlier.
-    assert row["ratio"] == pytest.approx(1, abs=0.005)
+    # Promised are five percent; as above, recomputed blocks keep random numbers' states.
+    assert 0 <= row["measured"] - row["estimate"] < (32_768 if checkpointing else 1024)
 
 
 @pytest.mark.parametrize("way", ["lora", pytest.param("gradlr_int8", marks=pytest.mark.slow)])

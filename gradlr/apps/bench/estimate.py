@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...integrations.chunked_head import chunk_head_
 from ...layers.quantize import quantize_
-from ...linalg.int8 import Int8Weight
+from ...linalg.int8 import stored_parts
 from ..blocks import checkpoint_blocks
 from ..estimate import METHODS
 from ..estimate import estimate as estimated
@@ -136,8 +136,7 @@ def measured_peak(case: Case, baseline: Baseline, *, checkpointing: bool) -> tup
     if baseline.name == "lora":
         model = _with_lora(model, case)
     inputs = case.inputs()
-    parts = [part for one in (*model.parameters(), *model.buffers(), *inputs)
-             for part in ((one.codes, one.scales) if isinstance(one, Int8Weight) else (one,))]  # fmt: skip
+    parts = [part for one in (*model.parameters(), *model.buffers(), *inputs) for part in stored_parts(one)]
     storages = {part.untyped_storage()._cdata: part.untyped_storage().nbytes() for part in parts}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lr_scheduler|.*costs more than hooks")

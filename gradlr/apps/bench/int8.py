@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...layers.quantize import quantize_
-from ...linalg.int8 import Int8Weight
+from ...linalg.int8 import stored_parts
 from .environment import environment, markdown
 from .memory import MIB, peak_of_steps
 from .train_steps import Baseline, adamw, gradlr
@@ -59,7 +59,7 @@ def _measure_one(
 
 
 def _bytes(weight: Tensor) -> int:
-    return sum(part.nbytes for part in weight.parts()) if isinstance(weight, Int8Weight) else weight.nbytes
+    return sum(part.nbytes for part in stored_parts(weight))
 
 
 def table(report: dict[str, Any]) -> str:

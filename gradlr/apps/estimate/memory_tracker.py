@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...linalg.int8 import Int8Weight
+from ...linalg.int8 import Int8Weight, stored_parts
 from ...tensors import local
 from ..collectives import kind_of, moved_bytes
 
@@ -259,10 +259,8 @@ class MemoryTracker(TorchDispatchMode):
 def _parts(values: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among values, of int8 weights those that they are made of."""
     for value in values:
-        if isinstance(value, Int8Weight):
-            yield from value.parts()
-        elif isinstance(value, Tensor):
-            yield value
+        if isinstance(value, Tensor):
+            yield from stored_parts(value)
 
 
 def _key(tensor: Tensor) -> int:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
 from accelerate import PartialState
 
-from ...checkpoint.atomic import replace_folder
+from ...checkpoint.atomic import write_folder_atomically
 from ...errors import ArgumentError, GradlrError, NonFiniteError
 from ...integrations.chunked_head import chunk_head_
 from ...layers.quantize import dequantize_, quantize_
@@ -140,11 +140,12 @@ def _finish(task: Task, trainer: Finetuner) -> None:
     weights = trainer.accelerator.get_state_dict(model) if trainer.is_fsdp_enabled else None  # every process takes part
     if not trainer.is_world_process_zero():
         return
-    part = folder.model.with_name(".model.part")
-    shutil.rmtree(part, ignore_errors=True)
-    model.save_pretrained(part, state_dict=weights)
-    task.language.tokenizer.save_pretrained(part)
-    replace_folder(folder.model, part, folder.model.with_name(".model.old"))
+
+    def fill(part: Path) -> None:
+        model.save_pretrained(part, state_dict=weights)
+        task.language.tokenizer.save_pretrained(part)
+
+    write_folder_atomically(folder.model, fill)
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     if len(losses) > 1:
         print(f"validation loss {losses[0]:.4f} before, {losses[-1]:.4f} after {trainer.state.global_step} steps")

@@ -56,16 +56,16 @@ class Finetuner(Trainer, trl.SFTTrainer):
         last = self.run_folder.last
         if last is not None:
             self.args.eval_on_start = False
-            self._require_readable(last)
-            self.state = transformers.TrainerState.load_from_json(str(last / "trainer_state.json"))
+            self.state = self._readable_state(last)
             if self.is_finished:  # transformers would take one more
                 return self._load_from_checkpoint(str(last))
         self.train(resume_from_checkpoint=None if last is None else str(last))
         unwrap(self.optimizer).detach()
 
-    def _require_readable(self, last: Path) -> None:
+    def _readable_state(self, last: Path) -> transformers.TrainerState:
+        """The state in a checkpoint all of whose files can be read."""
         try:
-            transformers.TrainerState.load_from_json(str(last / "trainer_state.json"))
+            state = transformers.TrainerState.load_from_json(str(last / "trainer_state.json"))
             for file in last.glob("*.safetensors"):
                 with safetensors.safe_open(file, "pt"):
                     pass
@@ -74,6 +74,7 @@ class Finetuner(Trainer, trl.SFTTrainer):
         except Exception as error:
             reason = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{last}: cannot be read ({reason}): --overwrite starts anew") from error
+        return state
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         # TRL's own multiplies with the head's weight by itself, past what captures the head's gradient and past int8 codes.
