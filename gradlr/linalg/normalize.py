@@ -121,12 +121,16 @@ def normalizing_scales(
     """
     blocks, whole = _row_blocks(x, layout), layout.is_whole
     only = (x * unit).square_() if len(blocks) == 1 else None
+    # One buffer for all of them: what a cache holds is written again for less than what the system hands out.
+    buffer = torch.empty_like(blocks[0], dtype=unit.dtype) if only is None else unit
     tiny, columns, rows = torch.finfo(unit.dtype).tiny, unit, unit
     energies: list[Tensor] = []
     for number in range(passes):
         found, sums = [], []
         for block in blocks:
-            squares = (block * unit).square_() if only is None else only
+            squares = only
+            if squares is None:
+                squares = torch.mul(block, unit, out=buffer.narrow(-2, 0, block.shape[-2])).square_()
             lengths = squares @ columns if number else squares.sum(dim=-1, keepdim=True)
             lengths = lengths if whole else layout.columns.all_reduce_sum(lengths)
             # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.
