@@ -12,6 +12,7 @@ from torch import Tensor
 from ..gradient import RowsOnDemand
 from ..layers import View
 from ..linalg import kernels, stochastic_round
+from ..linalg.blocks import pieces
 from ..linalg.int8 import Int8Weight, subtracted
 from ..linalg.normalize import widen
 from ..rules import Update
@@ -161,8 +162,7 @@ def _row_blocks(weight: Tensor, update: Update, most: int) -> list[tuple[Any, ..
     numbers = weight.numel() * max(1, rank / weight.shape[-1])
     if numbers <= most:
         return [(...,)]
-    size = max(1, int(most * weight.shape[-2] / numbers))
-    return [(..., slice(start, start + size), slice(None)) for start in range(0, weight.shape[-2], size)]
+    return [(..., piece, slice(None)) for piece in pieces(weight.shape[-2], numbers / weight.shape[-2], most)]
 
 
 def _write_codes(

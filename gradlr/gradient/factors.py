@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..layers import LayerOp, LinearOp
 from ..linalg import UNSHARDED
+from ..linalg.blocks import pieces
 from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand, wide_matmul
 from ..tensors import is_async, like_the_model, widest
@@ -80,8 +81,7 @@ class OuterProduct(GradientOperator):
         """Squared lengths of the rows, (m, 1), of a Linear's gradient: a block of rows at a time, each made and dropped."""
         (delta, x), takes = self._tokens(), self._takes
         x = takes(x)
-        blocks = delta.split(max(1, _BLOCK_NUMBERS // x.shape[-1]), dim=-1)
-        rows = (wide_matmul(takes(block).mT, x) for block in blocks)
+        rows = (wide_matmul(takes(delta[:, piece]).mT, x) for piece in pieces(self.shape[0], self.shape[1], _BLOCK_NUMBERS))
         return torch.cat([torch.linalg.vector_norm(block, dim=-1, keepdim=True) for block in rows]) ** 2
 
     def rows_on_demand(self) -> tuple[RowsOnDemand, Tensor] | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..linalg.blocks import pieces
 from ..linalg.normalize import squared_norm, widen
 from ..linalg.products import as_operand, wide_matmul
 from ..tensors import like_the_model, widest
@@ -34,8 +35,7 @@ class Logits:
     def blocks(self) -> Iterator[slice]:
         """The vocabulary, in pieces."""
         tokens, count = self.shape
-        size = max(1, _BLOCK_NUMBERS // max(1, tokens))
-        return (slice(start, min(start + size, count)) for start in range(0, count, size))
+        return pieces(count, tokens, _BLOCK_NUMBERS)
 
     def weight(self, rows: slice) -> Tensor:
         """Rows of W as an operand."""

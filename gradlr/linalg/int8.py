@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..errors import ArgumentError
+from .blocks import pieces
 
 LARGEST = 127
 # Tensors that a weight is made of.
@@ -125,9 +126,7 @@ def _ordinary(tree: Any) -> Any:
 
 
 def _pieces(count: int, width: int, multiple: int = 1) -> Iterator[slice]:
-    """Pieces of an axis, each with a bounded number of entries; all but the last a multiple of a number."""
-    size = max(1, max(_BLOCK_NUMBERS, count * width // 32) // max(1, width * multiple)) * multiple
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    return pieces(count, width, max(_BLOCK_NUMBERS, count * width // 32), multiple=multiple)
 
 
 def _grouped(x: Tensor, group: int) -> Tensor:

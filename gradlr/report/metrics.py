@@ -14,6 +14,7 @@ from ..engine.record import ParamRecord
 from ..errors import ArgumentError
 from ..gradient import Dense, GradientOperator, Sketched
 from ..linalg import normalize_columns, spectral_norm
+from ..linalg.blocks import pieces
 from ..linalg.normalize import squared_norm, widen
 from ..params.kinds import KINDS
 from ..rules import Update
@@ -143,9 +144,8 @@ def change_energy(weight: Tensor, update: Update, decay: float | Tensor) -> Tens
     # A block of rows at a time, so that the change of a large weight never exists as a whole.
     weight, energies = torch.atleast_2d(weight), [widest(weight.new_zeros(()))]
     update = replace(update, dense=torch.atleast_2d(update.dense) if isinstance(update.dense, Tensor) else update.dense)
-    size = max(1, _BLOCK_NUMBERS * weight.shape[-2] // max(1, weight.numel()))
-    for start in range(0, weight.shape[-2], size):
-        rows = (..., slice(start, start + size), slice(None))
+    for piece in pieces(weight.shape[-2], weight.numel() / max(1, weight.shape[-2]), _BLOCK_NUMBERS):
+        rows = (..., piece, slice(None))
         energies.append(squared_norm(widen(weight[rows]) * decay + update.block(rows).direction()))
     return torch.stack(energies).sum()
 
