@@ -122,7 +122,7 @@ def normalizing_scales(
     blocks, whole = _row_blocks(x, layout), layout.is_whole
     only = (x * unit).square_() if len(blocks) == 1 else None
     # One buffer for all of them: what a cache holds is written again for less than what the system hands out.
-    buffer = torch.empty_like(blocks[0], dtype=unit.dtype) if only is None else unit
+    buffer = None if only is not None or x.requires_grad else torch.empty_like(blocks[0], dtype=unit.dtype)
     tiny, columns, rows = torch.finfo(unit.dtype).tiny, unit, unit
     energies: list[Tensor] = []
     for number in range(passes):
@@ -130,7 +130,8 @@ def normalizing_scales(
         for block in blocks:
             squares = only
             if squares is None:
-                squares = torch.mul(block, unit, out=buffer.narrow(-2, 0, block.shape[-2])).square_()
+                out = None if buffer is None else buffer.narrow(-2, 0, block.shape[-2])
+                squares = torch.mul(block, unit, out=out).square_()
             lengths = squares @ columns if number else squares.sum(dim=-1, keepdim=True)
             lengths = lengths if whole else layout.columns.all_reduce_sum(lengths)
             # Reciprocals of squared lengths, whose roots are taken once, by the caller. What is subnormal counts as zero.

@@ -199,3 +199,8 @@ def test_a_large_matrix_is_read_in_blocks_whose_squares_alone_are_kept(shape):
     expected = alternating(x, 3)
     expected *= 2.0 / torch.linalg.vector_norm(expected, dim=(-2, -1), keepdim=True)
     torch.testing.assert_close(x * rows * columns, expected, rtol=1e-12, atol=0)
+
+
+def test_a_large_matrix_that_requires_grad_is_scaled_in_blocks_as_well():
+    x = torch.randn(700, 400)
+    torch.testing.assert_close(multi_normalize(x.clone().requires_grad_()).detach(), multi_normalize(x), rtol=0, atol=0)
