@@ -88,8 +88,8 @@ class LowRankPolar(Rule):
         inputs 0.023; the whole gradient is 0.017 better (`gradlr/apps/bench/results/quality-capture.json`).
         """
         like, columns = torch.empty((*shape[:-2], shape[-1], 0), dtype=dtype, device=device), context.layout.columns
-        factor = state.get("R", like)
-        return orthonormalize(_directions(factor, context.rank, context, columns, covariance_matmul), axis=columns)
+        directions = _directions(state.get("R", like), context.rank, context, columns, covariance_matmul)
+        return orthonormalize(directions, axis=columns, is_scaled=True)
 
     def sketch(self, gradient: GradientOperator, state: State, context: UpdateContext) -> Sketched:
         """Two-sided, and exact for this gradient: L spans both what `update` will take as its basis and the momentum's own.
@@ -118,7 +118,7 @@ class LowRankPolar(Rule):
                 known = gradient.tokens_where(normalization_is_cheaper)
             if known is None:
                 # The rest would need it anyway, of this layer alone and for as long as its update takes.
-                gradient = known = gradient.formed()
+                gradient = known = gradient if isinstance(gradient, Dense) else gradient.formed()
         basis, operand, seen = self._power_step(gradient, state, context)
         target = seen
         if state:

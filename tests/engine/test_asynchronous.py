@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 import gradlr
 from gradlr import BackwardError, GradlrWarning, NonFiniteError, tensors
 from gradlr.gradient import Dense
+from gradlr.linalg import bases
 from gradlr.tensors import AsyncScalar
 
 pytestmark = pytest.mark.usefixtures("asynchronous")
@@ -385,6 +386,7 @@ def embedded():
 @pytest.mark.filterwarnings("ignore:capture=.* costs more than hooks would")
 def test_rows_that_come_several_times_are_added_up_without_being_counted(rule, apply, monkeypatch):
     """Places that are left over hold the first row's number and zeros: they must not move it, nor its state."""
+    monkeypatch.setattr(bases, "_WELL_CONDITIONED", float("inf"))  # where the host may look, two passes may be enough
     results = []
     for is_async in (True, False):
         with monkeypatch.context() as patch:
@@ -400,7 +402,8 @@ def test_rows_that_come_several_times_are_added_up_without_being_counted(rule, a
 
 
 def test_updates_are_those_of_a_synchronous_device(monkeypatch):
-    """Bit for bit, in every way of training."""
+    """Bit for bit, in every way of training, but for a third pass that a synchronous device may spare."""
+    monkeypatch.setattr(bases, "_WELL_CONDITIONED", float("inf"))
     for options in ({}, {"apply": "step"}, {"apply": "step", "max_grad_norm": 0.1}, {"rule": "factor_moments"}):
         results = []
         for is_async in (True, False):
