@@ -231,6 +231,12 @@ def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) 
         weight.mul_(decay)
         decay = 1.0
     if isinstance(left, Tensor) and right is not None:
+        if isinstance(dense, Tensor) and weight.ndim == 2 and decay == 1 and weight.dtype == dense.dtype == left.dtype:
+            # All of the direction in the dense part's buffer: the weight, which no cache holds, is read once, not twice.
+            for scale in (update.dense_rows, update.dense_columns):
+                dense = dense if scale is None else dense.mul_(scale)
+            weight.add_(dense.addmm_(left, right.mT), alpha=-lr)
+            return
         _add_product(weight, left, right, decay, -lr)
     elif decay != 1:
         weight.mul_(decay)
