@@ -230,11 +230,13 @@ def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) 
     if isinstance(decay, Tensor):
         weight.mul_(decay)
         decay = 1.0
+    if isinstance(dense, Tensor) and update.dense_rows is not None:
+        # In place where no wider numbers come of it; rounding errors of a narrow dense part are its rule's affair.
+        dense = dense.mul_(update.dense_rows)
     if isinstance(left, Tensor) and right is not None:
         if isinstance(dense, Tensor) and weight.ndim == 2 and decay == 1 and weight.dtype == dense.dtype == left.dtype:
             # All of the direction in the dense part's buffer: the weight, which no cache holds, is read once, not twice.
-            for scale in (update.dense_rows, update.dense_columns):
-                dense = dense if scale is None else dense.mul_(scale)
+            dense = dense if update.dense_columns is None else dense.mul_(update.dense_columns)
             weight.add_(dense.addmm_(left, right.mT), alpha=-lr)
             return
         _add_product(weight, left, right, decay, -lr)
@@ -242,9 +244,6 @@ def _subtract(weight: Tensor, update: Update, lr: float, decay: float | Tensor) 
         weight.mul_(decay)
     if not isinstance(dense, Tensor):
         return
-    if update.dense_rows is not None:
-        # In place where no wider numbers come of it; rounding errors of a narrow dense part are its rule's affair.
-        dense = dense.mul_(update.dense_rows)
     if update.dense_columns is not None:
         weight.addcmul_(dense, update.dense_columns, value=-lr)
     else:

@@ -268,7 +268,7 @@ class Sketched(GradientOperator):
         """0-dim boolean on the operator's device: whether both sketches are zero, so that nothing is known of G."""
         is_filled = self.right_sketch.any()
         is_filled = is_filled if self.left_sketch is None else is_filled | self.left_sketch.any()
-        return ~(is_filled if self._layout.is_whole else self._layout.anywhere(is_filled))
+        return ~self._layout.anywhere(is_filled)
 
     def squared_norm(self) -> Tensor:
         rows, columns = self._layout.rows, self._layout.columns

@@ -113,12 +113,14 @@ class LowRankPolar(Rule):
         whole = gradient.shape if layout.is_whole else layout.whole(gradient.shape)
         known: Dense | tuple[Tensor, Tensor] | None = None  # what a residual can be made of, where there is to be one
         if self.residual > 0 and context.rank < min(whole[-2:]) and not isinstance(gradient, Sketched):
+            if isinstance(gradient, Dense):
+                known = gradient
             # Where kernels read a matrix, launches cost more than it does: a gradient in token space is some 190 of them.
-            if not isinstance(gradient, Dense) and not device_traits(gradient.device).has_kernels:
+            elif not device_traits(gradient.device).has_kernels:
                 known = gradient.tokens_where(normalization_is_cheaper)
             if known is None:
                 # The rest would need it anyway, of this layer alone and for as long as its update takes.
-                gradient = known = gradient if isinstance(gradient, Dense) else gradient.formed()
+                gradient = known = gradient.formed()
         basis, operand, seen = self._power_step(gradient, state, context)
         target = seen
         if state:
